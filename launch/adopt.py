@@ -2,8 +2,8 @@
 
     hllm adopt --run runs/quickstart --dataset data/ml-100k
 
-The dataset must be the one that the run was trained on, or a later version of it. Checkpoints of this version have this
-record already.
+The dataset must be the one on which the run was trained, or a later version of it. Checkpoints written by this version
+of the library have the record already.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the record into the run, and print how many ids of each kind it has.
 
     Raises:
-        ValueError: no such run or dataset, or they do not fit.
+        ValueError: the run or dataset does not exist, or the dataset does not fit the run.
     """
     from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
     from hllm_torchrec.common.urls import url_of

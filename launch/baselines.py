@@ -1,6 +1,6 @@
 """`hllm baselines`: fits and scores the baselines on the exposures on which models are evaluated.
 
-As a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
+It runs as a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
 The defaults in configs/baselines/*.yaml are overridden by --config and by options such as
 --dlrm.lr 0.002; `--print_config` prints all settings and exits.
 """
@@ -80,13 +80,16 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 
 
 def say_done(directory: Path, is_new: bool) -> None:
-    """Print the directory of a model's predictions; it has the name of the model."""
-    what = "predictions written" if is_new else "reused, same data and settings"
-    say(f"{directory.name}: {what}: {directory}")
+    """Print the directory of a model's predictions, whose name is the model's name."""
+    status = "predictions written" if is_new else "reused, same data and settings"
+    say(f"{directory.name}: {status}: {directory}")
 
 
 def print_tables(output: Path, names: Sequence[str]) -> None:
-    """Print metrics of the models in `output`, compared with the first, on validation and test part. Collective."""
+    """Print the metrics of models on the validation and test part, compared with the first model. Collective.
+
+    output: folder with a folder for each model in `names`.
+    """
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.evaluation.cached_predictions import SPLITS
     from hllm_torchrec.evaluation.model_comparison import compare, metrics_table

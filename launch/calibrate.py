@@ -1,12 +1,12 @@
-"""`hllm calibrate`: fits a run's probabilities to its validation part, which evaluation and the scorer then apply.
+"""`hllm calibrate`: fits a calibration of a run's probabilities on the validation part.
 
     hllm calibrate --run-dir runs/quickstart --method platt
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.calibrate --run-dir runs/quickstart --method isotonic
 
-It scores the validation part, fits a function of the logit for each binary task, and writes calibration.json into the
-run. `hllm evaluate` then shows the run before and after, and `Scorer.score_tasks` returns calibrated probabilities;
-scores and their order do not change. It belongs to one checkpoint: fit again after training on. docs/tasks.md says when
-which method is the right one.
+The job scores the validation part, fits a function of the logit for each binary task, and writes calibration.json into
+the run. Then `hllm evaluate` shows the run with and without calibration, and `Scorer.score_tasks` returns calibrated
+probabilities; scores and their order do not change. A calibration is valid for one checkpoint: fit it again after
+further training. docs/tasks.md explains the choice of the method.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score, fit and write.
+    """Score the validation part, fit the calibration and write it.
 
     Raises:
-        ValueError: no such run or checkpoint, a run without a ranking head, or labels of one class.
+        ValueError: the run or checkpoint does not exist, the run has no ranking head, or all labels are of one class.
     """
     from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
     from hllm_torchrec.common.urls import url_of
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def calibration_summary(found: "RunCalibration") -> str:
-    """A line for each task's calibrator, and a caution below one that turns the order around."""
+    """Lines that describe each task's calibrator, with a caution for one that reverses the order of the scores."""
     lines = []
     for name, one in found.tasks.items():
         numbers = (

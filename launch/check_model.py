@@ -2,8 +2,9 @@
 
     hllm check-model --model models/bge-small-en-v1.5
 
-prints how the model would be read (direction, packed or padded, pooling, prompt), encodes texts with its weights both
-ways, and ends with status 2 and one line if they differ or a file is damaged.
+The command prints how this library would use the model (causal or bidirectional, packed or padded texts, pooling,
+prompt), and encodes texts with this library and with plain transformers. If the embeddings differ, or a file is
+damaged, it prints one line and exits with status 2.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`hllm dataset`: shows a dataset's versions, folds appended ones, removes old ones."""
+"""`hllm dataset`: shows the versions of a dataset, merges appended events into one base, or removes old versions."""
 
 import argparse
 import datetime
@@ -28,8 +28,8 @@ EXAMPLES = """examples:
   hllm dataset prune s3://bucket/shop --keep 12 15"""
 
 ACTIONS = {
-    "info": "print the versions, what each added, which runs pin it, and the parts of the newest",
-    "compact": "write a version in which all appended events are in one base",
+    "info": "print the versions (their events, and the runs that pin them) and the parts of the newest version",
+    "compact": "write a version in which all events, also the appended ones, are in one base",
     "prune": "remove the versions that no run pins, except the newest, and old files with forgotten ids",
 }
 
@@ -48,19 +48,19 @@ def build_parser() -> CommandParser:
 
 
 def info(root: Path) -> str:
-    """Text about the versions of a dataset and the parts of the newest."""
+    """Text that describes the versions of a dataset and the parts of the newest version."""
     dataset = Dataset.open(root)
     pins, lines = pinned_versions(root), []
     for version, manifest in kept_versions(root).items():
         counts, appends = manifest["counts"], manifest.get("appends", [])
-        size = sum(facts["bytes"] for facts in listed_files(manifest).values())
-        what = f"{counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"
+        size = sum(file["bytes"] for file in listed_files(manifest).values())
+        facts = f"{counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"
         if appends and appends[-1]["version"] == version:
-            what += f"; +{manifest['added']['events']:,} events"
+            facts += f"; +{manifest['added']['events']:,} events"
         gone = Tombstones.read(root, manifest)
-        what += "".join(f"; {n.size:,} {name} forgotten" for name in (USERS, ITEMS) if (n := gone.numbers(name)).size)
+        facts += "".join(f"; {n.size:,} {name} forgotten" for name in (USERS, ITEMS) if (n := gone.numbers(name)).size)
         runs = "".join(f"; pinned by {run}" for run in pins.get(version, ()))
-        lines.append(f"version {version}: {what}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
+        lines.append(f"version {version}: {facts}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
     lines.append(f"parts of version {dataset.version}:")
     for part in SPLITS:
         lines.append(f"  {part}: {part_facts(dataset, part)}")
@@ -69,7 +69,7 @@ def info(root: Path) -> str:
 
 
 def part_facts(dataset: Dataset, part: str) -> str:
-    """Number of events, users and positive labels of a part, in words."""
+    """Text with the numbers of events and users of a part, and its share of positive labels."""
     events = users = exposures = positives = 0
     for group in dataset.row_groups(part):
         rows = dataset.sequences([group], ["user_id", "target_start", "labels"])
@@ -85,17 +85,18 @@ def _moment(second: int) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def prune(place: Path, keep: Sequence[int] | None = None) -> str:
-    """Remove versions of a dataset, in a folder or at a URL, except the newest, pinned ones and those to `keep`.
+def prune(location: Path, keep: Sequence[int] | None = None) -> str:
+    """Remove versions of a dataset, in a folder or at a URL, except the newest, the pinned ones and those of `keep`.
 
-    Returns which, in words.
+    Returns:
+        Text with the number of removed versions and the pinned ones.
 
     Raises:
-        ValueError: a version to `keep` does not exist; or `keep` is not given for a URL.
+        ValueError: a version of `keep` does not exist; or `keep` is not given for a URL.
     """
-    url = url_of(place)
+    url = url_of(location)
     if url is None:
-        return _prune_folder(place, keep or ())
+        return _prune_folder(location, keep or ())
     if keep is None:
         newest = Dataset.open(url).version
         raise ValueError(
@@ -108,14 +109,14 @@ def prune(place: Path, keep: Sequence[int] | None = None) -> str:
 
 def _prune_folder(root: Path, keep: Sequence[int]) -> str:
     with write_lock(root):
-        read_manifest(root, check_files=False)  # raises if the dataset is damaged: then nothing is removed
+        read_manifest(root, check_files=False)  # raises if the dataset is damaged, so that nothing is removed
         remove_stale_pins(root)
         pins = pinned_versions(root)
         for version in keep:
             manifest_path(root, version)  # raises if there is no such version
             pins.setdefault(version, []).append("--keep")
         first = kept_versions(root).get(1)
-        if first is not None and chain_base(first) is None:  # its runs could not pin it
+        if first is not None and chain_base(first) is None:  # written by a release whose runs could not pin versions
             pins.setdefault(1, []).append("perhaps runs of an earlier release")
         removed, freed = remove_versions(root, pins.keys())
         freed += remove_superseded(root)
@@ -124,7 +125,7 @@ def _prune_folder(root: Path, keep: Sequence[int]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what is asked, and print the result.
+    """Run the action, and print the result.
 
     Raises:
         ValueError, OSError: there is no dataset, it is damaged, or another process is writing to it.
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         with writable_dataset(args.dataset) as folder:
             version = compact(folder)
-        say("nothing to fold: there are no appends" if version is None else f"version {version} has a single base")
+        say("nothing to compact: there are no appends" if version is None else f"version {version} has a single base")
 
 
 main = entry_point(build_parser, run)

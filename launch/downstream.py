@@ -1,6 +1,6 @@
-"""`hllm downstream`: the ID-only DLRM without and with stored item and user vectors, scored on the same exposures.
+"""`hllm downstream`: trains the DLRM on IDs only and with stored item and user vectors; scores the same exposures.
 
-As a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.downstream --config ...
+It runs as a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.downstream --config ...
 The defaults in configs/baselines/dlrm.yaml are overridden by --config and by options such as
 --user_stores '[stores/users/nearline]' or --dlrm.lr 0.002; `--print_config` prints all settings and exits.
 """

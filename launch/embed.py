@@ -4,8 +4,8 @@
     hllm embed --run runs/quickstart --items stores/items --users stores/users --since 1998-04-01
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.embed --run-dir runs/quickstart --items stores/items
 
-It can be repeated every night: its cost depends on the changes (texts of items, events of users). With both stores
-the users are embedded from the stored items. A store made by other weights is an error.
+The job can be repeated every night: its cost depends on what has changed (texts of items, events of users). If both
+stores are given, users are embedded from the stored item embeddings. A store made with other weights is an error.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the run's model, embed new and changed items and users, and print a summary.
 
     Raises:
-        ValueError: no store is named, no such run or checkpoint, or a store of another model.
+        ValueError: no store is named, the run or checkpoint does not exist, or a store is of another model.
     """
     if args.items is None and args.users is None:
         raise ValueError("name a store: --items, --users or both")

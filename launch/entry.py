@@ -18,7 +18,7 @@ from hllm_torchrec.config.extensions import code_is_allowed
 PREEMPTED = 75
 """Exit status of a run that stopped on request (sysexits.h: EX_TEMPFAIL, try again)."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as of programs that SIGINT ends."""
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
 
 STATUSES = {
     0: "done",
@@ -27,7 +27,8 @@ STATUSES = {
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
     3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
     4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
-    PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
+    PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues; creatives build: a limit is "
+    "reached, the same command continues",
     INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",
 }
 """Exit statuses of all subcommands."""
@@ -84,7 +85,7 @@ class CommandParser(argparse.ArgumentParser):
         `--run-dir` is an alias, because torchrun takes --run for an abbreviation of its own options.
 
         required: if False, `--run` is optional and the default of `--checkpoint` is None, which means best.
-        checkpoint: if False, the job does not load the model: `--run` alone.
+        checkpoint: if False, `--checkpoint` and `--dataset` are not added, for a job that does not load the model.
         """
         run_help = (
             "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
@@ -100,7 +101,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_context(self) -> None:
         """Add `--context`, the context of a request as a JSON object."""
-        context_help = "what is known of the request, by name (null: unknown)"
+        context_help = "context of the request: values of the dataset's context columns by name (null: unknown)"
         self.add_argument("--context", type=json_object, metavar="JSON", help=context_help)
 
     def error(self, message: str) -> NoReturn:
@@ -156,9 +157,11 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     """Run `job`; return the exit status.
 
     Returns:
-        The job's return value, 0 for None; 2 after the message of an error that the user can fix; 1 after one line if
-        another rank failed or was lost, whose messages state the cause; PREEMPTED after one line of rank 0 if the job
-        was asked to stop (SIGTERM) and has saved its state; INTERRUPTED after one of rank 0 for Ctrl-C.
+        - the job's return value, 0 for None;
+        - 2 after the message of an error that the user can fix;
+        - 1 after one line if another rank failed or was lost, whose messages state the cause;
+        - PREEMPTED after one line of rank 0 if the job was asked to stop (SIGTERM) and has saved its state;
+        - INTERRUPTED after one line of rank 0 for Ctrl-C.
     """
     show_logs_safely()
     try:
@@ -184,7 +187,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
 
 
 def _lack_of_machine(error: Exception) -> str | None:
-    """Describe a lack of memory, disk or threads that a library reports in words of its own; None for other errors."""
+    """Describe a lack of memory, disk space or threads that a library reports as another error; None: no such lack."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError):
         return f"not enough memory ({text or type(error).__name__}): free some, or allow this process more"

@@ -1,4 +1,4 @@
-"""`hllm evaluate`: metrics of a run's checkpoint or of prediction files, with models compared on the same exposures.
+"""`hllm evaluate`: metrics of a run's checkpoint or of prediction files, and comparisons on the same exposures.
 
     hllm evaluate --run-dir runs/quickstart --compare runs/baselines/item_mean runs/baselines/running_bias
     hllm evaluate --predictions new=new.parquet old=old.parquet --slices country --output runs/comparison
@@ -7,12 +7,12 @@
     hllm evaluate --run-dir runs/yesterday --dataset data/today --output runs/yesterday/on-today
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
 
-Into the run directory it writes predictions/<split>/, metrics.json (metrics-valid.json for the validation part),
-report.html and TensorBoard scalars; without a run they are written to --output. All other models are compared with
-the run or, without a run, with the first model. docs/evaluation.md defines the metrics.
+The job writes predictions/<split>/, metrics.json (metrics-valid.json for the validation part), report.html and
+TensorBoard scalars into the run directory; without a run, it writes metrics and report to --output. All other models
+are compared with the run or, without a run, with the first model. docs/evaluation.md defines the metrics.
 
-exit status: 0; 2 after a user error; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if it did but
-chance may explain it.
+exit status: 0; 2 after a user error; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if the AUC dropped
+by more but chance may explain it.
 """
 
 import argparse
@@ -93,10 +93,11 @@ def _status_of(verdict: "Verdict | None", on_unsure: str | None) -> int:
 
 
 def run(args: argparse.Namespace) -> "Verdict | None":
-    """Score, compare, write and print; return the gate's verdict if a baseline is given.
+    """Score the run, compare the models, write and print the metrics; return the gate's verdict if there is a baseline.
 
     Raises:
-        ValueError: nothing to evaluate; or an argument that does not exist, does not fit or has no effect.
+        ValueError: there is nothing to evaluate; or an argument names a path that does not exist, does not fit the
+            other arguments, or has no effect.
     """
     check_paths(args)
     named = named_paths(args.compare, args.predictions)
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> "Verdict | None":
 
 
 def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
-    """Run the job as a rank of torchrun, or without a process group, which saves seconds of imports."""
+    """Run the job as a rank of torchrun; without torchrun, create no process group, which saves seconds of imports."""
     if "RANK" not in os.environ:
         return job()
     from hllm_torchrec.distributed.process_group import distributed_device
@@ -166,10 +167,13 @@ def _measure(
     provenance: Mapping[str, Any],
     item_events: "np.ndarray | None" = None,
 ) -> "tuple[dict[str, Any], Overlap | None]":
-    """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
+    """Compute the content of metrics.json; all ranks read parts of the predictions. Collective.
 
-    If another job replaces the predictions meanwhile, this is an error: a mixture of both would be scored.
-    paired: the predictions were written by this library's jobs, and rows are matched by user and position. Collective.
+    The first model is the reference of comparisons. paired: the predictions were written by jobs of this library, and
+    rows are matched by user and position.
+
+    Raises:
+        ValueError: another job replaced predictions meanwhile, so that old and new rows could be mixed.
     """
     from hllm_torchrec.evaluation.prediction_files import unchanged_files
 
@@ -214,30 +218,30 @@ def _publish(
 
 
 def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
-    """Model -> path given for it.
+    """Model name -> path, from the values of --compare and --predictions.
 
     Raises:
-        ValueError: two models with the same name, or a name without a path.
+        ValueError: two models have the same name, or an entry is not NAME=PATH.
     """
     pairs = [(path.resolve().name, path) for path in compared]
     for entry in named:
-        name, equals, place = entry.partition("=")
-        if not (name and equals and place):
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
             raise ValueError(f"--predictions {entry}: must be NAME=PATH")
-        pairs.append((name, Path(place)))
-    found: dict[str, Path] = {}
-    for name, path in pairs:
-        if name in found:
+        pairs.append((name, Path(path)))
+    models: dict[str, Path] = {}
+    for name, folder in pairs:
+        if name in models:
             raise ValueError(f"two models are named {name!r}; give one a name with --predictions NAME=PATH")
-        found[name] = path
-    return found
+        models[name] = folder
+    return models
 
 
 def _predictions_of(named: Mapping[str, Path], split: str) -> dict[str, Path]:
-    """Model -> directory of its predictions of the split.
+    """Model name -> directory of its predictions of the split.
 
     Raises:
-        ValueError: a directory without predictions.
+        ValueError: a path is a file, or a directory without predictions.
     """
     found = {}
     for name, path in named.items():
@@ -294,7 +298,7 @@ def write_results(
 
 
 def _task_limits(args: argparse.Namespace) -> dict[str, float]:
-    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for a malformed entry."""
+    """Task -> largest allowed drop, from `--max-task-drop`. Raises ValueError for a malformed entry."""
     found = {}
     for entry in args.max_task_drop or ():
         task, equals, drop = entry.rpartition("=")

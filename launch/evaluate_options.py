@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    """Parse a number of bytes: `512M` → 536870912.
+    """Parse a number of bytes: `512M` -> 536870912.
 
     Raises:
-        argparse.ArgumentTypeError: not a size.
+        argparse.ArgumentTypeError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+)([KMG]?)i?B?", text.strip(), re.IGNORECASE)
     if not match:
@@ -80,7 +80,7 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list
     """Models and column layout, from the options and the names of the files' columns.
 
     Raises:
-        ValueError: a name or column that does not exist.
+        ValueError: a model name or column does not exist.
     """
     from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 
@@ -131,7 +131,7 @@ def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> No
 
 
 def files_provenance(models: "Sequence[PredictionModel]") -> dict[str, Any]:
-    """Model → its files, its columns and the fingerprint of their content."""
+    """Model name -> its files, its columns of scores and probabilities, and a fingerprint of the files' content."""
     from hllm_torchrec.evaluation.prediction_files import find_files, fingerprint_files
 
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""`hllm export-hf`: a run's LLMs as Hugging Face directories, everything else as safetensors, with a model card.
+"""`hllm export-hf`: writes a run's LLMs as Hugging Face directories, other weights as safetensors, and a model card.
 
 hllm export-hf --run runs/quickstart --output models/quickstart
 """

@@ -1,4 +1,4 @@
-"""`hllm export-tower`: user encoder and head of a late-fusion run as one program, which torch alone loads.
+"""`hllm export-tower`: writes user encoder and head of a late-fusion run as one program that needs only torch to run.
 
 hllm export-tower --run runs/late --output exports/tower.pt2
 """
@@ -28,10 +28,11 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export, and compare the written program with the scorer.
+    """Export the tower, and compare the written program with the scorer.
 
     Raises:
-        ValueError: no such run or checkpoint, a model without such a tower, or an output that exists.
+        ValueError: the run or checkpoint does not exist, the model cannot be exported, an output exists, or --compiled
+            is given and there is no C++ compiler.
     """
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.serving.batch_scorer import BatchScorer

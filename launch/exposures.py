@@ -1,11 +1,11 @@
-"""`hllm exposures`: the user vector of every exposure as available at that time, for training a ranking model.
+"""`hllm exposures`: writes for every exposure the user vector that was available then, for training a ranking model.
 
     hllm exposures --run runs/stages/2 --users stores/users --items stores/item-features
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.exposures --run-dir runs/stages/2 --users stores/users
 
---users contains one store per mode. nearline: from events of strictly earlier seconds; daily: from events before the
-exposure's day (UTC). --items contains item vectors as inputs of the user encoder (text, ID and item features), in the
-same vector space as late fusion's user vectors.
+--users DIR gets one store per mode. nearline: vectors from events of strictly earlier seconds; daily: vectors from
+events before the exposure's day (UTC). --items DIR gets item vectors as they are input to the user encoder (text, ID
+and item features), in the same vector space as late fusion's user vectors.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the run's model, write the stores, and print how many exposures have a vector.
 
     Raises:
-        ValueError: no store is named, no such run or checkpoint, or a store of another model or mode.
+        ValueError: no store is named, the run or checkpoint does not exist, or a store is of another model or mode.
     """
     if args.items is None and args.users is None:
         raise ValueError("name a store: --users, --items or both")

@@ -1,16 +1,18 @@
-"""`hllm forget`: makes a dataset, and what was made from it, forget users and items.
+"""`hllm forget`: removes users and items from a dataset, and from the runs, stores and files made from it.
 
     hllm forget --dataset data/shop --user u7 --runs runs nights --stores stores
     hllm forget --dataset data/shop --users-file leavers.txt --runs runs --stores stores --erase
     hllm forget --dataset data/shop --item i31 --dry-run
 
-Their events are removed from every version of the dataset, and later appends skip them. Below the folders of --runs,
---stores and --predictions it finds runs, nights, stores, predictions, indexes and journals by their contents, and says
-what it found in each. Numbers of other users and items do not change, and runs keep loading.
+The events of these users and items are removed from every version of the dataset, and later appends skip them. Below
+the folders of --runs, --stores and --predictions, the command recognizes runs, nights, stores, predictions, indexes and
+journals by their contents, and prints what it found in each of them. Dense ids of other users and items do not change,
+and runs can still be loaded.
 
---erase also removes every byte: old files of the dataset, the rows of item tables with their optimizer state, deleted
-vectors; and then searches all files for the raw ids. Without it, `hllm dataset prune` removes the old files later.
-The source files from which the dataset was prepared are yours to clean. Repeat a command that was killed.
+--erase also removes every byte: old files of the dataset, the rows of item tables and their optimizer state, and
+deleted vectors. Then it searches all files for the raw ids. Without --erase, `hllm dataset prune` removes the old files
+later. The source files from which the dataset was prepared are not changed: clean them yourself. If the command was
+killed, repeat it.
 """
 
 import argparse
@@ -37,18 +39,19 @@ def build_parser() -> CommandParser:
     parser.add_argument("--stores", type=Path, nargs="+", default=[], metavar="DIR", help="folders with stores")
     predictions = "folders with predictions of exposures of this dataset, outside of its runs"
     parser.add_argument("--predictions", type=Path, nargs="+", default=[], metavar="DIR", help=predictions)
-    parser.add_argument("--erase", action="store_true", help="leave no byte of the ids, and search for them")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--erase", action="store_true", help="remove every byte of the ids, then search for them")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and change nothing")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Forget, and say where it looked and what it found.
+    """Forget the users and items, and print what was found where.
 
-    Returns 1 if a place was not looked into or an id is still somewhere, else 0.
+    Returns:
+        1 if something was left unchanged or an id still exists in a file, else 0.
 
     Raises:
-        ValueError: no ids, no such dataset or folder, or another process is writing to one of them.
+        ValueError: no ids are given, the dataset or a folder does not exist, or another process is writing to one.
     """
     from hllm_torchrec.data.forgetting import Names
     from hllm_torchrec.lifecycle.forgetting_job import forget_everywhere
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(report: "JobReport", args: argparse.Namespace) -> str:
-    """Text of the report: a line for the dataset and for each place."""
+    """Text of the report: a line for the dataset, and one for each run, store or other folder that was found."""
     found = ", ".join(f"{number:,} {what}" for what, number in sorted(report.dataset.found.items()) if number)
     missing = sum(not number for one in report.dataset.numbers.values() for number in one.values())
     unknown = f"; {missing} ids it never had, which later appends leave out" if missing else ""

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the run's model, embed the catalogue and write the index.
 
     Raises:
-        ValueError: no such run or checkpoint, faiss is not installed, or the output exists.
+        ValueError: the run or checkpoint does not exist, faiss is not installed, or the output exists.
     """
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device

@@ -1,4 +1,4 @@
-"""`hllm init`: writes the recipe of a task, filled in for a dataset, as a configuration of your own.
+"""`hllm init`: writes a configuration for a dataset, completed from the recipe of a task.
 
 hllm init --data data/shop                      # ranking.yaml
 hllm train --config ranking.yaml
@@ -74,7 +74,7 @@ def _text(args: argparse.Namespace, said: list[str], content: dict[str, Any]) ->
 
 
 def _left_out(args: argparse.Namespace) -> list[str]:
-    """What the dataset declares and the recipe does not use, as at most one line."""
+    """At most one line that lists labels and context of the dataset that the recipe does not use."""
     from hllm_torchrec.data.dataset import Dataset
 
     schema = Dataset.open(args.data).schema

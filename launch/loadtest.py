@@ -1,4 +1,4 @@
-"""`hllm loadtest`: measures latencies of a running `hllm serve` at given rates of requests.
+"""`hllm loadtest`: measures the latencies of a running `hllm serve` at given request rates.
 
 hllm loadtest --url http://127.0.0.1:8400 --dataset data/ml-100k --rates 20,50,100 --seconds 20 --output runs/load
 
@@ -49,9 +49,13 @@ def build_parser() -> CommandParser:
         "--candidates", type=positive, default=200, metavar="N", help="candidates per request (default: 200)"
     )
     parser.add_context()
-    parser.add_argument("--users", type=positive, metavar="N", help="users who ask (default: all)")
+    parser.add_argument("--users", type=positive, metavar="N", help="number of users who send requests (default: all)")
     parser.add_argument(
-        "--zipf", type=float, default=1.0, metavar="S", help="user k asks in proportion to k^-S (default: 1)"
+        "--zipf",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="user k = 1, 2, ... sends a share of the requests proportional to k^-S (default: 1)",
     )
     parser.add_argument(
         "--p99",
@@ -66,10 +70,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Warm up, load the service at each rate, print, and write the files.
+    """Warm up the service, send requests at each rate, print the results, and write the files.
 
     Raises:
-        ValueError: no dataset, or no service answers at the URL.
+        ValueError: the dataset does not exist, or no service answers at the URL.
     """
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.data.dataset import Dataset
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
     token = read_token(args.token_file, "localhost")
     dataset = Dataset.open(args.dataset)
-    users = dataset.users["raw_user_id"].drop_null().to_pylist()  # a forgotten id has none
+    users = dataset.users["raw_user_id"].drop_null().to_pylist()  # the raw id of a forgotten user is null
     items = dataset.items["raw_item_id"].drop_null().to_pylist()
     results = asyncio.run(_load(args, users[: args.users], items, token))
     facts = {name: getattr(args, name) for name in ("seconds", "candidates", "zipf", "seed")}
@@ -107,7 +111,7 @@ async def _load(args: argparse.Namespace, users: list[str], items: list[str], to
     for number, rate in enumerate(args.rates):
         arrivals = draw_arrivals(rate, args.seconds, len(users), args.zipf, args.seed + number)
         bodies = score_bodies(users, items, arrivals, args.candidates, args.seed, args.context)
-        if number == 0:  # the first requests of a process compile and allocate
+        if number == 0:  # warm-up: the first requests of a process compile and allocate
             for body in bodies[:20]:
                 await client.post_score(body)
         before = await client.cache_counts()

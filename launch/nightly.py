@@ -1,15 +1,16 @@
-"""`hllm nightly`: nightly training as one job: appends the day, trains on it, compares, and publishes.
+"""`hllm nightly`: nightly training as one job: appends the day's events, trains on them, compares, and publishes.
 
     hllm nightly --config night.yaml
     hllm nightly --config night.yaml --night 2023-11-22 --steps train evaluate
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.nightly --config night.yaml
 
-Steps, in order: append (a new version of the dataset; its last events by time are held out), train (from the published
-run, on what came since), evaluate (both models on the same new exposures), gate, embed (what changed, into stores),
-publish (the alias FOLDER/current moves). A step that is done is not repeated; a job that was killed is started again
-with the same command. `hllm rollback` takes a release back.
+Steps, in order: append (write a new version of the dataset, of which the last new events by time are held out), train
+(start from the published run, train on the events since then), evaluate (both models on the same new exposures), gate
+(decide from the comparison), embed (write changed vectors into the stores), publish (move the alias FOLDER/current).
+Steps that are complete are not repeated, so a job that was killed is continued by the same command. `hllm rollback`
+makes an earlier release current again.
 
-exit status: 0; 2 after a user error; 3 if the gate has refused the night's model, which is not published then.
+exit status: 0; 2 after a user error; 3 if the gate refused the night's model, which is then not published.
 """
 
 import argparse
@@ -46,10 +47,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace, options: list[str]) -> int:
-    """Run what is left of the night; returns the exit status.
+    """Run the remaining steps of the night; returns the exit status.
 
     Raises:
-        ValueError: the configuration, or what a step reads, is not usable.
+        ValueError: the configuration, or an input of a step, is not usable.
     """
     from hllm_torchrec.config.loading import load_dataclass
     from hllm_torchrec.lifecycle.night_config import NightConfig

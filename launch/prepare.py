@@ -138,14 +138,14 @@ def moment(text: str) -> int:
 
 
 def split_of(args: argparse.Namespace) -> Split:
-    """The split that the options name. Raises ValueError if they do not fit together."""
+    """The split selected by the options. Raises ValueError if they do not fit together."""
     dates = (args.train_until, args.valid_until)
     rule = args.split or ("time" if dates == (None, None) else "date")
     return Split(rule, tuple(args.fractions), args.hold_out_items, args.seed, *dates)
 
 
 def check_append_options(args: argparse.Namespace, rule: str) -> None:
-    """Raise ValueError if an option asks for what an append to a dataset split by `rule` does not do."""
+    """Raise ValueError for an option that an append to a dataset split by `rule` does not support."""
     if (args.train_until, args.valid_until) == (None, None) and args.split not in (None, rule):
         raise ValueError(
             f"--append --split {args.split}: the dataset is split by {rule}, and only dates can move (--train-until, "
@@ -177,7 +177,7 @@ def summary(path: Path, name: str = "") -> str:
 
 
 def describe_append(entry: dict[str, Any]) -> str:
-    """Lines about an appended version: what it added."""
+    """Lines that describe an appended version: numbers of added events, items and users."""
     late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
     lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
     for what in ("items", "users"):

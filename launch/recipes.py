@@ -1,4 +1,4 @@
-"""Recipes on the command line: `recipe: ranking` of a configuration becomes the settings for its dataset."""
+"""Recipes on the command line: replaces `recipe: NAME` of a configuration by the settings chosen for its dataset."""
 
 import os
 from collections.abc import Sequence
@@ -24,16 +24,18 @@ from hllm_torchrec.config.schema import DataConfig
 
 
 def with_recipe(arguments: list[str]) -> list[str]:
-    """Arguments of `load_config` with the choices of their recipe, below all that they set; unchanged without one.
+    """Return arguments of `load_config` in which the recipe is replaced by options with its choices.
 
-    Prints each choice with its reason, and fetches the recipes' encoder if it is the one to use and is not there.
+    The choices come first, so that files and options of `arguments` override them. Without a recipe, `arguments` are
+    returned unchanged. Prints each choice with its reason, and downloads the recipes' text encoder if the
+    configuration uses it and the folder does not exist.
 
     Raises:
         ValueError: the dataset cannot be read, or does not fit the task.
     """
     given = _given(arguments)
     task = given.get("recipe")
-    if task not in RECIPES:  # an unknown one is reported with all other problems
+    if task not in RECIPES:  # `load_config` reports an unknown recipe together with all other problems
         return arguments
     saved = _saved_run(given)
     if saved is not None:
@@ -49,10 +51,10 @@ def with_recipe(arguments: list[str]) -> list[str]:
 
 
 def facts_of(dataset: str) -> DatasetFacts:
-    """Facts of the dataset at a path or URL.
+    """Return the facts on which recipes depend, of the dataset at a path or URL.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the dataset cannot be read.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.data.recipe_facts import dataset_facts
@@ -61,8 +63,11 @@ def facts_of(dataset: str) -> DatasetFacts:
 
 
 def _given(arguments: list[str]) -> dict[str, Any]:
-    """All that files and options set, the later over the earlier; what cannot be read is left to the parser."""
-    found: dict[str, Any] = {}
+    """Merge the settings of files and options; later ones override earlier ones.
+
+    Files and values that cannot be read are skipped: the parser reports them later.
+    """
+    settings: dict[str, Any] = {}
     for name, text in split_arguments(arguments):
         try:
             content = read_resolved(Path(text)) if name == "config" else yaml.safe_load(text)
@@ -71,8 +76,8 @@ def _given(arguments: list[str]) -> dict[str, Any]:
         if name != "config":
             for part in reversed(name.split(".")):
                 content = {part: content}
-        found = merge(found, content if isinstance(content, dict) else {})
-    return found
+        settings = merge(settings, content if isinstance(content, dict) else {})
+    return settings
 
 
 def _dataset(given: dict[str, Any]) -> str:
@@ -86,17 +91,17 @@ def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def with_choices(content: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
-    """The content of a configuration with the choices of its recipe."""
+    """Return the content of a configuration with the choices of its recipe."""
     for choice in choices:
         content = merge(content, choice.as_mapping())
     return content
 
 
 def fetch_encoder(content: dict[str, Any]) -> None:
-    """Fetch the recipes' encoder if the configuration `content` reads texts by it and it is not there.
+    """Download the recipes' text encoder if the configuration `content` uses it and its folder has no model.
 
     Raises:
-        ValueError: it cannot be downloaded.
+        ValueError: the encoder cannot be downloaded.
     """
     name = value_at(content, "item_llm.pretrained") if has_value(content, "item_llm.pretrained") else None
     enabled = value_at(content, "item_llm.enabled") if has_value(content, "item_llm.enabled") else True
@@ -107,5 +112,6 @@ def fetch_encoder(content: dict[str, Any]) -> None:
 
     parent = Path(name).parent
     parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(parent / ".fetch.lock", f"{name}: another process fetches it", wait=600):  # ranks start together
+    # All ranks of a job get here at the same time.
+    with hold_lock(parent / ".fetch.lock", f"{name}: another process fetches it", wait=600):
         fetch_minilm(parent)

@@ -1,4 +1,4 @@
-"""`hllm recommend`: prints a user's history and a run's recommendations, with titles.
+"""`hllm recommend`: prints a user's history and a run's recommendations, with the items' texts.
 
 hllm recommend --run runs/quickstart --user 196 --top 20
 hllm recommend --run runs/shop --user u7 --context '{"page": "home"}'     # for a run with `data.context`
@@ -63,7 +63,7 @@ def as_text(user: str, found: "Recommendations", history: int) -> str:
     lines = [f"user {printable(user)}, {len(found.history)} events, the latest {len(latest)}:"]
     lines += [f"     {_line(item)}" for item in latest]
     lines.append(f"recommended, with {found.scored_by}:")
-    lines += [f"{place:>4} {item.score:.3f}  {_line(item)}" for place, item in enumerate(found.items, 1)]
+    lines += [f"{rank:>4} {item.score:.3f}  {_line(item)}" for rank, item in enumerate(found.items, 1)]
     return "\n".join(lines)
 
 

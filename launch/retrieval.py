@@ -1,4 +1,4 @@
-"""`hllm retrieval`: popularity, EASE and a decayed Markov chain on a leave-one-out dataset.
+"""`hllm retrieval`: fits and evaluates popularity, EASE and a decayed Markov chain on a leave-one-out dataset.
 
     hllm retrieval --dataset data/ml-100k-loo --output runs/retrieval
 

@@ -1,10 +1,10 @@
-"""`hllm rollback`: makes the release before the current one current again, or a named one.
+"""`hllm rollback`: makes the previous release, or a named one, the current release.
 
     hllm rollback --folder nights
     hllm rollback --folder nights --to 2023-11-20
 
-The alias FOLDER/current moves in one step, and FOLDER/previous names what was current. The next night starts from the
-run that is current then. Repeated without --to, it does nothing more.
+The alias FOLDER/current moves in one step, and FOLDER/previous then names the release that was current. The next night
+starts from the run of the current release. A second rollback without --to changes nothing.
 """
 
 import argparse
@@ -24,10 +24,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Move the aliases, and print what is current.
+    """Move the aliases, and print the current release.
 
     Raises:
-        ValueError: nothing to go back to, or no such release.
+        ValueError: there is no other release, or none with the given name.
     """
     from hllm_torchrec.lifecycle.releases import rollback
 

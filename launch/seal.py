@@ -1,4 +1,4 @@
-"""`hllm seal`: checks a dataset's files that another program wrote, and writes the manifest."""
+"""`hllm seal`: checks the files of a dataset that another program wrote, and writes the manifest."""
 
 import argparse
 import logging

@@ -46,10 +46,13 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command and print its result; 1 if `verify` finds damage or `delete` an id without a vector, else 0.
+    """Run the command and print its result.
+
+    Returns:
+        1 if `verify` finds damage or `delete` is given an id without a vector, else 0.
 
     Raises:
-        ValueError: no store, a damaged store, or arguments that do not fit.
+        ValueError: the store does not exist or is damaged, or the arguments do not fit.
     """
     from hllm_torchrec.store.export_formats import export_faiss, export_parquet
     from hllm_torchrec.store.store import EmbeddingStore

@@ -1,4 +1,4 @@
-"""Building blocks of the models: pure tensor code that knows nothing of ranks, processes or machines."""
+"""Building blocks of the models: pure tensor code without process groups, ranks or environment variables."""
 
 if __name__ == "modules":
     raise ImportError("modules is hllm_torchrec.modules: write 'from hllm_torchrec.modules import ...'")

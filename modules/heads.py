@@ -17,7 +17,7 @@ from hllm_torchrec.modules.precision import widen
 class PredictionHead(nn.Module):
     """Logits for the exposures of a batch, x of Eq. (2).
 
-    - Early fusion: the query was the target item itself, so its output already combines user and target:
+    - Early fusion: the query token is the target item, so its output already combines user and target:
       logit = MLP(LN(query)).
     - Late fusion: the user embedding u (output of the [USER] query) is combined with the target's item embedding e
       only here: logit = MLP([u, e, u * e]) + scale * mean(u * e), with u and e layer-normalized first. The mean is
@@ -41,13 +41,13 @@ class PredictionHead(nn.Module):
 
         Args:
             width: D of the query outputs, and of the item embeddings in late fusion.
-            hidden: width of the MLP's hidden layer, or of each of several; empty makes a linear head.
+            hidden: width of the MLP's hidden layer, or widths of several; an empty sequence makes a linear head.
             dropout: probability after each hidden layer's SiLU.
             fusion: "early" or "late".
             evidence: F, number of evidence columns per exposure (0: none).
 
         Raises:
-            ValueError: another fusion.
+            ValueError: `fusion` is not "early" or "late".
         """
         super().__init__()
         if fusion not in (Fusion.EARLY, Fusion.LATE):
@@ -65,13 +65,14 @@ class PredictionHead(nn.Module):
             layers += [nn.Linear(n_in, n_out), nn.SiLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers)
         self.out = nn.Linear(widths[-1], 1)
-        # Wide and deep: evidence adds a linear term to the logit, and to what the MLP reads of the user.
+        # Wide and deep: evidence adds a linear term to the logit, and a projection of it is added to the query.
         self.wide = nn.Linear(evidence, 1) if evidence else None
         self.read_evidence = nn.Linear(evidence, width, bias=False) if evidence else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the scale of the dot product to 1, the linear term to 0; the other layers inside reset themselves."""
+        """Set the scale of the dot product to 1 and the linear term to 0; submodules have `reset_parameters` of their
+        own."""
         if self.fusion.query_is_user:
             nn.init.ones_(self.dot_scale)
         if self.wide is not None:
@@ -85,10 +86,10 @@ class PredictionHead(nn.Module):
             query: [Q, D], the User LLM's output at the exposures' queries (late fusion: the user embedding,
                 repeated for each exposure of the request).
             item: [Q, D], the target's item embedding; late fusion only.
-            evidence: [Q, F] of the exposures, of a head that was built for it; else None.
+            evidence: [Q, F] of the exposures if the head was built with evidence, else None.
 
         Raises:
-            ValueError: an item in early fusion, or none in late fusion.
+            ValueError: an item is given in early fusion, or no item in late fusion.
         """
         if (item is not None) != self.fusion.query_is_user:
             given = "an item embedding" if item is not None else "no item embedding"
@@ -104,14 +105,14 @@ class PredictionHead(nn.Module):
             return logits + self.wide(widen(evidence)).squeeze(-1)
 
     def _combine(self, query: Tensor, item: Tensor | None) -> Tensor:
-        """Logits [Q] of the network alone."""
+        """Logits [Q] without the linear term of evidence."""
         user = self.user_norm(query)
         if item is None:
             return self._score(user)
         target = self.item_norm(item)
         product = user * target
         with torch.autocast(device_type=query.device.type, enabled=False):
-            # In float32 outside of autocast, see the class docstring.
+            # In float32 without autocast, see the class docstring.
             dot = self.dot_scale * widen(product).mean(dim=-1)
         return self._score(torch.cat((user, target, product), dim=-1)) + dot
 
@@ -126,7 +127,7 @@ class PredictionHead(nn.Module):
             base_rate: share of positive labels among the training exposures, in (0, 1).
 
         Raises:
-            ValueError: a base rate of 0 or 1: labels of one class train no classifier.
+            ValueError: the base rate is not in (0, 1); labels of one class cannot train a classifier.
         """
         if not 0.0 < base_rate < 1.0:
             raise ValueError(
@@ -137,7 +138,8 @@ class PredictionHead(nn.Module):
 
     @torch.no_grad()
     def initialize_evidence(self, weights: Tensor, bias: float) -> None:
-        """Start from a logistic regression on evidence alone, weights [F] and bias: the network adds exactly 0."""
+        """Make the logit equal to a logistic regression on evidence alone, with weights [F] and bias; the network then
+        adds exactly 0 to it."""
         assert self.wide is not None
         self.wide.weight.copy_(weights[None])
         self.wide.bias.fill_(bias)

@@ -6,8 +6,8 @@
 
 The results equal the packed pass of training (`Queries`): a candidate is a query that sees the history before it and
 itself. So Q candidates after N events cost N^2 + N Q query-key pairs, instead of Q N^2 (one pass per candidate) or
-(N + Q)^2 (one masked sequence), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
-a candidate is an input; late fusion has one query, the [USER] vector.
+(N + Q)^2 (one masked sequence), and memory beyond the cache is that of one micro-batch. With early fusion the queries
+are the candidates; with late fusion there is one query, the [USER] vector.
 
 Supported are HSTU (`hstu.cached_pointwise`) and all softmax encoders (`attention.cached_softmax`): the User LLM
 (Hugging Face decoders, through the registered attention), SASRec and LiGR. Inference only: no autograd graph is built.
@@ -36,10 +36,10 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
         encoder: in evaluation mode.
         x_ND: features of the events, oldest first; no rows for a user without history.
         times: [N] int64 seconds.
-        cache: of the events before these, which are not computed again; it is not modified.
+        cache: cache of the earlier events, which are not computed again; it is not modified.
 
     Returns:
-        The cache of all events, equal (up to rounding) to that of a single call with all of them.
+        The cache of all events, equal (up to rounding) to the result of a single call with all events.
 
     Raises:
         ValueError: the encoder is in training mode or not supported; an event is earlier than the last cached one; or
@@ -55,7 +55,7 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
         )
     if cache is not None and x_ND.shape[0] == 0:
         return cache
-    # An empty cache is treated as none, because the code for existing caches expects at least one key.
+    # An empty cache is treated like None, because the code that extends a cache expects at least one key.
     if before == 0:
         cache = None
     # A user without history needs empty keys and values of the right shapes: run one zero row and drop its results.
@@ -67,9 +67,9 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
 
 @torch.no_grad()
 def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible: int | None = None) -> ScoreCandidates:
-    """Prepare what all candidates of a request share; the returned function scores micro-batches of candidates.
+    """Do the computation that all candidates of a request share; return a function that scores micro-batches of them.
 
-    time: seconds of the request; visible: number of events, from the oldest, that it sees (None: all).
+    time: seconds of the request; visible: number of events, from the oldest, that the request sees (None: all).
 
     Raises:
         ValueError: as `read_history`, or `visible` exceeds the number of cached events.
@@ -85,9 +85,9 @@ def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible:
 def begin_requests(
     encoder: UserEncoder, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
 ) -> ScoreRequests:
-    """Prepare several requests, of one user each; the returned function scores the candidates of all in one pass.
+    """Prepare several requests, each of one user; return a function that scores the candidates of all in one pass.
 
-    Its results are those of `begin_request`, up to rounding. times, visible: as there, of each request.
+    Its results are those of `begin_request`, up to rounding. times, visible: for each request, as in `begin_request`.
 
     Raises:
         ValueError: as `begin_request`.
@@ -131,8 +131,8 @@ def check_encoder(encoder: UserEncoder) -> None:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
     if not encoder.keeps_history:
         raise ArgumentError(
-            f"encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
-            "encoders of attention (SoftmaxEncoder) do: score by `hllm evaluate`, or by its own forward pass"
+            f"encoder: {type(encoder).__name__} cannot cache the keys and values of a history; the User LLM, HSTU and "
+            "subclasses of SoftmaxEncoder can: score with `hllm evaluate`, or with the encoder's forward pass"
         )
     if encoder.query_next_time or encoder.count_from_end:
         option = "time_of: 'next'" if encoder.query_next_time else "count_from: 'end'"

@@ -25,7 +25,7 @@ def lengths_from_offsets(offsets: Tensor) -> Tensor:
 
 
 def sequence_of_position(offsets: Tensor, total: int) -> Tensor:
-    """Number of the sequence of every packed position: [T] int64; `total` is T (passing it saves a device sync)."""
+    """Index of the sequence of every packed position: [T] int64; `total` is T (passing it saves a device sync)."""
     sequences = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(sequences, lengths_from_offsets(offsets), output_size=total)
 
@@ -37,7 +37,7 @@ def position_in_sequence(offsets: Tensor, total: int) -> Tensor:
 
 
 MOST_SCORES = 2**22
-"""Most attention scores per head of one bucket: 16 MiB in float32."""
+"""Largest number of attention scores per head of one bucket: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Bucket:
 
     rows: [b, N] int64, the packed position of each padded cell (a padding cell repeats a valid one).
     valid: [b, N] bool, False at padding; None if nothing is padded.
-    sequences: [b] int64, numbers of the sequences.
+    sequences: [b] int64, indices of the sequences.
     """
 
     rows: Tensor
@@ -57,12 +57,13 @@ class Bucket:
 def length_buckets(
     offsets: Tensor, waste: float = 0.25, floor: int = 16, most_scores: int = MOST_SCORES
 ) -> list[Bucket]:
-    """Group sequences of `offsets` [B+1] by length, so that little of a bucket is padding.
+    """Group sequences of `offsets` [B+1] by length, so that buckets have little padding.
 
-    `waste` is the share of padding if a bucket's lengths are spread evenly; the shortest of a bucket is padded by at
-    most twice that. Sequences of at most `floor` positions share a bucket regardless of waste: for these a launch costs
-    more than the padded cells. A bucket has at most `most_scores` attention scores per head (b x N x N), or one
-    sequence. Empty sequences are in no bucket. Lengths are read on the host, once per batch.
+    `waste` is the largest mean share of padding of a bucket whose lengths are spread evenly; at most twice this share
+    of the shortest sequence's row is padding. Sequences of at most `floor` positions share a bucket regardless of
+    `waste`: for these a kernel launch costs more than the padded cells. A bucket has at most `most_scores` attention
+    scores per head (b x N x N), or a single sequence. Empty sequences are in no bucket. The lengths are copied to the
+    host once per call.
     """
     lengths = lengths_from_offsets(offsets).cpu()
     order = torch.argsort(lengths, descending=True, stable=True)

@@ -1,7 +1,7 @@
-"""Late-fusion head with what depends on the target alone computed once for all items.
+"""Late-fusion head whose item-dependent part is computed once for all items.
 
-Of the first layer's inputs [u, e, u * e] the part of e is linear in e: W_e e is stored for each item, W_u u is computed
-once per user, and only W_p (u * e) for each pair, a third of the layer.
+The first layer of the head reads [u, e, u * e], so its output is W_u u + W_e e + W_p (u * e) + b. W_e e is stored for
+each item, W_u u + b is computed once per user, and only W_p (u * e), a third of the layer, for each pair.
 
 Legend: N items, M pairs, R users, D width, H width of the first hidden layer.
 """
@@ -30,13 +30,17 @@ class PreparedHead:
 
     @torch.no_grad()
     def items(self, items_ND: Tensor) -> Tensor:
-        """What is stored of the items [N, D + H]: normalized, and their part of the first layer."""
+        """Stored values of the items, [N, D + H]: normalized embeddings e, and W_e e."""
         normed: Tensor = self.head.item_norm(items_ND)
         return torch.cat([normed, F.linear(normed, self._of_item)], dim=1)
 
     @torch.no_grad()
     def score(self, users_RD: Tensor, user_of_pair: Tensor | None, items: Tensor) -> Tensor:
-        """Logits [M] of pairs: the user (index [M] into users [R, D]; None: R is 1) and a row of `items`."""
+        """Logits [M] of user-item pairs.
+
+        user_of_pair: [M] int64, index of each pair's user in `users_RD`; None: a single user, R = 1. items: [M, D + H],
+        rows of `items()`.
+        """
         item_MD, hidden_MH = items.split([self._of_item.shape[1], self._of_item.shape[0]], dim=1)
         users = self.head.user_norm(users_RD)
         of_users = F.linear(users, self._of_user, self._bias)

@@ -5,8 +5,9 @@
     MMoE:           s_k = sum_e softmax(G_k f)_e * MLP_e(f)           (Ma et al., KDD 2018)
     outputs of task k:  W_k SiLU(V_k s_k) + b_k + scale_k * mean(u * e)
 
-One pass of the user encoder and one matrix product per layer serve all tasks. Legend: X exposures, D width, H hidden
-width, E experts, K tasks, T tower width, O outputs of all tasks.
+All tasks share one pass of the user encoder and one matrix product per layer. mean(u * e) is in late fusion only.
+
+Legend: X exposures, D width, H hidden width, E experts, K tasks, T tower width, O outputs of all tasks.
 """
 
 import math
@@ -29,8 +30,8 @@ class TaskTowers(nn.Module):
         outputs: number of outputs of each task.
         dropout: probability after each hidden layer's SiLU.
         fusion: "early" or "late".
-        evidence: F, number of evidence columns per exposure (0: none): read with the query, and added to each output by
-            a linear layer that starts at 0.
+        evidence: F, number of evidence columns per exposure (0: none). A projection of them is added to the query, and
+            a linear layer that starts at 0 adds them to each output.
         experts: E; 0: shared bottom.
     """
 
@@ -67,14 +68,15 @@ class TaskTowers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the parameters of this module itself; the layers inside reset themselves."""
+        """Initialize the parameters of this module; its submodules have `reset_parameters` of their own."""
         for weight, fan_in in ((self.tower_weight, self.tower_weight.shape[2]), (self.out_weight, None)):
             bound = 1 / math.sqrt(fan_in or self.out_weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
         nn.init.zeros_(self.tower_bias)
         nn.init.zeros_(self.out_bias)
         if self.fusion.query_is_user:
-            # The dot product orders items; it says nothing of the classes of one task relative to each other.
+            # The dot product orders items. It cannot separate the classes of one task, so tasks with several outputs
+            # start without it.
             single = [float(number == 1) for number in self.outputs for _ in range(number)]
             with torch.no_grad():
                 self.dot_scale.copy_(torch.tensor(single))
@@ -106,7 +108,7 @@ class TaskTowers(nn.Module):
             return outputs + self.wide(widen(evidence))
 
     def _shared(self, features: Tensor) -> Tensor:
-        """Representation of each task: [X, K, H], or [X, 1, H] if all tasks have the same."""
+        """Representation of each task: [X, K, H], or [X, 1, H] with a shared bottom."""
         hidden = self.dropout(F.silu(self.bottom(features)))
         if self.gates is None:
             return hidden[:, None]
@@ -121,19 +123,20 @@ class TaskTowers(nn.Module):
         else:
             first = torch.einsum("xkh,kth->xkt", shared, self.tower_weight) + self.tower_bias
         hidden = self.dropout(F.silu(first))
-        if len(self.outputs) < sum(self.outputs):  # a tower with several outputs is read by each of them
+        if len(self.outputs) < sum(self.outputs):  # all outputs of a task read the task's tower
             hidden = hidden[:, self.task_of_output]
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return (widen(hidden) * widen(self.out_weight)).sum(dim=-1) + widen(self.out_bias)
 
     @torch.no_grad()
     def initialize_bias(self, start: Sequence[float]) -> None:
-        """Set the last biases [O]: those of a constant prediction."""
+        """Set the biases of the outputs to `start` [O], those of a constant prediction."""
         self.out_bias.copy_(torch.tensor(start))
 
     @torch.no_grad()
     def initialize_evidence(self, weights: Tensor, bias: float) -> None:
-        """Start the first output from a logistic regression on evidence alone, weights [F] and bias, as in the head."""
+        """Make the first output equal to a logistic regression on evidence alone, with weights [F] and bias; the towers
+        then add exactly 0 to it."""
         assert self.wide is not None
         self.wide.weight[0].copy_(weights)
         self.wide.bias[0] = bias

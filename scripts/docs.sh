@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the documentation site into build/site, in an environment of its own: it needs neither torch nor the package.
+# Builds the documentation site into build/site, in a separate environment that needs neither torch nor the package.
 set -euo pipefail
 
 usage() {
@@ -31,13 +31,13 @@ if ! "$python" -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev
     "$python" -m pip install -q --disable-pip-version-check -c scripts/requirements/constraints-docs.txt \
         mkdocs mkdocs-material "mkdocstrings[python]"
 fi
-# Said by mkdocs-material of releases that these pins exclude.
+# A warning of mkdocs-material about releases of mkdocs that these pins exclude.
 export NO_MKDOCS_2_WARNING=1
 if [ -n "$serve" ]; then
     exec "$python" -m mkdocs serve
 fi
 "$python" -m mkdocs build --strict --quiet
-# What a reader's browser would fetch from somewhere else.
+# The site must not make a reader's browser fetch anything from another host.
 if grep -rhoE '<(script|img|iframe)[^>]*src="?https?://[^ ">]*|<link[^>]*rel="?(stylesheet|preconnect)[^>]*href="?https?://[^ ">]*' \
     --include='*.html' build/site; then
     echo "docs: the pages above fetch something from another host" >&2

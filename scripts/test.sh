@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks everything: ruff, mypy, pytest; makes the environment first if it is not there.
+# Runs all checks (ruff, mypy, import-linter, pytest); makes the environment first if it does not exist.
 set -euo pipefail
 
 usage() {
@@ -8,14 +8,14 @@ usage: bash scripts/test.sh [--fast | --long | --extras | --repeat N] [--matrix 
 
   --fast      leave out the tests marked slow
   --long      run the tests marked long, too
-  --extras    only the tests that need Ray or a browser, in an environment of their own over .venv (.venv-extras)
-  --repeat N  only the tests that start processes or threads, or hold locks, N times beside two busy processes
-  --matrix    the same with every supported torch, each in an environment of its own (.cache/matrix)
-  --torch X.Y with that torch: see scripts/install.sh --help
+  --extras    only the tests that need Ray or a browser, in a separate environment on top of .venv (.venv-extras)
+  --repeat N  only the tests that start processes or threads, or hold locks, N times while two processes keep the CPU busy
+  --matrix    run the checks with every supported torch, each in a separate environment (.cache/matrix)
+  --torch X.Y use this torch: see scripts/install.sh --help
   --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
   --help      this text
 
-The rest goes to pytest: bash scripts/test.sh -k checkpoint -x
+All other arguments are passed to pytest: bash scripts/test.sh -k checkpoint -x
 TEXT
 }
 
@@ -34,7 +34,7 @@ check_tree() { # mypy and import-linter on a tree laid out like the wheel, where
     return "$status"
 }
 
-extras_environment() { # .venv-extras: what .venv has, and the extras that the other tests do without
+extras_environment() { # makes .venv-extras: the packages of .venv, and the extras that the other tests do not need
     [ -x .venv-extras/bin/python ] || "$python" -m venv .venv-extras
     "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         >"$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
@@ -42,7 +42,7 @@ extras_environment() { # .venv-extras: what .venv has, and the extras that the o
     python=$root/.venv-extras/bin/python
 }
 
-run_matrix() { # ARGUMENTS ...: this script once for every torch of hllm_torchrec/_versions.py; says which failed
+run_matrix() { # PYTHON ARGUMENTS ...: runs this script with every torch of hllm_torchrec/_versions.py; reports failures
     local minor environment failed=()
     for minor in $("$1" -c 'import runpy; print(*runpy.run_path("hllm_torchrec/_versions.py")["RELEASES"])'); do
         environment=$root/.cache/matrix/torch-$minor
@@ -99,10 +99,10 @@ if [ "$repeat" -gt 0 ]; then
 fi
 
 said=$(mktemp)
-check_tree >"$said" 2>&1 & checking=$! # beside the tests: it takes one core
+check_tree >"$said" 2>&1 & checking=$! # at the same time as the tests, on one core
 trap 'kill "$checking" 2>/dev/null || true; rm -f "$said"' EXIT
 echo "== pytest"
-export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
+export OMP_NUM_THREADS=1 # tests run in parallel, and many of them start ranks
 status=0
 "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}" || status=$?
 echo "== mypy"

@@ -1,12 +1,12 @@
-"""`BatchScorer`: the scores of `Scorer` for many requests at once, from prepared inputs.
+"""`BatchScorer`: scores of `Scorer` for many requests in one pass, from precomputed inputs.
 
     scorer = BatchScorer.of_run(Path("runs/early"))
     logits = scorer.score_batch([Request(state, items, time), ...])
 
-The items' inputs are computed once for the catalogue (`SlotInputs`), the linear layers of the user encoder run over the
-candidates of all requests, and with late fusion the target's side of the head is stored (`PreparedHead`).
+The items' inputs are computed once for the catalogue (`SlotInputs`). The linear layers of the user encoder run over the
+candidates of all requests. With late fusion the item's part of the head is precomputed (`PreparedHead`).
 
-Legend: R requests, M candidates of all of them, D width.
+Legend: R requests, M candidates of all requests, D width.
 """
 
 import itertools
@@ -33,17 +33,19 @@ from hllm_torchrec.serving.task_scores import output_shape
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 ROWS_AT_ONCE = 8192
-"""Candidates of all requests that are computed at a time."""
+"""Largest number of candidates, of all requests together, that are computed at a time."""
 
 DICT_ITEMS = 2_000_000
-"""Items up to which raw ids are looked up in a dictionary, about 150 bytes each and ten times as fast as by hash."""
+"""Largest number of items whose raw ids are looked up in a dictionary: about 150 bytes per item, and ten times as fast
+as the index `RawIds`, which larger catalogues use."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC.
+    """Candidates of a user at a time.
 
-    context: columns [1] of the request's context, from `BatchScorer.context_columns`.
+    state: made by this scorer; items: [m] dense ids; time: seconds UTC; context: columns [1] of the request's context,
+    from `BatchScorer.context_columns`.
     """
 
     state: UserState
@@ -53,7 +55,7 @@ class Request:
 
 
 class BatchScorer(Scorer):
-    """A `Scorer` whose `score_batch` takes many requests. One thread scores; others may add items meanwhile."""
+    """A `Scorer` with `score_batch` for many requests. One thread scores; other threads may add items meanwhile."""
 
     _inputs: SlotInputs | None = None
     _numbers_of: dict[str, int] | None = None
@@ -71,13 +73,14 @@ class BatchScorer(Scorer):
             self._inputs.extend(known)  # a new item may also have been given another text
         if self._head is not None:
             self._prepared = self._head.items(self._inputs.items)
-        super()._make_collator()  # late: it makes the new ids known to other threads
+        super()._make_collator()  # after the above, because it makes the new ids known to other threads
         if self._numbers_of is not None:
             new = dataset.items["raw_item_id"].slice(known - 1).to_pylist()
             self._numbers_of.update({text: number for number, text in enumerate(new, known)})
 
     def item_ids(self, items: Any, what: str = "candidates") -> Ints:
-        """See `Scorer.item_ids`. Known raw ids need one look-up each: dense ids are no keys of the dictionary."""
+        """See `Scorer.item_ids`. Known raw ids are looked up in a dictionary, which has strings only, so dense ids are
+        never found there."""
         if self._numbers_of is not None and isinstance(items, list):
             with suppress(KeyError, TypeError):
                 return np.fromiter(map(self._numbers_of.__getitem__, items), np.int64, len(items))
@@ -91,7 +94,7 @@ class BatchScorer(Scorer):
 
     @property
     def catalogue_bytes(self) -> int:
-        """Bytes of what is stored of the items."""
+        """Bytes of the precomputed tensors of all items."""
         return self.inputs.items.nbytes + (0 if self._head is None else self._prepared.nbytes)
 
     def seen_part(self, history: UserHistory, time: int) -> UserHistory:
@@ -101,24 +104,24 @@ class BatchScorer(Scorer):
 
     @torch.no_grad()
     def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m], or outputs [m, O] of a model with several tasks, of each request, as by `Scorer`.
+        """Logits [m] of each request, or outputs [m, O] if the model has several tasks; equal to those of `Scorer`.
 
         Raises:
-            ValueError: a state of another model, or a leave-one-out request before the last event.
+            ValueError: a state was made by another model, or a leave-one-out request is earlier than the last event.
         """
-        found = [np.empty((0, *output_shape(self.hllm)), np.float32)] * len(requests)
-        asked = [number for number, request in enumerate(requests) if request.items.size]
-        kept = [self._with_its_state(requests[number]) for number in asked]
+        outputs = [np.empty((0, *output_shape(self.hllm)), np.float32)] * len(requests)
+        nonempty = [number for number, request in enumerate(requests) if request.items.size]
+        ready = [self._with_its_state(requests[number]) for number in nonempty]
         with configured_by("user.shape", length="data.max_history"):
-            scores = [logits for group in _groups(kept) for logits in self._score_group(group)]
-        for number, logits in zip(asked, scores, strict=True):
-            found[number] = logits
-        return found
+            scores = [logits for group in _groups(ready) for logits in self._score_group(group)]
+        for number, logits in zip(nonempty, scores, strict=True):
+            outputs[number] = logits
+        return outputs
 
     def _with_its_state(self, request: Request) -> Request:
-        """The request itself if its state starts where the events that it may see do.
+        """Return the request, with a state whose first event is that of the request's window.
 
-        Otherwise with a state that is read from those events alone.
+        A state with another first event is replaced by a new one, encoded from the visible events alone.
         """
         state, seen = request.state, self.rules.seen(request.state.history, request.time)
         self._check_state(state)
@@ -127,13 +130,14 @@ class BatchScorer(Scorer):
         return replace(request, state=self.read(self.seen_part(state.history, request.time)))
 
     def window(self, request: Request) -> tuple[UserHistory, Floats | None]:
-        """The events that the model reads for a request, and its numeric features [1, F], or None without any."""
+        """The events that the model reads for a request, and the request's numeric features [1, F] (None: no such
+        features)."""
         request = self._with_its_state(request)
         seen = self.seen_part(request.state.history, request.time)
         return seen.since(request.state.start), self.rules.numbers(request.state, request.time)
 
     def context_columns(self, given: Mapping[str, ContextValue] | None) -> Mapping[str, NDArray[Any]]:
-        """Context of a request by raw values as `Request.context`; see `Scorer.score`.
+        """Convert the raw context values of a request to `Request.context`; see `Scorer.score`.
 
         Raises:
             ValueError: a value is missing, its name is unknown, or it is not a valid number.
@@ -146,7 +150,8 @@ class BatchScorer(Scorer):
         return self.score_batch([Request(state, items, moment, context)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits of requests that have at most ROWS_AT_ONCE candidates together, or of a single larger request."""
+        """Logits of a group of requests, which have at most ROWS_AT_ONCE candidates in total, or of a single request
+        with any number of candidates."""
         states, times = [one.state for one in requests], [one.time for one in requests]
         visible = [self.rules.visible(state, time) for state, time in zip(states, times, strict=True)]
         ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)
@@ -154,7 +159,7 @@ class BatchScorer(Scorer):
         numeric = np.concatenate([one for one in numbers if one is not None]) if numbers[0] is not None else None
         context = {name: np.concatenate([one.context[name] for one in requests]) for name in requests[0].context}
         x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric, context)
-        # More than one part only for a single request, whose user is the same in all of them.
+        # The loop has several steps only for a group of one request, so `users` is the same in all steps.
         sizes = [one.items.size for one in requests]
         late = self.hllm.fusion.query_is_user
         users = ask(x_RD, [1] * len(requests)) if late else x_RD
@@ -163,7 +168,7 @@ class BatchScorer(Scorer):
             parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
             counts = [part.size for part in parts]
             ids = torch.from_numpy(concatenated(parts)).to(x_RD.device)
-            rows = None  # of one request: its vector is broadcast
+            rows = None  # a group of one request: the user's vector is broadcast
             if len(parts) > 1:
                 rows = torch.from_numpy(np.repeat(np.arange(len(parts)), counts)).to(ids.device)
             evidence = self._evidence_of(requests, parts)
@@ -197,7 +202,7 @@ class BatchScorer(Scorer):
 
 
 def concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """`np.concatenate`, without a copy of a single part."""
+    """Same as `np.concatenate`, but does not copy if there is a single part."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -208,7 +213,7 @@ def split(values: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
 
 
 def _groups(requests: Sequence[Request]) -> list[list[Request]]:
-    """Requests in order, in groups of at most ROWS_AT_ONCE candidates, or of one request."""
+    """Divide requests, in order, into groups of at most ROWS_AT_ONCE candidates; a larger request is a group alone."""
     groups: list[list[Request]] = []
     rows = 0
     for request in requests:

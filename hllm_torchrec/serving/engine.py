@@ -1,11 +1,12 @@
-"""Scores and states of many users: the part of the service without HTTP.
+"""Scoring engine of the service, without HTTP: histories, cached states and scores of many users.
 
     engine = Engine(BatchScorer.of_run(run), EventLog(run / "serving" / "events.sqlite"), cache_bytes=1 << 30)
     engine.score([ScoreRequest("u7", ["s3", "s41"], time), ...])     # one micro-batch
-    engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # seen by requests of later seconds
+    engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # visible to later requests (`RequestRules`)
 
-A state in the cache holds the events that the latest request could see; a later request extends it by those that came
-since, and one of an earlier time than the state's is computed without the cache, so its scores are those of that time.
+A state in the cache holds the events that were visible to the latest request of its user. A later request extends the
+state by the events that have become visible since. A request with an earlier time is computed without the cache, from
+the events that were visible at that time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +32,12 @@ from hllm_torchrec.serving.state_cache import StateCache
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 Features = Mapping[str, Sequence[str | Sequence[str]]]
-"""Item feature -> values of each item."""
+"""Item feature -> the value or values of each item."""
 
 
 @dataclass(frozen=True)
 class RawEvents:
-    """Events as a request gives them: raw ids and names of actions (None: unknown), labels (NaN: none), [n] each."""
+    """Events in a request, columns [n]: raw item ids, seconds UTC, labels (NaN: none), action names (None: unknown)."""
 
     items: Sequence[str]
     timestamps: Sequence[int]
@@ -46,11 +47,11 @@ class RawEvents:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Candidates of one user at a second.
+    """Request to score candidates for one user at a time.
 
-    user: raw id; a user whom neither the dataset nor an event names has the unknown user's features and no history.
-    candidates: raw ids. time: seconds UTC. history: events of the request alone, which are scored instead of the
-    user's and not kept; None: the user's. context: of the request, see `Scorer.score`.
+    user: raw id; a user who is neither in the dataset nor in the log has the features of the unknown user and no
+    history; None: no user. candidates: raw ids. time: seconds UTC. history: events to use instead of the user's known
+    history, which are not stored; None: the known history. context: see `Scorer.score`.
     """
 
     user: str | None
@@ -62,11 +63,11 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RecommendRequest:
-    """The best items of the catalogue for a user at a second.
+    """Request for the best items of the catalogue for a user at a time.
 
-    user, time, history, context: as in `ScoreRequest`. top: number of items. candidates: number of items that are
-    retrieved and then ranked. seen_too: whether items of the history are recommended. filters: item feature -> values;
-    an item has at least one of each.
+    user, time, history, context: as in `ScoreRequest`. top: number of items to return. candidates: number of items that
+    are retrieved and then ranked by the head; at least `top` are. seen_too: whether items of the history may be
+    recommended. filters: item feature -> values; an item must have at least one of the values of every feature.
     """
 
     user: str | None
@@ -86,9 +87,9 @@ AnyRequest = ScoreRequest | RecommendRequest
 class Scores:
     """Result of a request.
 
-    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. tasks: what each task predicts [m], as by
-    `Scorer.score_tasks`. events: number of events that the request could see. model: see `Engine.mark`. items: raw id
-    and text of each recommendation.
+    logits: [m] float32, as from `Scorer.score`; descending for recommendations. tasks: task name -> predictions [m], as
+    from `Scorer.score_tasks`. events: number of events that the request could see. model: see `Engine.mark`. items: raw
+    id and text of each recommendation; empty for a `ScoreRequest`.
     """
 
     logits: NDArray[np.float32]
@@ -99,13 +100,13 @@ class Scores:
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
-        """Of the first label [m], calibrated if the run is."""
+        """Predictions [m] of the first task, calibrated if the run is."""
         return next(iter(self.tasks.values()))
 
 
 @dataclass(frozen=True)
 class _Cached:
-    """A user in the cache: all events known so far, and the state, which may hold fewer."""
+    """Cache entry of a user: all known events, and the state, which may hold fewer (the visible ones)."""
 
     known: KnownHistory
     state: UserState
@@ -118,14 +119,16 @@ class _Cached:
 
 
 class Engine:
-    """Histories, states and scores of one model. `score` and `forget_state` are called by one thread, the rest by any.
+    """Histories, states and scores of one model.
+
+    Only one thread may call `score` and `forget_state`; the other methods may be called by any thread.
 
     Args:
-        scorer: its catalogue is encoded.
-        log: of the events; None: the service takes none.
-        cache_bytes: bytes of states and histories that are kept.
-        index: of the items, see `Retrieval`.
-        index_folder: where it is kept, see there.
+        scorer: scorer of the model, with the encoded catalogue.
+        log: log of the events that the service accepts; None: the service accepts no events.
+        cache_bytes: upper bound of the bytes of cached states and histories.
+        index: kind of the item index, see `Retrieval`.
+        index_folder: folder of a stored item index, see `Retrieval`.
     """
 
     def __init__(
@@ -137,8 +140,8 @@ class Engine:
         index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
-        # The scorer's mark stays the same on a later dataset version with the same ids, but the histories that the
-        # service reads do not; so the version (and the calibration) is part of the engine's mark.
+        # A later dataset version with the same ids has the same scorer's mark, but other histories. So the engine's
+        # mark also includes the dataset version, and the calibration.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
         self.retrieval = Retrieval(scorer, index, index_folder)
@@ -153,22 +156,22 @@ class Engine:
 
     @property
     def mark(self) -> str:
-        """Mark of the weights, their calibration and the version of the dataset."""
+        """Hash of the weights, their calibration and the version of the dataset."""
         return self._mark
 
     def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
-        """Scores of each request, or its error; an invalid request does not affect the others."""
-        asked: list[Request | Exception] = []
+        """Return the scores or the error of each request; an invalid request does not affect the others."""
+        prepared: list[Request | Exception] = []
         for request in requests:
             try:
                 state = self._state(request)
                 context = self.scorer.context_columns(request.context)
-                asked.append(Request(state, self._items(request, state), request.time, context))
+                prepared.append(Request(state, self._items(request, state), request.time, context))
             except ValueError as error:
-                asked.append(error)
-        outputs = iter(self._logits([one for one in asked if isinstance(one, Request)]))
-        found = [next(outputs) if isinstance(one, Request) else one for one in asked]
-        return self._results(requests, asked, found)
+                prepared.append(error)
+        logits = iter(self._logits([one for one in prepared if isinstance(one, Request)]))
+        outputs = [next(logits) if isinstance(one, Request) else one for one in prepared]
+        return self._results(requests, prepared, outputs)
 
     def _items(self, request: AnyRequest, state: UserState) -> Ints:
         """Dense ids of the candidates."""
@@ -181,29 +184,29 @@ class Engine:
     def _results(
         self,
         requests: Sequence[AnyRequest],
-        asked: Sequence[Request | Exception],
-        found: Sequence[NDArray[np.float32] | Exception],
+        prepared: Sequence[Request | Exception],
+        outputs: Sequence[NDArray[np.float32] | Exception],
     ) -> list[Scores | Exception]:
-        """Results from the outputs of each request; what the tasks predict is computed for all of them at once."""
-        items, outputs = [np.empty(0, np.int64)] * len(requests), list(found)
-        for place, (request, one, own) in enumerate(zip(requests, asked, found, strict=True)):
-            if isinstance(request, RecommendRequest) and isinstance(one, Request) and isinstance(own, np.ndarray):
-                best = np.argsort(-(own if own.ndim == 1 else own[:, 0]), kind="stable")[: request.top]
-                items[place], outputs[place] = one.items[best], own[best]
-        arrays = [own for own in outputs if isinstance(own, np.ndarray)]
+        """Results from the outputs or error of each request; the tasks' predictions are computed in one call."""
+        items, outputs = [np.empty(0, np.int64)] * len(requests), list(outputs)
+        for index, (request, one, output) in enumerate(zip(requests, prepared, outputs, strict=True)):
+            if isinstance(request, RecommendRequest) and isinstance(one, Request) and isinstance(output, np.ndarray):
+                best = np.argsort(-(output if output.ndim == 1 else output[:, 0]), kind="stable")[: request.top]
+                items[index], outputs[index] = one.items[best], output[best]
+        arrays = [output for output in outputs if isinstance(output, np.ndarray)]
         if not arrays:
-            return list(outputs)  # type: ignore[arg-type]  # errors alone
+            return list(outputs)  # type: ignore[arg-type]  # only errors
         tasks = self.scorer.predictions(concatenated(arrays))
-        sizes = [len(own) for own in arrays]
+        sizes = [len(output) for output in arrays]
         parts = iter(zip(*(split(values, sizes) for values in tasks.values()), strict=True))
         results: list[Scores | Exception] = []
-        for place, own in enumerate(outputs):
-            one = asked[place]
-            if isinstance(own, Exception) or isinstance(one, Exception):
-                results.append(own if isinstance(own, Exception) else one)  # type: ignore[arg-type]
+        for index, output in enumerate(outputs):
+            one = prepared[index]
+            if isinstance(output, Exception) or isinstance(one, Exception):
+                results.append(output if isinstance(output, Exception) else one)  # type: ignore[arg-type]
                 continue
-            logits, by_task = own if own.ndim == 1 else own[:, 0], dict(zip(tasks, next(parts), strict=True))
-            results.append(Scores(logits, by_task, len(one.state.history), self.mark, self.item_texts(items[place])))
+            logits, by_task = output if output.ndim == 1 else output[:, 0], dict(zip(tasks, next(parts), strict=True))
+            results.append(Scores(logits, by_task, len(one.state.history), self.mark, self.item_texts(items[index])))
         return results
 
     def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
@@ -220,10 +223,10 @@ class Engine:
         return [self._texts[1](item) for item in items.tolist()]
 
     def append(self, user: str, events: Sequence[LoggedEvent]) -> None:
-        """Keep events of a user; when this returns, they are on the disk and seen by requests of later seconds.
+        """Store events of a user; when this returns, they are on the disk, and later requests see them.
 
         Raises:
-            ValueError: items or actions that are not known.
+            ValueError: an item or action is not known.
         """
         assert self.log is not None, "a service without a log"
         self.scorer.item_ids([event.item for event in events], "events")
@@ -232,7 +235,8 @@ class Engine:
         names = [str(event.action) for event in events]
         check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
         if self.scorer.experiment.dataset.tombstones.find(USERS, user) is not None and not self.log.is_forgotten(user):
-            self.log.forget(user)  # who came back after the dataset forgot them keeps what comes from now on
+            # The dataset has forgotten this user, who has returned: only events from now on are kept.
+            self.log.forget(user)
         self.log.append(user, events)
 
     def close(self) -> None:
@@ -243,15 +247,15 @@ class Engine:
         self.scorer.close()
 
     def forget_state(self, user: str) -> None:
-        """Forget a user's state and history in memory."""
+        """Remove a user's state and history from memory."""
         self.states.remove(user)
         self._appended.discard(user)
 
-    def _logits(self, asked: Sequence[Request]) -> Sequence[NDArray[np.float32] | Exception]:
+    def _logits(self, requests: Sequence[Request]) -> Sequence[NDArray[np.float32] | Exception]:
         try:
-            return self.scorer.score_batch(asked)
-        except ValueError:
-            return [self._logits_of_one(request) for request in asked]
+            return self.scorer.score_batch(requests)
+        except ValueError:  # one by one, to find the requests that are invalid
+            return [self._logits_of_one(request) for request in requests]
 
     def _logits_of_one(self, request: Request) -> NDArray[np.float32] | Exception:
         try:
@@ -274,24 +278,25 @@ class Engine:
         return self._at(request.user, cached, request.time)
 
     def _with_appended(self, cached: _Cached, user: str, time: int) -> _Cached:
-        """A user in the cache with what the log has gained."""
-        self._appended.discard(user)  # before the log is read: what comes later is read by a later request
+        """A user's cache entry, extended by the new events of the log."""
+        # Before the log is read, so that an event that is appended meanwhile marks the user again.
+        self._appended.discard(user)
         try:
             known, state = self.histories.newer(cached.known, user), cached.state
-            if not _continues(known.events, state.history):  # one came late
+            if not _continues(known.events, state.history):  # an event arrived late: encode the history again
                 state = self.scorer.read(self.scorer.seen_part(known.events, time))
-        except BaseException:  # the next request reads them
+        except BaseException:  # the next request reads the events
             self._appended.add(user)
             raise
         return _Cached(known, self._keep(user, known, state))
 
     def _at(self, user: str, cached: _Cached, time: int) -> UserState:
-        """The state at `time` of a user in the cache."""
+        """The state at `time` of a user with a cache entry."""
         seen, held = self.scorer.seen_part(cached.known.events, time), len(cached.state.history)
         if len(seen) == held:
             return cached.state
         if len(seen) < held:
-            return self.scorer.read(seen)  # a request of an earlier second than the last one
+            return self.scorer.read(seen)  # the request has an earlier time than the latest one
         return self._keep(user, cached.known, self.scorer.extend(cached.state, seen.since(held)))
 
     def _keep(self, user: str, known: KnownHistory, state: UserState) -> UserState:
@@ -301,12 +306,12 @@ class Engine:
 
     def _given(self, user: str | None, events: RawEvents) -> UserHistory:
         """The events of a request as a history."""
-        found = self.scorer.history(None, events.items, events.timestamps, events.labels, events.actions)
-        return UserHistory(self.histories.dense_user(user), **found.columns)
+        given = self.scorer.history(None, events.items, events.timestamps, events.labels, events.actions)
+        return UserHistory(self.histories.dense_user(user), **given.columns)
 
 
 def _continues(events: UserHistory, held: UserHistory) -> bool:
-    """True if a state's events are the first ones of `events`: nothing came late, before one of them."""
+    """True if the events `held` by a state are the first of `events`: no late event was inserted before one of them."""
     first = events[: len(held)]
     if events.user_id != held.user_id:
         return False

@@ -4,8 +4,8 @@
     tower = torch.export.load("tower.pt2").module()      # in any process with torch
     logits = tower(users, items, actions, timestamps, lengths, times, candidates, numeric)     # [B, M]
 
-Inputs are dense ids of the dataset (0: unknown) and padded on the right; the number of users, events and candidates is
-dynamic. What depends on an item, or on a user, alone is a table within the program.
+Inputs are dense ids of the dataset (0: unknown), padded on the right; the number of users, events and candidates is
+dynamic. The terms that depend only on an item, or only on a user, are tables within the program.
 
 Legend: B users, T padded events, M candidates, F numeric features, N items, U users of the dataset, D width.
 """
@@ -30,7 +30,7 @@ from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.user_state import UserHistory
 
 FACTS = "hllm.json"
-"""File within the archive: names and meaning of the inputs."""
+"""File within the archive: names of the inputs, and the numbers of ids and limits that they must respect."""
 INPUTS = ("users", "items", "actions", "timestamps", "lengths", "times", "candidates", "numeric")
 
 
@@ -38,7 +38,7 @@ class ExportedTower(nn.Module):
     """Logits of candidates from the events of users, equal to those of `BatchScorer` up to rounding.
 
     Raises:
-        ValueError: early fusion, or a model with a part that the program does not have.
+        ValueError: the model has early fusion, or a part that the program does not support.
     """
 
     encoder: SoftmaxEncoder
@@ -109,7 +109,8 @@ class ExportedTower(nn.Module):
         return logits
 
     def _check(self, timestamps: Tensor, lengths: Tensor, times: Tensor) -> None:
-        """Stop the written program at inputs that shapes and tables let pass, and that give other logits silently."""
+        """Assert, also in the exported program, what shapes and tables do not check and what would change the logits
+        silently."""
         padded, longest = timestamps.shape[1], self.longest - 1
         is_length = (lengths >= 0) & (lengths <= padded) & (lengths <= longest)
         torch._assert_async(is_length.all(), f"lengths: each must be 0..{longest}, and at most the events' columns")
@@ -137,7 +138,7 @@ class ExportedTower(nn.Module):
 
 
 def check_exportable(scorer: BatchScorer) -> None:
-    """Raise ValueError for a model with parts that the program does not have."""
+    """Raise ValueError for a model with parts that the exported program does not support."""
     spec, hllm, config = scorer.experiment.batch_spec, scorer.hllm, scorer.experiment.config
     if not hllm.fusion.query_is_user:
         raise ValueError(
@@ -160,7 +161,7 @@ def check_exportable(scorer: BatchScorer) -> None:
 
 
 def tower_inputs(scorer: BatchScorer, requests: Sequence[Request]) -> tuple[Tensor, ...]:
-    """Inputs of the program for requests with equally many candidates."""
+    """Inputs of the program for requests that all have the same number of candidates."""
     events, numbers = zip(*(scorer.window(request) for request in requests), strict=True)
     lengths = [len(one) for one in events]
     padded = np.zeros((3, len(events), max(lengths)), np.int64)
@@ -176,13 +177,14 @@ def tower_inputs(scorer: BatchScorer, requests: Sequence[Request]) -> tuple[Tens
 
 
 def export_tower(scorer: BatchScorer, path: Path, compiled: Path | None = None) -> float:
-    """Write the program, and with `compiled` its package of AOTInductor for this machine's kind of processor.
+    """Write the program to `path`, and an AOTInductor package for this machine's kind of processor to `compiled`.
 
     Returns:
-        The largest difference of the written program's logits to the scorer's, for invented requests.
+        The largest absolute difference between the logits of the written program and of the scorer, for synthetic
+        requests; the compiled program is compared if there is one.
 
     Raises:
-        ValueError: as `ExportedTower`; a file exists; or there is no C++ compiler.
+        ValueError: as `ExportedTower`, or a file exists.
     """
     check_outputs(path, compiled)
     tower, requests = ExportedTower(scorer).eval(), invented_requests(scorer)
@@ -205,7 +207,7 @@ def export_tower(scorer: BatchScorer, path: Path, compiled: Path | None = None) 
 
 
 def check_outputs(*files: Path | None) -> None:
-    """Raise ValueError for a file that exists, or has another ending; make its folder."""
+    """Create the folders of the files; raise ValueError for a file that exists or does not end in .pt2."""
     for file in filter(None, files):
         if file.exists() or file.suffix != ".pt2":
             raise ValueError(f"{file}: must be the name of a new file that ends in .pt2")
@@ -213,7 +215,7 @@ def check_outputs(*files: Path | None) -> None:
 
 
 def check_compiler() -> None:
-    """Raise ValueError where AOTInductor finds no C++ compiler."""
+    """Raise ValueError if AOTInductor finds no C++ compiler."""
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -221,7 +223,7 @@ def check_compiler() -> None:
 
 
 def invented_requests(scorer: BatchScorer, candidates: int = 7) -> list[Request]:
-    """Requests of users with histories of several lengths, also none and the longest."""
+    """Random requests of four users whose histories have 0, 1, 2 and the largest possible number of events."""
     dataset, longest = scorer.experiment.dataset, scorer.experiment.config.data.max_history
     random, requests = np.random.default_rng(0), []
     for length in (0, 1, 2, max(2, longest - 1)):
@@ -250,13 +252,13 @@ def _facts(scorer: BatchScorer) -> dict[str, Any]:
 
 
 def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
-    # Its check of inputs (AOTI_RUNTIME_CHECK_INPUTS) otherwise takes one user, event or candidate for a mistake.
+    # Otherwise AOTInductor's check of inputs (AOTI_RUNTIME_CHECK_INPUTS) refuses a single user, event or candidate.
     configs = {"aot_inductor.check_lowerbound": False}
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the file, and rename: a reader finds a whole file or none."""
+    """Write to a temporary name and rename, so that a reader finds either the complete file or no file."""
     scratch = path.with_name(f"unfinished-{path.name}")
     try:
         write(scratch)

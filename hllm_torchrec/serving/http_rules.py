@@ -1,4 +1,4 @@
-"""Rules of all endpoints: bearer token, limit of a body, one line for each request and for each error."""
+"""Rules of all endpoints: bearer token, limit of the body's size, access log, and error answers of one line."""
 
 import hmac
 import json
@@ -21,32 +21,36 @@ from hllm_torchrec.serving.service import Service
 
 
 class Tokens:
-    """Dependencies of endpoints on a service's token; None: requests need none, and what deletes is refused."""
+    """FastAPI dependencies that check the service's token. With token None, requests need no token, and the endpoints
+    that depend on `token_required` (those that delete) refuse every request."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token
 
     def authorized(self, request: Request) -> None:
-        """Raise 401 for a request without the token."""
+        """Raise an HTTPException (401) for a request without the token."""
         given = request.headers.get("authorization", "")
         if self._token is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
             raise HTTPException(401, "give the service's token in the header: Authorization: Bearer TOKEN")
 
     def token_required(self, request: Request) -> None:
-        """As `authorized`; raise 403 if the service has no token."""
+        """Check as `authorized` does; raise an HTTPException (403) if the service has no token."""
         if self._token is None:
             raise HTTPException(403, "this needs a token, also on this machine: start the service with --token-file")
         self.authorized(request)
 
 
 def add_access_log(app: FastAPI, service: Service, log: Callable[[object], None] | None) -> None:
-    """Count each request, and print a line of JSON without ids and texts; log: None: print none."""
+    """Add a middleware that counts and times each request, and logs it as a line of JSON without ids and texts.
+
+    log: function that prints a line; None: no log.
+    """
 
     @app.middleware("http")
     async def access_log(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         started = clock.perf_counter()
         answer = await call(request)
-        # The route's template, never the path: that may name a user.
+        # The route's template is logged, not the path, which may contain a user id.
         route = getattr(request.scope.get("route"), "path", "").replace(":path}", "}")
         seconds = clock.perf_counter() - started
         service.metrics.requests.labels(route, answer.status_code).inc()
@@ -59,7 +63,7 @@ def add_access_log(app: FastAPI, service: Service, log: Callable[[object], None]
 
 
 def add_errors(app: FastAPI, service: Service) -> None:
-    """Answers of one line for all errors; a client never sees a traceback."""
+    """Add handlers that answer every error with one line; a client never sees a traceback."""
 
     def answer(status: int, text: str) -> JSONResponse:
         return JSONResponse({"error": text}, status)
@@ -71,8 +75,8 @@ def add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return answer(422, f"{place}: {first['msg']}")
+        field = ".".join(str(part) for part in first["loc"])
+        return answer(422, f"{field}: {first['msg']}")
 
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
@@ -82,7 +86,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(UnavailableError)
     async def unavailable(_: Request, error: UnavailableError) -> JSONResponse:
-        say(f"hllm serve: {error}")  # the file is for who runs the service
+        say(f"hllm serve: {error}")  # the message has a file's path: it is for the operator, not for the client
         return answer(503, "the service cannot write or read its files, and has kept nothing: try again later")
 
     @app.exception_handler(ReloadRefusedError)
@@ -103,7 +107,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies of more than MAX_BODY bytes, also those that do not say their length."""
+    """ASGI middleware that refuses bodies of more than MAX_BODY bytes, with and without a Content-Length header."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

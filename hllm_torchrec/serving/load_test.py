@@ -1,9 +1,9 @@
 """Open-loop load test of a service: arrivals do not wait for answers.
 
-Requests arrive at the times of a Poisson process, whatever the service does, and a latency is the time from the
-*scheduled* arrival to the answer: a stall is charged to every request that was due during it (a closed loop would not
-send those: coordinated omission). Users are drawn from a Zipf distribution, because a cache's hit rate depends on how
-unevenly users ask.
+Requests arrive at the times of a Poisson process, however long the answers take, and a latency is the time from the
+*scheduled* arrival to the answer. So a stall of the service counts for every request that was due during the stall; a
+closed loop would not have sent these requests (coordinated omission). Users are drawn from a Zipf distribution, because
+the hit rate of a cache depends on how unevenly the requests are distributed over users.
 """
 
 import asyncio
@@ -20,13 +20,14 @@ import numpy as np
 from hllm_torchrec.common.arrays import Floats, Ints
 
 Send = Callable[[bytes], Awaitable[int]]
-"""Sends the body of a request to /v1/score and returns the status of its answer."""
+"""Function that sends the body of a request to /v1/score and returns the HTTP status of the answer."""
 QUANTILES = (50, 95, 99, 99.9)
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Requests of a load test. seconds: [n] from its start, ascending; users: [n] indices, the most active first."""
+    """Requests of a load test. seconds: [n] arrival times since the start, ascending; users: [n] index of the user of
+    each request, where index 0 is the most active user."""
 
     seconds: Floats
     users: Ints
@@ -35,7 +36,7 @@ class Arrivals:
 def draw_arrivals(rate: float, seconds: float, users: int, zipf: float, seed: int) -> Arrivals:
     """Draw a Poisson process of `rate` requests per second.
 
-    zipf: user k of `users` asks in proportion to (k + 1)^-zipf; 0: all alike.
+    zipf: a request is of user k in [0, users) with a probability proportional to (k + 1)^-zipf; 0: uniform.
     """
     rng = np.random.default_rng(seed)
     times = rng.exponential(1 / rate, size=int(rate * seconds + 10 * (rate * seconds) ** 0.5) + 10).cumsum()
@@ -48,10 +49,11 @@ def draw_arrivals(rate: float, seconds: float, users: int, zipf: float, seed: in
 class LoadResult:
     """Result of a load test.
 
-    rate: asked for, requests per second; latency_ms: quantile -> milliseconds of the answered ones (status 200);
-    throughput: answered requests per second; statuses: status -> number (0: no answer); late_ms: 99% quantile of the
-    delay between a scheduled arrival and its sending, which is the client's own (it is part of the latency); hit_rate:
-    share of the requests whose user's state the service had.
+    rate: scheduled requests per second; requests: their number; throughput: answers with status 200 per second;
+    latency_ms: quantile -> milliseconds, of the answers with status 200; late_ms: 99% quantile of the milliseconds
+    between the scheduled arrival and the sending of a request: a delay of the client, which is part of the latency;
+    statuses: HTTP status -> number of requests (0: no answer); hit_rate: share of the look-ups of a user's state that
+    found it in the service's cache, or None if not measured.
     """
 
     rate: float
@@ -104,12 +106,13 @@ def score_bodies(
     seed: int,
     context: Mapping[str, Any] | None = None,
 ) -> list[bytes]:
-    """Bodies for /v1/score: the arrivals' users (in the order of activity) with candidates drawn uniformly.
+    """Bodies of the requests of `arrivals` to /v1/score, with candidates drawn uniformly from `items`.
 
-    context: of every request; None: none.
+    users: raw ids, assigned to the indices of `arrivals.users` at random. candidates: number per request. context: of
+    every request; None: no context.
     """
     rng = np.random.default_rng([seed, 1])
-    order = rng.permutation(len(users))  # which users are the active ones
+    order = rng.permutation(len(users))  # selects the active users
     found = []
     for user in arrivals.users:
         chosen = rng.choice(len(items), size=min(candidates, len(items)), replace=False)
@@ -122,10 +125,10 @@ _Connection = tuple[h11.Connection, asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class HttpClient:
-    """Keep-alive connections to one server, one for each request in flight. For plain HTTP.
+    """Client of one server over plain HTTP, with a keep-alive connection for each request in flight.
 
     Raises:
-        ValueError: a URL that is not of the form http://HOST:PORT.
+        ValueError: the URL is not of the form http://HOST:PORT.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -138,7 +141,7 @@ class HttpClient:
             self._headers.append(("authorization", f"Bearer {token}"))
         self._idle: list[_Connection] = []
         self.refusal = ""
-        """Status and body of the first answer to /v1/score that is no 200."""
+        """Status and body of the first answer of /v1/score with a status other than 200."""
 
     async def post_score(self, body: bytes) -> int:
         """Send a body to /v1/score; return the status."""
@@ -148,16 +151,16 @@ class HttpClient:
         return status
 
     async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """The status and the body of an answer.
+        """Send a request; return the status and the body of the answer.
 
         Raises:
-            OSError, EOFError, h11.RemoteProtocolError: no answer, or none that is HTTP.
+            OSError, EOFError, h11.RemoteProtocolError: there is no answer, or it is not HTTP.
         """
         if self._idle:
             try:
                 return await self._exchange(self._idle.pop(), method, path, body)
             except EOFError:
-                pass  # the server had closed the idle connection before it read anything
+                pass  # the server may close an idle connection at any time: send the request on a new connection
         return await self._exchange(await self._connect(), method, path, body)
 
     async def _exchange(self, connection: "_Connection", method: str, path: str, body: bytes) -> tuple[int, bytes]:
@@ -191,7 +194,7 @@ class HttpClient:
         return status, content
 
     async def cache_counts(self) -> tuple[float, float]:
-        """Hits and misses of the service's states so far."""
+        """Hits and misses of the service's cache of user states since its start."""
         _, content = await self.request("GET", "/metrics")
         found = dict(line.rsplit(b" ", 1) for line in content.splitlines() if not line.startswith(b"#"))
         hits, misses = (float(found[b"hllm_state_cache_" + name]) for name in (b"hits_total", b"misses_total"))
@@ -209,7 +212,7 @@ class HttpClient:
 
 
 def capacity(results: Sequence[LoadResult], p99_ms: float) -> float | None:
-    """The largest rate whose p99 is at most `p99_ms` and whose requests were all answered; None: there is none."""
+    """The largest rate whose p99 is at most `p99_ms` and whose answers all have status 200, or None."""
     good = [r.rate for r in results if r.latency_ms["p99"] <= p99_ms and set(r.statuses) <= {"200"}]
     return max(good, default=None)
 

@@ -1,7 +1,8 @@
-"""Requests of many users, collected into micro-batches that one thread computes.
+"""Micro-batching: requests of many users are collected into batches, which one thread computes.
 
-The queue is bounded: what does not fit is refused at once (`QueueFull`), and what waited past its deadline is not
-computed (`DeadlineMissed`). Other work of the same thread, such as the swap of a model, runs between two batches.
+The queue is bounded: a request that does not fit is refused immediately (`QueueFull`), and a request that has waited
+longer than the deadline is not computed (`DeadlineMissed`). Other work that needs the same thread, such as replacing
+the model, runs between two batches.
 """
 
 import queue
@@ -17,19 +18,20 @@ Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """More requests wait than the queue holds."""
+    """Raised for a request when the queue is full (`BatchLimits.queue`)."""
 
 
 class DeadlineMissed(Exception):
-    """A request waited past its deadline."""
+    """Set as the error of a request that waited longer than `BatchLimits.deadline`."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Limits of a batch and of its queue.
+    """Limits of batches and of the queue.
 
-    requests: of a batch, at most; wait: seconds that a batch waits for more requests after its first; queue: requests
-    that may wait; deadline: seconds from the arrival of a request until it is given up.
+    requests: largest number of requests in a batch; wait: seconds that a batch waits for more requests after its first
+    one; queue: largest number of accepted requests without an answer, including those that are being computed;
+    deadline: a request that has waited longer (seconds) when its batch starts is not computed.
     """
 
     requests: int = 16
@@ -46,10 +48,10 @@ class _Waiting:
 
 
 class MicroBatcher(Generic[Request, Result]):
-    """Calls `compute(requests)` in a thread of its own; it returns a result, or an exception, for each request.
+    """Runs `compute(requests)` in a separate thread; `compute` returns a result or an exception for each request.
 
-    observe: called after each batch with the number of its requests, the seconds that each waited, and the seconds
-    that the batch took.
+    observe: function called after each batch with the number of computed requests, the seconds that each of them
+    waited, and the duration of the batch in seconds.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class MicroBatcher(Generic[Request, Result]):
         """Queue a request.
 
         Raises:
-            QueueFull: `limits.queue` requests wait already.
+            QueueFull: `limits.queue` requests have no answer yet.
         """
         with self._lock:
             if self._waiting >= self.limits.queue:
@@ -98,7 +100,7 @@ class MicroBatcher(Generic[Request, Result]):
         return done
 
     def close(self) -> None:
-        """Answer what waits, then end the thread."""
+        """Answer the queued requests, then end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -119,9 +121,9 @@ class MicroBatcher(Generic[Request, Result]):
                 return
 
     def _collect(self, first: _Waiting) -> tuple[list[_Waiting], Any]:
-        """Return the batch that starts with `first`, and the queue entry that cut it short.
+        """Return the batch that starts with `first`, and the queue entry that ended the batch early.
 
-        That is other work, None (stop), or `first` itself if there was none.
+        That entry is other work or None (stop); if nothing ended the batch early, `first` is returned instead.
         """
         batch, until = [first], self._clock() + self.limits.wait
         while len(batch) < self.limits.requests:
@@ -139,7 +141,7 @@ class MicroBatcher(Generic[Request, Result]):
         started = self._clock()
         kept = []
         for one in batch:
-            # A cancelled future is that of a client who went away.
+            # The future of a client that disconnected is cancelled.
             if not one.answer.set_running_or_notify_cancel():
                 continue
             if started - one.arrived > self.limits.deadline:
@@ -150,7 +152,7 @@ class MicroBatcher(Generic[Request, Result]):
             return
         try:
             results: Sequence[Any] = self._compute([one.request for one in kept])
-        except Exception as error:  # of the batch as a whole: each of its requests fails with it
+        except Exception as error:  # an error of the complete batch: each of its requests fails with it
             results = [error] * len(kept)
         for one, result in zip(kept, results, strict=True):
             if isinstance(result, Exception):

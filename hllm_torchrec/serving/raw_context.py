@@ -1,5 +1,6 @@
-"""Context of a request by raw values, for serving: texts and numbers as columns of events."""
+"""Conversion of a request's context from raw values (strings and numbers) to columns of events, for serving."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Real
@@ -10,18 +11,26 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.event_schema import ContextColumn
+from hllm_torchrec.data.event_schema import WHOLE_FLOAT, ContextColumn
 
 ContextValue = str | float | None
-"""Value of a context column: a text if it is categorical, a number if it is numeric; None: unknown."""
+"""Value of a context column: a string if it is categorical, a number if it is numeric; None: unknown."""
+
+WHOLE = re.compile(WHOLE_FLOAT)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-class RawContext:
-    """Converts the context that a model reads.
+def category(value: object) -> str:
+    """The text of a categorical value in a dataset: without space around it, whole floats as integers, true, false."""
+    text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value).strip()
+    return WHOLE.sub(r"\1", text)
 
-    unknown: number of requests with a categorical value that the dataset does not have, by name.
+
+class RawContext:
+    """Converts the context columns that a model reads.
+
+    unknown: context column -> number of requests whose categorical value the dataset does not have.
     """
 
     def __init__(self, dataset: Dataset, names: tuple[str, ...]) -> None:
@@ -35,11 +44,11 @@ class RawContext:
         self.unknown: Counter[str] = Counter()
 
     def columns(self, given: Mapping[str, ContextValue] | None, rows: int) -> dict[str, NDArray[Any]]:
-        """Columns of `Events.extra` [rows] of one request.
+        """Columns [rows] of `Events.extra` for one request, whose values are repeated in every row.
 
         Raises:
-            ValueError: a value that the model reads is missing (None says that it is unknown); a name that is not a
-                context column of the dataset; or a numeric value that is not a finite number.
+            ValueError: a value that the model reads is missing (an unknown value must be given as None); a name is not
+                a context column of the dataset; or a numeric value is not a finite number.
         """
         given = given or {}
         for name in given:
@@ -51,13 +60,15 @@ class RawContext:
         return {one.column: np.full(rows, self._value(one, given)) for one in self._read}
 
     def _value(self, one: ContextColumn, given: Mapping[str, ContextValue]) -> Any:
-        """The id, or the number as float32, of one value."""
+        """Id (int64) of a categorical value, or a numeric value as float32."""
         if one.name not in given:
             raise ValueError(
                 f"the request has no {one.name!r}, which the model reads; give it in context (None or null: unknown)"
             )
         value = given[one.name]
         if one.kind == "categorical":
+            if not isinstance(value, str | Real | np.bool_ | None):
+                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, or None")
             found = 0 if value is None else self._id(one.name, value)
             self.unknown[one.name] += value is not None and not found
             return np.int64(found)
@@ -68,9 +79,5 @@ class RawContext:
         return np.float32(value)
 
     def _id(self, name: str, value: ContextValue) -> int:
-        """Id of a categorical value, 0 if it is not known. JSON has one kind of number: 5.0 is also the text "5"."""
-        ids = self._ids[name]
-        number = ids.get(str(value))
-        if number is None and isinstance(value, float) and value.is_integer():
-            number = ids.get(str(int(value)))
-        return number or 0
+        """Id of a categorical value, 0 if it is unknown. It is read as `hllm prepare` reads a cell: see `category`."""
+        return self._ids[name].get(category(value), 0)

@@ -1,4 +1,4 @@
-"""Histories of users from raw ids and names of actions, and the checks of ids that a request names."""
+"""Conversion of histories from raw ids and action names to dense ids, and checks of the ids in a request."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,11 +13,11 @@ from hllm_torchrec.serving.user_state import UserHistory
 
 
 class UnknownIdsError(ValueError):
-    """Raw ids or names that are not in the dataset."""
+    """Raised for raw ids or names that are not in the dataset."""
 
 
 class RawHistories:
-    """Users and actions of a dataset by their raw ids and names."""
+    """Look-up of a dataset's users by raw id and of its actions by name."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -28,10 +28,10 @@ class RawHistories:
         return RawIds(self._dataset.users["raw_user_id"], "user")
 
     def user(self, raw_id: str | None) -> int:
-        """Dense id of a user; None: 0, a user who came after `hllm prepare`.
+        """Dense id of a user. For None, a user who came after `hllm prepare`, it is 0.
 
         Raises:
-            ValueError: an unknown id, or one that is no text.
+            ValueError: the id is unknown or not a string.
         """
         if raw_id is None:
             return 0
@@ -60,10 +60,10 @@ class RawHistories:
 
 
 def check_ids(name: str, ids: Ints, number: int) -> None:
-    """Check dense ids [n]: 0 to `number` - 1.
+    """Check that dense ids [n] are in [0, number).
 
     Raises:
-        ValueError: an id beyond; names its place.
+        ValueError: an id is outside; the message gives its index.
     """
     wrong = np.flatnonzero((ids < 0) | (ids >= number))
     if wrong.size:
@@ -74,10 +74,10 @@ def check_ids(name: str, ids: Ints, number: int) -> None:
 
 
 def check_found(what: str, ids: Ints, raw: Sequence[str], remedy: str) -> None:
-    """Check that raw ids [n] were found: no dense id is negative.
+    """Check that all raw ids were found: none of their dense ids [n] is negative.
 
     Raises:
-        UnknownIdsError: some were not; names the first ones and the remedy.
+        UnknownIdsError: some were not found; the message gives the first five and `remedy`.
     """
     wrong = np.flatnonzero(ids < 0)
     if wrong.size:

@@ -1,11 +1,12 @@
-"""The service on a Ray cluster: shards of the users, each with its own states and events, behind one entry.
+"""The service on a Ray cluster: the users are divided into shards, each with separate states and events.
 
     serve run hllm_torchrec.serving.ray_serve:application run=/disk/run state=/disk/states token_file=token shards=2
 
-A shard is a Ray Serve deployment of one replica that has the whole application of `create_app`, so limits, errors and
-answers are those of `hllm serve`. The entry sends a request to the shard of its user, hash(user) mod shards. A shard's
-events are in a file of its own below `state`; a replica that dies is started again by Ray and goes on with them, so
-nothing that was acknowledged is lost where that file is at hand. Until then its users get 503.
+A shard is a Ray Serve deployment with one replica that runs the complete application of `create_app`, so limits, errors
+and answers are those of `hllm serve`. The entry deployment sends a request to the shard of its user,
+hash(user) mod shards. Each shard has a file of events below `state`. Ray restarts a replica that dies; the new replica
+reads this file, so no acknowledged event is lost if the replica can access the file. Until the restart is complete,
+requests of the shard's users get the status 503.
 
 Needs the extra `ray`: pip install "hllm_torchrec[serve,faiss,ray]".
 """
@@ -37,17 +38,17 @@ from hllm_torchrec.serving.service import Service
 from hllm_torchrec.serving.shards import Answer, ask_application, shard_of, state_file, user_of
 
 OF_ALL = ("/healthz", "/readyz", "/v1/reload")
-"""Paths that every shard is asked for."""
+"""Paths whose requests are sent to every shard; the answer with the highest status is returned."""
 
 
 class Options(BaseModel):
-    """Arguments of `application`; what they mean is said by `hllm serve --help`."""
+    """Arguments of `application`; `hllm serve --help` explains those of the same names."""
 
     model_config = ConfigDict(extra="forbid")
 
     run: Path
     state: Path
-    """Folder of the shards' events, which outlives a replica."""
+    """Folder of the shards' events; it must survive the replica."""
     token_file: Path
     shards: int = Field(2, ge=1)
     checkpoint: str = "best"
@@ -59,7 +60,7 @@ class Options(BaseModel):
     queue: int = Field(256, ge=1)
     deadline_ms: float = Field(1000.0, gt=0)
     cpus: float = Field(1.0, ge=0)
-    """Of each shard, for Ray's placement."""
+    """CPUs that Ray reserves for each shard."""
 
 
 def application(options: Options) -> serve.Application:
@@ -69,7 +70,7 @@ def application(options: Options) -> serve.Application:
             Shard,
             name=f"shard-{number}",
             num_replicas=1,
-            # The shard's own queue refuses what is too much.
+            # Above the limit of the shard's own queue, which refuses requests with 429.
             max_ongoing_requests=2 * options.queue,
             ray_actor_options={"num_cpus": options.cpus},
         ).bind(options, number)
@@ -80,7 +81,7 @@ def application(options: Options) -> serve.Application:
 
 
 class Shard:
-    """The application of `create_app` for the users of one shard."""
+    """Ray actor that runs the application of `create_app` for the users of one shard."""
 
     def __init__(self, options: Options, number: int) -> None:
         self._open = ExitStack()
@@ -98,29 +99,29 @@ class Shard:
         self._app = create_app(self._service, None, Reloader(self._service, load))
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> Answer:
-        """The application's answer to a request. scope: of ASGI, what of it can be sent."""
+        """Answer a request. scope: the fields of the ASGI scope that can be sent between processes."""
         return await ask_application(self._app, scope, body)
 
     def process(self) -> int:
-        """Number of the replica's process."""
+        """Process id of the replica."""
         return os.getpid()
 
     def __del__(self) -> None:
-        """Answer what was accepted, when Ray ends the replica."""
+        """Answer the accepted requests when Ray ends the replica."""
         if hasattr(self, "_service"):
             self._service.close()
         self._open.close()
 
 
 class Entry:
-    """Sends requests to the shards of their users."""
+    """Ray deployment that sends each request to the shard of its user."""
 
     def __init__(self, deadline: float, *shards: DeploymentHandle) -> None:
         self._deadline, self._shards = deadline, shards
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        # The server has decoded the path.
+        # The path in the scope is already decoded.
         path, query, headers = request.scope["path"], request.scope["query_string"], list(request.scope["headers"])
         scope: dict[str, Any] = {"method": request.method, "path": path, "query_string": query, "headers": headers}
         body = b""
@@ -128,27 +129,27 @@ class Entry:
             body += part
             if len(body) > MAX_BODY:
                 return JSONResponse({"error": f"the body must have at most {MAX_BODY} bytes"}, 413)
-        asked = (
+        shards = (
             self._shards
             if path in OF_ALL
             else [self._shards[shard_of(user_of(request.method, path, body), len(self._shards))]]
         )
-        # A reload takes as long as a start.
+        # A reload takes as long as a start, so it has no deadline.
         seconds = None if path == "/v1/reload" else self._deadline + 1
-        answers = [await _ask(shard, scope, body, seconds) for shard in asked]
-        status, found, content = max(answers, key=lambda answer: answer[0])
-        return Response(content, status, {name.decode(): value.decode() for name, value in found})
+        answers = [await _ask(shard, scope, body, seconds) for shard in shards]
+        status, fields, content = max(answers, key=lambda answer: answer[0])
+        return Response(content, status, {name.decode(): value.decode() for name, value in fields})
 
 
 async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seconds: float | None) -> Answer:
-    """A shard's answer; 503 if it has died, is starting, or takes longer."""
+    """A shard's answer, or 503 if the shard has died, is starting, or takes longer than `seconds` (None: no limit)."""
 
-    async def asked() -> Answer:
-        found: Answer = await shard.answer.remote(scope, body)
-        return found
+    async def shard_answer() -> Answer:
+        answer: Answer = await shard.answer.remote(scope, body)
+        return answer
 
     try:
-        return await asyncio.wait_for(asked(), seconds)
+        return await asyncio.wait_for(shard_answer(), seconds)
     except (RayError, RayServeException, TimeoutError):
         error = JSONResponse({"error": "the shard of this user gives no answer: try again later"}, 503)
         return 503, error.raw_headers, bytes(error.body)

@@ -31,7 +31,7 @@ _Scored = tuple[NDArray[np.float64], Dataset]
 
 @dataclass(frozen=True)
 class RecommendedItem:
-    """An item with readable text. text: joined text columns; score: probability or cosine, None for history items."""
+    """An item with its text. text: joined text columns; score: probability or cosine, None for history items."""
 
     raw_id: str
     text: str
@@ -65,12 +65,12 @@ def recommend(
         user: raw id.
         time: second (UTC) of the request; None: now. Events at or after it are excluded.
         include_seen: also recommend items of the history.
-        dataset: dataset with the catalogue and the user's events; None: the newest version of the run's.
-        context: of the request, as in `Scorer.score`.
+        dataset: dataset with the catalogue and the user's events; None: the newest version of the run's dataset.
+        context: context of the request, as in `Scorer.score`.
 
     Raises:
-        ValueError: no such run, checkpoint or user; context as in `Scorer.score`; a user without events before `time`;
-            `top` below 1.
+        ValueError: the run, checkpoint or user does not exist; the context is invalid (`Scorer.score`); the user has no
+            events before `time`; or `top` is below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")
@@ -87,7 +87,7 @@ def recommend(
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
-    # Excluded items have the score -inf; after the exclusions fewer than `top` items may remain.
+    # Excluded items have the score -inf, so fewer than `top` items may remain.
     best = best[np.isfinite(scores[best])]
     read = item_reader(opened, config)
     return Recommendations(
@@ -105,7 +105,7 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     """
     raw = dataset.users["raw_user_id"].to_pylist()
     if user not in raw:
-        known = [name for name in raw if name is not None]  # a forgotten user has none
+        known = [name for name in raw if name is not None]  # the raw id of a forgotten user is None
         raise ValueError(
             f"user {user!r}: not in {dataset.root}{did_you_mean(user, known)}; it has {len(known):,} users"
         )
@@ -126,7 +126,7 @@ def _probabilities(
     dataset: Path | None,
     context: Mapping[str, ContextValue] | None,
 ) -> _Scored:
-    """Probabilities [N] of all items for the first label, and the dataset with the items that came after it."""
+    """Predictions [N] of the first task for all items, and the dataset including items added after `hllm prepare`."""
     with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
         read = scorer.experiment.dataset
         found = scorer.score_tasks(history, np.arange(scorer.num_items), time, context)
@@ -136,7 +136,7 @@ def _probabilities(
 def _similarities(
     run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
 ) -> _Scored:
-    """Cosines [N] between the predicted next item and all items, and the dataset with those that came after it."""
+    """Cosines [N] of the predicted next item and all items, and the dataset including items added after preparation."""
     loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment
     piece = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
@@ -154,7 +154,10 @@ def _similarities(
 
 
 def item_reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:
-    """Return a function: dense item id -> raw id and text, from the text columns of the Item LLM if any, else all."""
+    """Return a function: dense item id -> (raw id, text).
+
+    The text joins the columns of `item_llm.text_keys` that the dataset has; if there are none, all text columns.
+    """
     known = dataset.manifest["text_columns"]
     keys = [key for key in config.item_llm.text_keys if key in known] or known
     texts, raw = dataset.text(keys), dataset.items["raw_item_id"]

@@ -1,4 +1,4 @@
-"""Rules of what a request may see of a user's history, and the batches that a scorer makes of both."""
+"""Rules that select the visible events of a request, and the batches that a scorer makes of histories and requests."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,13 +20,17 @@ from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 
 class RequestRules:
-    """The rules of a model: events of earlier seconds, older than the delay, in a window of `max_history`."""
+    """Visibility of events to a request, as in the evaluation of the model's run.
+
+    With visibility "second" a request sees the events of earlier seconds that are older than `data.feedback_delay`,
+    with "position" (leave-one-out datasets) all events; it reads the latest of them, fewer than `data.max_history`.
+    """
 
     def __init__(self, spec: BatchSpec, max_history: int) -> None:
         self.spec, self._max_history = spec, max_history
 
     def start(self, seen: int) -> int:
-        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
+        """Index of the first event that a request reads if it may see `seen` events, as in evaluation."""
         if self.spec.visibility == "position":
             return max(0, seen - self._max_history + 1)
         return int(window_start(seen, self._max_history))
@@ -51,29 +55,29 @@ class RequestRules:
         return user.cache.length
 
     def numbers(self, user: UserState, time: int) -> Floats | None:
-        """Numeric features [1, F] of a request, or None without any."""
+        """Numeric features [1, F] of a request, or None if the model has none."""
         names = self.spec.numeric_features
         if not names:
             return None
-        # The request is an additional event without a label: its numbers come from the visible events before it.
+        # The request is added as an event without a label: its features are computed from the visible events before it.
         seen, labels = user.history.timestamps[user.start :], user.history.labels[user.start :]
         earlier = visible_before(seen, time - self.spec.feedback_delay)
         if earlier in user.numbers:
             return user.numbers[earlier]
         times, labels = np.append(seen[:earlier], time), np.append(labels[:earlier], np.nan)
-        found = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+        columns = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         if OF_EVENTS.issuperset(names):
-            user.numbers[earlier] = found
-        return found
+            user.numbers[earlier] = columns
+        return columns
 
 
 def history_batch(collator: Collator, spec: BatchSpec, events: UserHistory) -> HybridBatch:
-    """Batch of a history alone."""
-    # The collator drops history after the last exposure: one exposure after all events retains all of them.
+    """Batch of a history, with one exposure after all events."""
+    # The collator drops history after the last exposure, so an exposure after all events keeps the complete history.
     after = int(events.timestamps[-1]) + 1 + spec.feedback_delay if len(events) else 0
     exposure = Events.at([after], labels=[0])
-    whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
-    return collator([whole.as_piece(len(events))], 0, 0)
+    with_exposure = events.followed_by(UserHistory(events.user_id, **exposure.columns))
+    return collator([with_exposure.as_piece(len(events))], 0, 0)
 
 
 def candidates_batch(

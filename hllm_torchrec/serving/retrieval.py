@@ -1,8 +1,8 @@
-"""Candidates of a user from the whole catalogue: the nearest items to the predicted next one, or all items.
+"""Retrieval of candidates from the catalogue: the items nearest to the predicted next item, or all items.
 
-A model with a generative loss predicts the next item from the last event that a request may see; its nearest items by
-cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or with the index "none",
-all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
+A model with a generative loss predicts the next item at the last event that a request may see. FAISS finds the items
+nearest to the prediction by cosine, exactly (flat) or within the nearest cells (ivf). Without a generative loss, or
+with the index "none", all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
 
 Legend: N items, V width of an item's vector in the space of the generative loss.
 """
@@ -29,16 +29,16 @@ from hllm_torchrec.store.export_formats import import_faiss
 
 Mask = NDArray[np.bool_]
 NPROBE = 16
-"""Cells of an ivf index that are searched."""
+"""Number of cells of an ivf index that are searched."""
 RANKED = 100_000
-"""Items up to which all are ranked for a user without events."""
+"""Largest catalogue of which all items are ranked for a user without events."""
 SAMPLE = 64
-"""Items of each cell that an ivf index is fitted on."""
+"""Number of items per cell on which an ivf index is fitted."""
 IndexKind = Literal["flat", "ivf", "none"]
 
 
 def first_allowed(order: Ints, allowed: Mask, number: int) -> Ints:
-    """The first `number` items of `order` [N] that are allowed, without looking at all of them if possible."""
+    """The first `number` allowed items of `order` [N]; reads prefixes of growing length instead of all N items."""
     end = 4 * number
     while True:
         found = order[:end][allowed[order[:end]]]
@@ -52,7 +52,8 @@ def _flat(vectors: Floats) -> Any:
 
 
 def _cells(vectors: Floats, folder: Path | None) -> Any:
-    """An ivf index of about sqrt(N) cells, from the folder if it has one of exactly these vectors."""
+    """An ivf index of about sqrt(N) cells: read from `folder` if it was built there for exactly these vectors, else
+    built, and stored there in place of older ones."""
     faiss, cells = import_faiss(), round(len(vectors) ** 0.5)
     name = f"index-{blake2b(vectors.data, digest_size=8, person=f'ivf{cells}'.encode()).hexdigest()}.faiss"
     if folder is not None and (folder / name).is_file():
@@ -70,8 +71,8 @@ def _cells(vectors: Floats, folder: Path | None) -> Any:
 class Retrieval:
     """Candidates for the users of a scorer.
 
-    kind: of the index; "none": all items are candidates. folder: where an ivf index is kept for the next start; None:
-    it is built at each.
+    kind: kind of the index; "none": all items are candidates. folder: folder that stores an ivf index for the next
+    start; None: the index is built at every start.
     """
 
     def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat", folder: Path | None = None) -> None:
@@ -87,8 +88,8 @@ class Retrieval:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Take in the items that came after the dataset; they are few, and compared one by one."""
-        self._of = self._scorer.experiment.dataset  # another object after each change
+        """Read items that were added after `hllm prepare`; they are few, and compared without an index."""
+        self._of = self._scorer.experiment.dataset  # the scorer replaces this object after each change
         self._masks.cache_clear()
         if self._index is not None:
             later = np.arange(self._base, self._scorer.experiment.dataset.num_items)
@@ -100,10 +101,10 @@ class Retrieval:
     def allowed(self, exclude: Ints, filters: Mapping[str, Sequence[str]]) -> Mask:
         """Mask [N] of the items that may be recommended.
 
-        They are known, not withdrawn, not in `exclude`, and have at least one value of each filter.
+        These items are known, not forgotten or withdrawn, not in `exclude`, and have at least one value of each filter.
 
         Raises:
-            ValueError: a feature that the dataset does not have.
+            ValueError: a filter is not an item feature of the dataset.
         """
         if self._scorer.experiment.dataset is not self._of:
             self._refresh()
@@ -123,8 +124,8 @@ class Retrieval:
     def candidates(self, state: UserState, allowed: Mask, number: int) -> Ints:
         """Dense ids of at most `number` allowed items, nearest first.
 
-        Without an index all of them; for a user without events as well, or those with the most events in train if the
-        catalogue has more than RANKED items.
+        Without an index the result is all allowed items. With an index, a user without events gets all allowed items if
+        the catalogue has at most RANKED items, else the `number` allowed items with the most training events.
         """
         vector = None if self._index is None else self._next_item(state)
         if vector is None:
@@ -144,11 +145,12 @@ class Retrieval:
         return found
 
     def _next_item(self, state: UserState) -> Floats | None:
-        """Predicted next item [V], of length 1, from the state's last position; None without events."""
+        """Predicted next item [V], of norm 1, from the state's last position; None if the state has no events."""
         cache, hllm = state.cache, self._scorer.hllm
         if not cache.length:
             return None
-        # The last position is asked as a query that sees those before it, and itself: its inputs are the last event's.
+        # The hidden state at the last position is not cached. A query with the inputs of the last event, which sees
+        # the positions before it and itself, has the same hidden state.
         read = self._scorer.experiment.batch_spec.history
         rows = np.flatnonzero(state.history.labels == 1) if read == "positive" else np.arange(len(state.history))
         x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
@@ -159,7 +161,8 @@ class Retrieval:
         return vector
 
     def _history_sums(self, state: UserState, rows: Ints) -> tuple[Tensor | None, Tensor | None]:
-        """Decayed sums [1, E] of texts and [1, R + 1] of transitions of the events `rows` that the state holds."""
+        """Decayed sums of the text embeddings [1, E] and of the transitions [1, R + 1] over the events `rows` that are
+        in the state's window; None if the model does not use them."""
         hllm, experiment, texts, transitions = self._scorer.hllm, self._scorer.experiment, None, None
         ids = torch.tensor(state.history.item_ids[rows[rows >= state.start]], device=experiment.device)
         offsets = torch.tensor([0, ids.numel()], device=ids.device)
@@ -172,7 +175,7 @@ class Retrieval:
         return texts, transitions
 
     def _mask_of(self, name: str, value: str) -> Mask:
-        """Items with a value of an item feature."""
+        """Mask [N] of the items that have a value of an item feature."""
         dataset = self._scorer.experiment.dataset
         known = dataset.manifest["item_features"]
         if name not in known:

@@ -7,8 +7,8 @@
         scorer.score(scorer.history("u7", ["s3", "s9"], times), ["s3", "s41"], time)    # by raw ids
         scorer.add_items(["s41"], {"title": ["A new book"]})   # an item that came after `hllm prepare`
 
-Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
-exposures up to rounding, also where a history is longer than `data.max_history` (`window_start`).
+Features are computed by the collator and the model that training uses. Scores equal those of `hllm evaluate` for the
+same exposures up to rounding, also if a history is longer than `data.max_history` (`window_start`).
 
 Legend: n events, T history events that the model uses, m candidates, D width.
 """
@@ -90,7 +90,7 @@ class Scorer:
         check_servable(experiment)
         self.experiment, self.micro_batch = experiment, micro_batch
         self.rules = RequestRules(experiment.batch_spec, experiment.config.data.max_history)
-        """What a request may see of a history."""
+        """Rules that select the events of a history that a request may see."""
         self.hllm = experiment.hllm.eval()
         with configured_by("user.shape", encoder="user.encoder"):
             check_encoder(self.hllm.user)
@@ -101,7 +101,8 @@ class Scorer:
             quantize_items(experiment, table_dtype)
         self._weights = ExitStack()
         self._calibration: RunCalibration | None = None
-        # A state fits the scorer that made it; `of_run` knows what other scorers it fits as well.
+        # A random mark: states are accepted only by the scorer that made them. `of_run` replaces it by a hash of the
+        # weights and the dataset, so that scorers of the same run accept each other's states.
         self._mark = uuid.uuid4().hex[:16]
         self._lock = Lock()
         self.new_items = NewItems(experiment, journal)
@@ -112,14 +113,14 @@ class Scorer:
 
     def _make_collator(self) -> None:
         experiment = self.experiment
-        # All candidates of a request have the same time, and visibility by second hides events of the same second:
-        # so candidates do not see each other.
+        # All candidates of a request have the same time. Visibility by second hides events of the same second, so
+        # candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
         vectors, context = experiment.item_vectors, experiment.context
         self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
-        # Last: from here on other threads accept ids below `num_items`.
+        # Assigned last: from now on other threads accept dense ids below `num_items`.
         self.num_items = experiment.dataset.num_items
-        """Dense ids are below it: the dataset's, and those of items that came after it."""
+        """Upper bound (exclusive) of the dense ids: items of the dataset and those added after `hllm prepare`."""
 
     @classmethod
     def of_run(
@@ -136,14 +137,14 @@ class Scorer:
     ) -> Self:
         """Build the scorer of a run directory from its checkpoint "best" or "latest", or from a given checkpoint.
 
-        dataset: dataset with the catalogue; None: the newest version of the run's. store: item embeddings of this
-        run (`hllm embed --items`), which are read instead of encoding the catalogue; scores then differ by the store's
-        rounding. None: encode it, or read the run's own store.
+        dataset: dataset with the catalogue; None: the newest version of the run's dataset. store: item embeddings of
+        this run (`hllm embed --items`), which are read instead of encoding the catalogue; scores then differ by the
+        rounding of the store. None: encode the catalogue, or read the store that the run's configuration names.
 
-        Averaged weights (`optim.ema`) are used if the run has them, until `close`.
+        Averaged weights (`optim.ema`) are used until `close` if the run has them.
 
         Raises:
-            ValueError: as `load_run` and the class; a store of another Item LLM, or without all items.
+            ValueError: as `load_run` and the constructor; or the store is of another Item LLM, or lacks items.
         """
         device = device or init_distributed()
         loaded = load_run(run, which, device, in_one_process(run_config(run, dataset)))
@@ -163,17 +164,18 @@ class Scorer:
 
     @property
     def mark(self) -> str:
-        """Mark of the weights, their data type and the dataset's ids: equal marks give equal scores."""
+        """Hash of the weights, their data type and the dataset's number of items; scorers with equal marks give equal
+        scores."""
         return self._mark
 
     @property
     def calibration(self) -> RunCalibration | None:
-        """Calibration of the run; None without one."""
+        """Calibration of the run, or None if it was not calibrated."""
         return self._calibration
 
     @property
     def unknown_context(self) -> dict[str, int]:
-        """Number of requests with a categorical value that training has not seen, by name."""
+        """Context column -> number of requests whose categorical value did not occur in training."""
         unseen = {} if self.experiment.context is None else self.experiment.context.unseen
         return dict(self._context.unknown + Counter(unseen))
 
@@ -195,26 +197,26 @@ class Scorer:
         texts: Mapping[str, Sequence[str]],
         features: Mapping[str, Sequence[str | Sequence[str]]] | None = None,
     ) -> int:
-        """Make items that came after `hllm prepare` known, to every process that serves this dataset.
+        """Add items that came after `hllm prepare`, for every process that serves this dataset.
 
-        They are written to the journal and encoded. Their ID is unknown to the model; text and features are not. Items
-        of the dataset, and items that are known as given, stay as they are.
+        The items are written to the journal and encoded. The model has no ID embedding for them, and uses their texts
+        and features. Items of the dataset, and added items whose texts and features are the given ones, do not change.
 
         Args:
             raw_ids: [n], as in the source.
             texts: text column -> [n] texts; a column that is not given is empty.
-            features: item feature -> [n] values, each a text or several; a value that the dataset lacks is the
-                unknown one.
+            features: item feature -> [n] values, each a string or several strings; a value that the dataset does not
+                have is read as the unknown value.
 
         Returns:
-            Number of items that are new, or have another text or features than before.
+            Number of items that are new or whose texts or features have changed.
 
         Raises:
-            ValueError: an id that is no text, or is given twice; an unknown column; a journal that cannot be written.
+            ValueError: an id is not a string, or is given twice; a column is unknown; the journal cannot be written.
         """
         items = new_items(self.experiment.dataset, raw_ids, texts, features)
         with self._lock:
-            added = self._refresh()  # what other processes have added meanwhile is not added again
+            added = self._refresh()  # first read the items of other processes, so that they are not added again
             missing = self.new_items.missing(items)
             if missing:
                 self.new_items.journal.append(missing)
@@ -224,7 +226,7 @@ class Scorer:
     def refresh(self) -> int:
         """Read the items that other processes have added; return their number.
 
-        A request with an unknown raw id does this by itself.
+        A request with an unknown raw id calls this automatically.
         """
         with self._lock:
             return self._refresh()
@@ -236,10 +238,10 @@ class Scorer:
         return found
 
     def item_ids(self, items: Any, what: str = "candidates") -> Ints:
-        """Dense ids [n] of raw ids (texts) or dense ids (whole numbers; 0: unknown).
+        """Return the dense ids [n] of raw ids (strings), or check dense ids (integers; 0: unknown).
 
         Raises:
-            ValueError: an id that is not known, named by its place; or both kinds.
+            ValueError: an id is not known (the message gives its index or the raw id), or raw and dense ids are mixed.
         """
         raw = raw_texts(items, what)
         if raw is None:
@@ -258,7 +260,7 @@ class Scorer:
         return np.where(ids < self.num_items, ids, -1)
 
     def raw_item_ids(self, ids: Ints) -> list[str]:
-        """Raw ids of dense ids [n], from 1 on."""
+        """Raw ids of dense ids [n], each at least 1."""
         raw: list[str] = self.experiment.dataset.items["raw_item_id"].take(pa.array(ids - 1)).to_pylist()
         return raw
 
@@ -270,14 +272,14 @@ class Scorer:
         labels: ArrayLike | None = None,
         actions: Sequence[str | None] | None = None,
     ) -> UserHistory:
-        """A history from raw ids.
+        """Build a history from raw ids.
 
         Args:
             user: raw id; None: a user who came after `hllm prepare`.
             items: [n] raw ids.
-            timestamps: [n] seconds UTC, ascending.
-            labels: [n], NaN for events that are no exposures; None: none is.
-            actions: [n] names of actions, as in the source; None, also of a single event: unknown.
+            timestamps: [n] seconds UTC, not decreasing.
+            labels: [n], NaN for events that are not exposures; None: no event is an exposure.
+            actions: [n] names of actions, as in the source; None, for all events or a single one: unknown.
 
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.
@@ -287,10 +289,10 @@ class Scorer:
 
     @torch.no_grad()
     def read(self, history: UserHistory) -> UserState:
-        """Encode a history (of any length, also empty).
+        """Encode a history, which may have any length, also 0.
 
         Raises:
-            ValueError: users, items or actions outside the dataset's ids.
+            ValueError: an id of a user, item or action is outside the range of the dataset.
         """
         self._check(history)
         start = self.rules.start(len(history))
@@ -301,13 +303,13 @@ class Scorer:
         """Return the state after later events, equal to encoding all events at once; `user` is not changed.
 
         Raises:
-            ValueError: as `read`; events of another user, or before the last one.
+            ValueError: as `read`; the events are of another user, or earlier than the last event of `user`.
         """
         self._check_state(user)
         history = user.history.followed_by(events)
         start = self.rules.start(len(history))
-        # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
-        # positions see each other and so would change.
+        # The cache cannot be extended if the window has moved, or if the cache is shorter than the prefix of context
+        # tokens: these positions see each other, so new ones would change the cached ones.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
@@ -318,13 +320,14 @@ class Scorer:
         return replace(state, mark=self._mark_of(state))
 
     def _mark_of(self, user: UserState) -> str:
-        """The mark of a state: the model's and, if the history has new items, that of the journal that numbers them."""
+        """The mark of a state: the scorer's mark and, if the history has added items, the name of the journal that
+        assigns their dense ids."""
         known = self.experiment.dataset.num_table_items
         return f"{self._mark}/{self.new_items.name}" if user.highest_item >= known else self._mark
 
     def _check_state(self, user: UserState) -> None:
         if user.highest_item >= self.num_items:
-            self.refresh()  # the scorer that made it has read more of the journal
+            self.refresh()  # the scorer that made this state has read more of the journal
         mark = self._mark_of(user)
         if user.mark != mark:
             raise ValueError(
@@ -340,22 +343,21 @@ class Scorer:
         time: int | None = None,
         context: Mapping[str, ContextValue] | None = None,
     ) -> NDArray[np.float32]:
-        """Return logits [m] of candidates: the `score` of `hllm evaluate`.
-
-        They rank candidates as the uncalibrated probabilities do.
+        """Return the logits [m] of candidates, the `score` of `hllm evaluate`. Calibration does not change them.
 
         Args:
             user: a history, or the result of `read` or `extend`.
-            candidates: [m] raw ids, or dense ids of the dataset (whole numbers; 0 is the unknown item). "242" is not
-                242.
+            candidates: [m] raw ids (strings), or dense ids of the dataset (integers; 0 is the unknown item). The raw
+                id "242" and the dense id 242 are different items.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
-            context: name -> text or number, for every context column that the model reads (`data.context`); a value of
-                None is unknown. A text that training has not seen is unknown, and counted.
+            context: name -> string or number, for every context column that the model reads (`data.context`); None is
+                the unknown value. A string that did not occur in training is read as unknown, and counted in
+                `unknown_context`.
 
         Raises:
-            ValueError: as `read`; context that is missing or of another name; candidates that are not known, a state
-                of another model, or a leave-one-out request before the last event.
+            ValueError: as `read`; a context value is missing or has an unknown name; a candidate is not known; the
+                state was made by another model; or a leave-one-out request is earlier than the last event.
         """
         outputs = self._outputs(user, candidates, time, context)
         return outputs if outputs.ndim == 1 else outputs[:, 0]
@@ -368,15 +370,15 @@ class Scorer:
         time: int | None = None,
         context: Mapping[str, ContextValue] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
-        """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
+        """Return task name -> predictions [m] of the candidates: probabilities, or numbers in the label's unit.
 
-        The arguments are those of `score`; probabilities are calibrated if the run is (`hllm calibrate`). A task whose
-        label is declared `given` another one is predicted under that condition, such as a like given a click.
+        The arguments are those of `score`. Probabilities are calibrated if the run is (`hllm calibrate`). If a task's
+        label is declared `given` another label, the prediction is conditional on it (a like given a click).
         """
         return self.predictions(self._outputs(user, candidates, time, context))
 
     def predictions(self, outputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """What each task predicts [m] by name, calibrated, from logits [m] or outputs [m, O]."""
+        """Task name -> calibrated predictions [m], from logits [m] or outputs [m, O]."""
         return predictions_by_task(self.hllm, outputs, self._calibration)
 
     def _outputs(
@@ -392,7 +394,7 @@ class Scorer:
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
         seen = self.rules.seen(state.history, moment)
-        # A long history may go on after the request: then what it may see begins earlier.
+        # If the history has events after the request, its window of visible events may start before the state's.
         if self.rules.start(seen) != state.start:
             state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
@@ -412,7 +414,7 @@ class Scorer:
             batch = asked.to(self.experiment.device)
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
-                user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
+                user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] query for all candidates
             evidence = self._evidence(state.history, part, moment)
             logits = self._logits(ask, x_QD, target_XD, user_vector, evidence)
             found[start : start + part.size] = logits.float().cpu().numpy()
@@ -433,7 +435,8 @@ class Scorer:
         return self.hllm.biased(logits)
 
     def _evidence(self, history: UserHistory, candidates: Ints, time: int) -> Tensor | None:
-        """[m, F] evidence of the candidates at `time`, or None; the history is the user's complete one."""
+        """Evidence [m, F] of the candidates at `time`, or None if the model has none. `history` is complete: it is not
+        cut to `data.max_history`."""
         evidence = self.experiment.evidence
         if evidence is None:
             return None

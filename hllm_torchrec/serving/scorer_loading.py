@@ -14,7 +14,7 @@ def check_servable(experiment: Experiment) -> None:
     """Check that a model can score candidates here.
 
     Raises:
-        ValueError: no ranking head, several processes, or FSDP.
+        ValueError: the model has no ranking head, there are several processes, or the weights are sharded by FSDP.
     """
     if not experiment.batch_spec.fusion.has_queries:
         raise ValueError("objective.fusion: 'none': the model has no head to score candidates; train early or late")
@@ -26,7 +26,7 @@ def check_servable(experiment: Experiment) -> None:
 
 
 def calibration_of(loaded: LoadedRun) -> RunCalibration | None:
-    """A run's calibration. Raises ValueError if it belongs to other weights."""
+    """The calibration of a run, or None. Raises ValueError if it was fitted for other weights."""
     run = loaded.checkpoint.parent.parent
     found = RunCalibration.load(run)
     if found is not None and found.weights != loaded.fingerprint:

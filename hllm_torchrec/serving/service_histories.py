@@ -1,7 +1,7 @@
-"""Histories of users for a service: the dataset's events, then those that the service was given.
+"""Histories of users for a service: events of the dataset, and events of the service's log.
 
-An event that is in both the log and the dataset (same item and second) counts once, so a dataset that grows by the
-log's events changes no history. Events are sorted by time; those of one second keep the order of their arrival.
+An event that is in both the log and the dataset (same item and second) counts once. So histories do not change when the
+log's events are appended to the dataset. Events are sorted by time; those of the same second stay in order of arrival.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ from hllm_torchrec.serving.user_state import UserHistory
 class KnownHistory:
     """All known events of a user.
 
-    number: row number in the log of the last event that was read, 0 if none was; logged: how many of the user's rows
-    the log had up to there, which shows whether some were deleted since.
+    number: row number of the last event that was read from the log, 0 if none was; logged: number of the user's rows
+    up to that row when they were read. If the log has fewer of them now, rows were deleted.
     """
 
     events: UserHistory
@@ -30,7 +30,7 @@ class KnownHistory:
 
 
 class ServiceHistories:
-    """Histories by raw user id. log: None for a service that takes no events."""
+    """Histories of users by raw user id. log: None for a service that accepts no events."""
 
     def __init__(self, scorer: Scorer, log: EventLog | None) -> None:
         self._scorer, self._log, self._dataset = scorer, log, scorer.experiment.dataset
@@ -38,7 +38,7 @@ class ServiceHistories:
         self.actions = {name: int(number) for number, name in self._dataset.manifest["actions"]["names"].items()}
 
     def dense_user(self, user: str | None) -> int:
-        """Dense id of a raw one; 0 for a user whom the dataset does not have, or who was forgotten."""
+        """Dense id of a raw user id; 0 if the dataset does not have the user, or the user was forgotten."""
         if user is None or (self._log is not None and self._log.is_forgotten(user)):
             return 0
         return max(0, int(self._users.find([user])[0]))
@@ -50,7 +50,7 @@ class ServiceHistories:
         return self.newer(KnownHistory(UserHistory(dense, **events.columns)), user)
 
     def newer(self, known: KnownHistory, user: str) -> KnownHistory:
-        """The history with what the log has gained since; it is read anew if the log has also lost some of it."""
+        """The history with the log's events since `known` was read; read completely again if rows were deleted."""
         if self._log is None:
             return known
         is_gone = known.events.user_id != 0 and self._log.is_forgotten(user)
@@ -58,10 +58,12 @@ class ServiceHistories:
             return self.read(user)
         logged, number = self._log.of_user(user, known.number)
         count = known.logged + len(logged)
-        kept = _without(logged, known.events, self._scorer)
-        if known.number and len(kept) < len(logged):  # of the dataset, or of the log, where it counts twice
+        new = _without(logged, known.events, self._scorer)
+        # An equal event is known already. It may be of the dataset, and count once, or of the log, and count twice:
+        # `known` does not tell, so start again from the dataset.
+        if known.number and len(new) < len(logged):
             return self.read(user)
-        logged = kept
+        logged = new
         if not logged:
             return KnownHistory(known.events, number, count)
         joined = Events.concat([known.events, self._encoded(logged)])
@@ -69,7 +71,7 @@ class ServiceHistories:
         return KnownHistory(UserHistory(known.events.user_id, **joined[order].columns), number, count)
 
     def _encoded(self, logged: list[LoggedEvent]) -> Events:
-        """Events by dense ids; what is no longer known is the unknown item or action."""
+        """Logged events with dense ids; items and actions that are no longer known become the unknown one (0)."""
         return Events.at(
             [event.timestamp for event in logged],
             item_ids=_known_items(self._scorer, logged),
@@ -82,17 +84,17 @@ def _without(logged: list[LoggedEvent], events: UserHistory, scorer: Scorer) -> 
     """The logged events that are not among `events`."""
     if not logged or not len(events):
         return logged
-    had = Counter(zip(events.item_ids.tolist(), events.timestamps.tolist(), strict=True))
-    kept = []
+    remaining = Counter(zip(events.item_ids.tolist(), events.timestamps.tolist(), strict=True))
+    new = []
     for event, item in zip(logged, _known_items(scorer, logged), strict=True):
-        if had[item, event.timestamp] > 0:
-            had[item, event.timestamp] -= 1
+        if remaining[item, event.timestamp] > 0:
+            remaining[item, event.timestamp] -= 1
         else:
-            kept.append(event)
-    return kept
+            new.append(event)
+    return new
 
 
 def _known_items(scorer: Scorer, logged: list[LoggedEvent]) -> list[int]:
-    """Dense ids, 0 for those that are not known."""
+    """Dense item ids of logged events; 0 for items that are not known."""
     found = scorer.new_items.find([event.item for event in logged])
     return [int(item) if 0 <= item < scorer.num_items else 0 for item in found]

@@ -1,4 +1,4 @@
-"""Counters of a service in Prometheus's format: latency by stage, batches, cache, unknown ids, scores."""
+"""Prometheus metrics of a service: latency by stage, batches, cache, unknown ids, scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,7 +13,8 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.
 
 
 class ServiceMetrics:
-    """Metrics of one service; `text` is the answer of /metrics. engine: the one in use."""
+    """Metrics of one service; `text` is the answer of /metrics. engine: function that returns the engine in use;
+    waiting: function that returns the number of accepted requests without an answer."""
 
     def __init__(self, engine: Callable[[], Engine], waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -49,9 +50,9 @@ class ServiceMetrics:
             self.seconds.labels("queue").observe(one)
 
     def observe_scores(self, probabilities: NDArray[np.floating]) -> None:
-        """Count a sample of a request's probabilities.
+        """Observe a sample of a request's probabilities: at most 19, evenly spaced in the order of its candidates.
 
-        At most 19, evenly spaced in the order of its candidates: a large request costs no more than a small one.
+        So the cost does not grow with the number of candidates.
         """
         step = max(1, probabilities.size // 10)
         for one in probabilities[::step].tolist():
@@ -63,7 +64,7 @@ class ServiceMetrics:
 
 
 class _EngineCollector:
-    """Counts that the engine keeps itself."""
+    """Collector of the values that the engine in use counts itself."""
 
     def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine

@@ -1,6 +1,6 @@
-"""Shards of the users of a service: whose a request is, where it goes, where its events are.
+"""Sharding of a service by user: the user of a request, the shard of a user, and the file of a shard's events.
 
-A shard has the whole application (`create_app`) and is asked in its own process, `ask_application`.
+A shard runs the complete application (`create_app`) in its process, which `ask_application` calls without a socket.
 """
 
 import asyncio
@@ -12,16 +12,16 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Scope
 
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers and body."""
+"""Status, headers and body of an HTTP answer."""
 
 
 def user_of(method: str, path: str, body: bytes) -> str | None:
-    """The user whom a request is about; None without one, or with a body that the shard will refuse.
+    """The raw user id in a request; None if there is none, or if the body is invalid, so that the shard refuses it.
 
     path: decoded, as in an ASGI scope.
     """
     if path.startswith("/v1/users/"):
-        # DELETE has the user alone, whose id may end in the same way.
+        # The path of a DELETE ends with the user id, which may itself end with "/events".
         return path.removeprefix("/v1/users/").removesuffix("/events" if method == "GET" else "")
     try:
         found = json.loads(body)
@@ -32,7 +32,7 @@ def user_of(method: str, path: str, body: bytes) -> str | None:
 
 
 def shard_of(user: str | None, shards: int) -> int:
-    """Number of a user's shard, the same in all processes; 0 without a user."""
+    """Index of a user's shard, the same in all processes; 0 for None."""
     if user is None:
         return 0
     return int.from_bytes(blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % shards
@@ -42,7 +42,7 @@ def state_file(folder: Path, number: int, shards: int) -> Path:
     """File of a shard's events.
 
     Raises:
-        ValueError: the folder has files of another number of shards, in which users are elsewhere.
+        ValueError: the folder has files of another number of shards, with another assignment of users to shards.
     """
     others = sorted({found.stem.rpartition("-")[2] for found in folder.glob("shard-*-of-*.sqlite")} - {str(shards)})
     if others:
@@ -51,8 +51,8 @@ def state_file(folder: Path, number: int, shards: int) -> Path:
 
 
 async def ask_application(app: ASGIApp, scope: dict[str, Any], body: bytes) -> Answer:
-    """The answer of an ASGI application in this process, as a whole."""
-    whole: Scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "state": {}, **scope}
+    """Call an ASGI application in this process; return its complete answer."""
+    full_scope: Scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "state": {}, **scope}
     sent, ended = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
     found: dict[str, Any] = {"body": b""}
 
@@ -70,5 +70,5 @@ async def ask_application(app: ASGIApp, scope: dict[str, Any], body: bytes) -> A
         if not message.get("more_body", False):
             ended.set()
 
-    await app(whole, receive, send)
+    await app(full_scope, receive, send)
     return found["status"], found["headers"], found["body"]

@@ -1,11 +1,13 @@
 """Inputs of the user encoder for serving, without the collator and TorchRec's tables for training.
 
-What depends on the item alone, P(E) + ID + item features, is computed once for the whole catalogue by the model itself.
-The rest is looked up in plain tensors: action and gate by event, user features and time by request. The definitions are
-those of `data.collate` and `HybridFeatures`; a test compares every slot with theirs.
+The part that depends on the item alone, c(item) = P(E) + ID + item features, is computed once for the complete
+catalogue by the model itself. The other parts are looked up in plain tensors: action and gate for each event, user
+features and time for each request. The definitions are those of `data.collate` and `HybridFeatures`; a test compares
+every slot with theirs.
 
-    x_i = c(item_i) * (1 + g(action_i)) + action_i + MLP(time_i)          history
-    x_q = c(item_q) + [USER] + action_0 + user features + context + MLP(time_q) + W n_q     query; late: no c(item)
+    x_i = c(item_i) * (1 + g(action_i)) + action_i + MLP(time_i)                             history position
+    x_q = c(item_q) + action_0 + user features + context + MLP(time_q) + W n_q               query, early fusion
+    x_q = [USER]    + action_0 + user features + context + MLP(time_q) + W n_q               query, late fusion
 
 Legend: N items, T history positions, R requests, D width, F numeric features.
 """
@@ -34,29 +36,32 @@ from hllm_torchrec.modules.features.timestamps import split_timestamps
 
 Extra = Mapping[str, NDArray[Any]]
 USERS_KEPT = 65_536
-"""Users whose sum of features is kept, the latest used ones."""
+"""Number of users whose sum of features is cached; the least recently used ones are dropped."""
 _TABLES = "features.tables.embedding_bags."
 
 
 class SlotInputs:
-    """Input vectors of histories and requests for one model, which has its weights and a source of all items.
+    """Input vectors of histories and requests for one model with loaded weights.
 
-    The rows of new items follow after `extend`.
+    Rows of items that are added later are computed by `extend`.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment, self._spec, self._hllm = experiment, experiment.batch_spec, experiment.hllm
         self.tables = _plain_tables(experiment)
-        """Weights of the tables that are read by event or by request."""
+        """Table name -> weights, of the tables that are read for each event or request."""
         self._user_bags = {name: experiment.dataset.feature_ids("user", name) for name in self._spec.user_features}
         self._of_user = lru_cache(USERS_KEPT)(lambda user: self.user_features(np.array([user]))[0])
         self.items = torch.empty(0, self._hllm.user.width, device=experiment.device)
-        """c [N, D] float32 of every item, the unknown one first."""
+        """c [N, D] float32 of every item; row 0 is the unknown item."""
         self.extend()
 
     @torch.no_grad()
     def extend(self, changed_from: int = 0) -> None:
-        """Compute the rows of items that the dataset has gained, and again those from `changed_from` on."""
+        """Compute the rows of items that were added to the dataset.
+
+        changed_from: first of the rows that are computed again; 0: existing rows are kept.
+        """
         dataset = self._experiment.dataset
         kept = self.items[: changed_from or len(self.items)]
         experiment = self._experiment
@@ -88,9 +93,9 @@ class SlotInputs:
     def requests(
         self, users: Sequence[int], times: Sequence[int], numeric: Floats | None, context: Extra | None = None
     ) -> Tensor:
-        """What all queries of a request share [R, D]: everything but the candidate's item.
+        """Input [R, D] that all queries of a request share: all terms of x_q except the candidate's c(item).
 
-        numeric: [R, F]; context: columns [R] of `Events.extra` by name.
+        numeric: [R, F]; context: name -> column [R] of `Events.extra`.
         """
         x_RD = torch.stack([self._of_user(user) for user in users])
         if self._hllm.features.merge_time is not None:
@@ -111,7 +116,7 @@ class SlotInputs:
 
     @cached_property
     def _of_query(self) -> list[Tensor]:
-        """What is the same for all queries: the row of their unknown action, and [USER], each [D]."""
+        """Terms [D] that are the same for all queries: the unknown action's row and, with late fusion, [USER]."""
         rows = []
         if self._spec.action and not self._spec.interleaved:
             rows.append(self._rows("action", torch.zeros(1, dtype=torch.int64, device=self.items.device))[0])
@@ -150,7 +155,7 @@ class SlotInputs:
 
 
 def _plain_tables(experiment: Experiment) -> dict[str, Tensor]:
-    """The weights of the tables that are read by request, as they are in the model.
+    """Table name -> weights of the tables that are read for each event or request, in their dtype in the model.
 
     Raises:
         ValueError: the tables are quantized.

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @dataclass
 class CacheCounts:
-    """Counts since the start. A hit found a state, also one that later events still had to extend."""
+    """Counts since the start. A hit is a look-up that found a state, also if new events then had to be added to it."""
 
     hits: int = 0
     misses: int = 0
@@ -18,9 +18,9 @@ class CacheCounts:
 
 
 class StateCache(Generic[T]):
-    """Values with their sizes; the ones used longest ago leave when all together exceed `max_bytes`.
+    """Cache of values with their sizes: the least recently used ones are evicted if the total exceeds `max_bytes`.
 
-    It is not synchronized: one thread uses it.
+    It is not synchronized: only one thread may use it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -31,7 +31,7 @@ class StateCache(Generic[T]):
         return len(self._values)
 
     def get(self, key: Hashable) -> T | None:
-        """The value of a key, which becomes the latest used; None and a miss if there is none."""
+        """Return the value of a key, which becomes the most recently used, or None (counted as a miss)."""
         found = self._values.get(key)
         if found is None:
             self.counts.misses += 1
@@ -41,7 +41,7 @@ class StateCache(Generic[T]):
         return found[0]
 
     def put(self, key: Hashable, value: T, nbytes: int) -> None:
-        """Keep a value of `nbytes` bytes; one larger than the whole cache is not kept."""
+        """Store a value of `nbytes` bytes; a value larger than `max_bytes` is not stored."""
         self.remove(key)
         if nbytes > self.max_bytes:
             return
@@ -53,12 +53,12 @@ class StateCache(Generic[T]):
             self.counts.evictions += 1
 
     def remove(self, key: Hashable) -> None:
-        """Forget a key, if it is there."""
+        """Remove a key, if it exists."""
         found = self._values.pop(key, None)
         if found is not None:
             self.nbytes -= found[1]
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all values."""
         self._values.clear()
         self.nbytes = 0

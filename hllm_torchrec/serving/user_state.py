@@ -1,4 +1,4 @@
-"""A user's events as a request gives them, and their encoding by one model."""
+"""History of a user in a request, and its encoding by one model."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +24,7 @@ class UserHistory(Events):
 
     def __init__(self, user_id: int, *columns: ArrayLike, **named: ArrayLike) -> None:
         """Accept the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
-        # numpy would read the raw ids "242" and "302" as numbers.
+        # Checked first, because numpy would convert the raw ids "242" and "302" to numbers.
         items = named.get("item_ids", columns[0] if columns else ())
         if isinstance(user_id, str) or raw_texts(items, f"item_ids of user {user_id}") is not None:
             raise ValueError(
@@ -44,7 +44,7 @@ class UserHistory(Events):
             )
 
     def as_piece(self, first: int = 0) -> Piece:
-        """The events as an input of the collator; the exposures are those from index `first` on."""
+        """The events as an input of the collator; events from index `first` on are the exposures."""
         return Piece(**self.columns, user_id=self.user_id, first_target=first)
 
     def since(self, start: int) -> "UserHistory":
@@ -64,10 +64,12 @@ class UserHistory(Events):
 
 @dataclass(frozen=True)
 class UserState:
-    """Encoded history: all events, the index of the first one that the model uses, and the cache from there on.
+    """Encoded history of a user.
 
-    mark: names the model and the item numbers that it was made with; other scorers refuse it. numbers: numeric
-    features [1, F] of requests by the number of events that they see, where nothing else decides.
+    history: all events; start: index of the first event that the model uses; cache: keys and values of the events from
+    `start` on. mark: identifies the model and the numbering of the items; scorers with another mark refuse the state.
+    numbers: memo of `RequestRules.numbers`, number of visible events -> numeric features [1, F] of a request; filled
+    only if all numeric features depend on the events alone, not on the time of the request.
     """
 
     history: UserHistory
@@ -78,5 +80,5 @@ class UserState:
 
     @cached_property
     def highest_item(self) -> int:
-        """Highest id of an item in the history; 0 without events."""
+        """Highest dense item id in the history; 0 for an empty history."""
         return int(self.history.item_ids.max(initial=0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class EarlyStopping:
     """Early stopping: training ends after `patience` consecutive evaluations without a better score (0: never).
 
-    best: best validation score so far (larger is better); stale: number of evaluations since it.
+    best: best validation score so far (larger is better); stale: number of evaluations since the best one.
     """
 
     patience: int

@@ -94,7 +94,7 @@ def _decays(name: str, parameter: Parameter) -> bool:
 def named_optimizer_state(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Parameter]]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's state tensors (not copies) by parameter name: loading into them in place restores it.
+    """Return parameter name -> the optimizer's state tensors, not copies: loading into them restores the optimizer.
 
     Args:
         optimizer: an optimizer whose state exists (after a step, or `materialize_state`).
@@ -108,8 +108,8 @@ def materialize_state(optimizer: AdamW) -> None:
 
     Weights, gradients, learning rates and existing state do not change; new step counts are 0.
     """
-    # AdamW creates its state only in step(): one step with zero gradients for the new parameters (and none for the
-    # others, which step() then skips) at learning rate 0.
+    # AdamW creates its state only in step(). So do one step at learning rate 0, with zero gradients for the parameters
+    # without state, and with gradient None for the others, which step() skips.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     new = [p for p in parameters if not optimizer.state.get(p)]
     if not new:
@@ -132,9 +132,9 @@ def materialize_state(optimizer: AdamW) -> None:
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
-    """Return the share of the full learning rate for the update after `step` updates.
+    """Return the factor of the learning rate for the update after `step` updates.
 
-    It rises linearly from `1 / warmup_steps` (update 0) to 1 (update `warmup_steps - 1`), falls as half a
+    The factor rises linearly from `1 / warmup_steps` (update 0) to 1 (update `warmup_steps - 1`), falls along half a
     cosine to `min_ratio` at `total_steps`, and stays there.
     """
     if step < warmup_steps:
@@ -144,7 +144,11 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: flo
 
 
 def dense_step(optimizer: AdamW, clip_norm: float) -> float:
-    """Clip, step if the gradients are finite, and clear them; returns the norm before clipping, equal on all ranks."""
+    """Clip the gradients, step if they are finite, and clear them.
+
+    Returns:
+        The norm of the gradients before clipping, equal on all ranks.
+    """
     norm = float(clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], clip_norm))
     if math.isfinite(norm):
         optimizer.step()

@@ -15,9 +15,9 @@ from hllm_torchrec.training.stage_schedule import EpochSegment
 
 
 def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | None:
-    """The newest complete checkpoint of `config.output`, or None if there is none. Collective.
+    """Return the newest complete checkpoint of `config.output`, or None if there is none. Collective.
 
-    output: the folder on this host with the run's checkpoints, if `config.output` is a URL.
+    output: folder on this host with the run's checkpoints; it must be given if `config.output` is a URL.
 
     Raises:
         ConfigError: there are checkpoints and `resume` is false (two runs must not be mixed); or all of them are
@@ -42,9 +42,10 @@ def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | N
 
 
 def changed_settings(extra: dict[str, Any], config: Config) -> list[str]:
-    """Settings that differ from those that the checkpoint of `extra` was trained with, as 'name: before -> now'.
+    """Settings that differ from those of the checkpoint, as 'name: before -> now'.
 
-    Settings of location and duration, `reliability` and `logs` are left out.
+    extra: content of the checkpoint's extra.json. Settings of location and duration, `reliability` and `logs` are left
+    out.
     """
     before, now = _flat(extra["config"]), _flat(to_dict(config))
     differs = [name for name in before if name in now and before[name] != now[name] and not _may_differ(name)]
@@ -66,12 +67,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_schedule(checkpoint: Path, extra: dict[str, Any], segments: Sequence[EpochSegment]) -> None:
-    """Check that the started epochs have as many steps as before; otherwise a step number would mean other data.
+    """Check that the epochs that were started have the same numbers of steps as in the checkpoint's run.
+
+    With other numbers of steps, the checkpoint's step would be at another position in the data.
 
     Raises:
         ConfigError: the numbers of steps differ.
     """
     begun = sum(segment.first_step < extra["step"] for segment in segments)
+    # "leg_steps": the steps of each `EpochSegment`, under the key of version 0.1.
     mine, saved = [segment.steps for segment in segments[:begun]], extra["leg_steps"][:begun]
     if mine != saved:
         raise ConfigError(

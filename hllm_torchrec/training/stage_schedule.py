@@ -10,11 +10,11 @@ from hllm_torchrec.training.optim import warmup_cosine
 
 @dataclass(frozen=True)
 class EpochSegment:
-    """Consecutive steps of one epoch in one stage.
+    """Steps of one epoch, or of a fraction of an epoch, in one stage.
 
-    epoch: number of the epoch in the run, on which the shuffle depends; first_step: number of the segment's first step
-    in the run; steps: number of steps; epoch_steps: number of steps of the complete epoch; is_first_of_stage: True for
-    the first segment of its stage.
+    epoch: index of the epoch in the run, on which the shuffle depends; first_step: index of the segment's first step in
+    the run; steps: number of steps; epoch_steps: number of steps of the complete epoch; is_first_of_stage: True for the
+    first segment of its stage.
     """
 
     stage: StageConfig
@@ -26,7 +26,7 @@ class EpochSegment:
 
     @property
     def end(self) -> int:
-        """Number of the first step after the segment."""
+        """Index of the first step after the segment."""
         return self.first_step + self.steps
 
 
@@ -42,7 +42,7 @@ class RunSchedule:
 
     @classmethod
     def of(cls, config: Config, epoch_steps: Callable[[StageConfig, int], int]) -> "RunSchedule":
-        """The schedule of a configuration; epoch_steps: steps of (stage, epoch)."""
+        """Build the schedule of a configuration; epoch_steps: function (stage, epoch) -> steps of the epoch."""
         segments = epoch_segments(config.stages, epoch_steps)
         total = min(segments[-1].end, config.max_steps or segments[-1].end)
         warmup = max(1, round(config.optim.warmup * total))
@@ -50,15 +50,15 @@ class RunSchedule:
         return cls(segments, total, warmup, evaluated, config.optim.min_lr_ratio)
 
     def from_step(self, step: int) -> Iterator[EpochSegment]:
-        """The segments with steps left after `step` steps."""
+        """Return the segments that have steps left after `step` steps."""
         return (segment for segment in self.segments if step < segment.end and segment.first_step < self.total_steps)
 
     def learning_rate_ratio(self, step: int) -> float:
-        """Share of the full learning rates for the update after `step` updates."""
+        """Factor of the learning rates for the update after `step` updates."""
         return warmup_cosine(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
 
     def end_to_end_steps(self, step: int) -> int:
-        """Number of the first `step` steps in which item embeddings come from the Item LLM, with gradients."""
+        """Number of steps, among the first `step`, in which the Item LLM encodes the items with gradients."""
         live = (segment for segment in self.segments if segment.stage.item_embeddings == "trained")
         return sum(max(0, min(step, segment.end) - segment.first_step) for segment in live)
 
@@ -66,7 +66,7 @@ class RunSchedule:
 def epoch_segments(stages: Sequence[StageConfig], epoch_steps: Callable[[StageConfig, int], int]) -> list[EpochSegment]:
     """Concatenate the epochs of all stages; the last epoch of a stage may be a fraction (at least one step).
 
-    epoch_steps: steps of (stage, epoch).
+    epoch_steps: function (stage, epoch) -> steps of the epoch.
     """
     segments: list[EpochSegment] = []
     first = epoch = 0
@@ -90,7 +90,8 @@ def evaluation_steps(segments: Sequence[EpochSegment], every: float, total: int)
     for segment in segments:
         share = segment.steps / segment.epoch_steps
         nearest = 1e-6 / segment.epoch_steps  # tolerance: sums of fractions miss integers by rounding
-        # The first multiple of `every` beyond the epochs done; `within` is its distance into this segment, in epochs.
+        # The first multiple of `every` that is larger than the number of epochs done so far; `within` is the part of
+        # it that lies in this segment, in epochs.
         multiple = math.floor((epochs_done + nearest) / every) + 1
         while (within := multiple * every - epochs_done) <= share + nearest:
             chosen.add(segment.first_step + max(1, math.ceil((within - nearest) * segment.epoch_steps)))

@@ -17,11 +17,11 @@ _logger = logging.getLogger(__name__)
 
 
 class StepGuard:
-    """Stops the run or skips the step on a non-finite loss or gradient; the same decision on all ranks.
+    """Stops the run or skips the step on a non-finite loss or gradient; all ranks make the same decision.
 
-    Sharded tables are updated inside the backward pass, so a non-finite loss must be detected before it: if steps may
-    be skipped, the ranks agree at every micro-batch. Gradients that overflow although the loss is finite leave the
-    dense weights unchanged, but the table rows of that step have been updated.
+    Sharded tables are updated inside the backward pass, so a non-finite loss must be detected before the backward pass:
+    if steps may be skipped, the ranks agree at every micro-batch. If the loss is finite but the gradients overflow, the
+    dense weights do not change, but the table rows of that step have been updated already.
     """
 
     def __init__(self, config: Config, rank: int, output: Path | None = None) -> None:
@@ -35,12 +35,12 @@ class StepGuard:
         self._says_undefined = rank == 0
 
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
-        """Score by which validation compares checkpoints, larger is better: `select_by`, or without a head NDCG.
+        """Return the validation score by which checkpoints are compared (larger is better), or None without exposures.
 
-        A run with creatives is scored by the log-likelihood of their texts given the right user.
-        If a metric of `select_by` is undefined, the score is the AUC instead (no user has both labels) or, with labels
-        of one class, the negated log loss. None: there is nothing to score. The first undefined score is reported, on
-        rank 0.
+        The score is the mean of the metrics of `evaluation.select_by`; without a ranking head it is the NDCG; for a run
+        with creatives it is the mean log-likelihood of their texts, given the right user. If a metric is
+        undefined, the AUC is the score instead (no user has both labels) or, with labels of one class, the negative log
+        loss. Rank 0 logs the first such case.
         """
         if metrics.get("creative_rows"):
             return -float(metrics["creative_nll"])
@@ -63,11 +63,12 @@ class StepGuard:
         return score
 
     def check_leakage(self, step: int, auc: float | None) -> None:
-        """Warn, on rank 0, of a validation AUC above `leakage_above`; `auc` is None without a classification head, and
-        NaN without exposures of both classes.
+        """Warn, on rank 0, if the validation AUC is above `reliability.leakage_above`.
+
+        auc: None without a classification head, NaN without exposures of both classes.
 
         Raises:
-            ValueError: the AUC is above it and `reliability.leakage` is "stop".
+            ValueError: the AUC is above `reliability.leakage_above`, and `reliability.leakage` is "stop".
         """
         if auc is None or not auc > self._leakage_above:
             return
@@ -114,7 +115,7 @@ class StepGuard:
 
 
 def _ids(batch: HybridBatch) -> dict[str, Any]:
-    """Identification of a batch: users and items by the dataset's ids, exposures by user's position and item."""
+    """Ids that identify a batch: dense ids of users and items, and position in the user's sequence of each exposure."""
     return {
         "user_ids": batch.user_ids.tolist(),
         "unique_items": batch.unique_items.tolist(),

@@ -42,7 +42,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
     begin_from = start_checkpoint(config) if resume_from is None else None
-    # Draws random numbers, so it comes before `build_experiment`, which seeds.
+    # The measurement draws random numbers, so it must run before `build_experiment`, which sets the seeds.
     peak_flops = global_matmul_peak(device, compute_dtype(config))
     version = version_to_resume(config, resume_from)
     factors = own_factors(config, storage.folder, resume_from, begin_from)
@@ -69,10 +69,10 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
 
 
 def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
-    """Version of the dataset with which a resumed run began; None for a new one, and if the checkpoint has none.
+    """Version of the dataset with which a resumed run began; None for a new run, or if the checkpoint does not have it.
 
     Raises:
-        ConfigError: the configuration names another version.
+        ConfigError: `data.version` is another version.
     """
     began = read_checkpoint_json(resume_from / "extra.json").get("dataset") if resume_from is not None else None
     if began is None:
@@ -97,10 +97,12 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
 
 
 def evidence_to_continue(config: Config, resume_from: Path | None, begin_from: Path | None) -> EvidenceModel | None:
-    """Fitted evidence of the run that is resumed or that this one starts from; None: evidence must be fitted.
+    """Fitted evidence of the run that is resumed, or of the `start_from` run if it has the same `data.evidence`.
+
+    None: evidence must be fitted, if it is configured.
 
     Raises:
-        ValueError: the file of the run is missing or damaged.
+        ValueError: the evidence file of that run is missing or damaged.
     """
     names = config.data.evidence
     if resume_from is not None:
@@ -112,10 +114,11 @@ def evidence_to_continue(config: Config, resume_from: Path | None, begin_from: P
 
 
 def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from: Path | None) -> RunFactors | None:
-    """The item factors of a run, from its folder; None if it has none or reads those beside the dataset. Collective.
+    """Return the item factors of a run from its folder; None if the run uses none, or uses those stored with the
+    dataset. Collective.
 
-    A new run fits them, or takes over those of the run that it starts from, and saves them. Runs of earlier versions,
-    and those that start from them, read the dataset's.
+    A new run fits factors, or copies those of the run that it starts from, and saves them in its folder. Runs of
+    earlier versions, and runs that start from them, use the factors stored with the dataset.
 
     Raises:
         ValueError: the factors of the run to start from are missing or damaged.
@@ -146,6 +149,6 @@ def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from:
 
 
 def _pin_dataset(dataset: Dataset, config: Config) -> None:
-    """Pin the dataset's version for this run; not in the copy of a URL, nor in a dataset of an earlier release."""
+    """Pin the dataset's version for this run. Datasets at a URL, and those of an earlier release, cannot be pinned."""
     if rank() == 0 and url_of(config.data.dataset) is None and chain_base(dataset.manifest) is not None:
         pin_version(dataset.root, dataset.version, config.output)

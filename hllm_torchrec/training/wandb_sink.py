@@ -29,7 +29,7 @@ class WandbLog:
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Use our step as the x axis: a resumed run repeats steps, which W&B's own monotonic counter rejects.
+        # Use the training step as the x axis: a resumed run repeats steps, which W&B's monotonic counter rejects.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:

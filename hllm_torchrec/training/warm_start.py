@@ -1,7 +1,7 @@
-"""Warm start: initializes a run with the weights of another, as stage II of HLLM starts from stage I.
+"""Warm start: initializes a run with the weights of another run, as stage II of HLLM starts from stage I.
 
-The nightly job starts from yesterday's run in the same way: tables may have grown, and the optimizers' state may be
-continued.
+The nightly job starts from the previous night's run in the same way. Tables may have grown since, and the state of the
+optimizers may be loaded, too.
 """
 
 import re
@@ -43,7 +43,7 @@ OPTIONAL_PARTS = (
     "user_token",
     "value_head",
 )
-"""Parts of the model that the other run may lack; it must have the Item LLM and the user encoder."""
+"""Parts of the model that the checkpoint may lack; it must have the Item LLM and the user encoder."""
 
 OPTIMIZER_GROUPS = ("dense", "tables", "ema")
 """Groups of a checkpoint other than the weights."""
@@ -51,11 +51,13 @@ _REMEDY = "Choose another run, or parts that keep their initial values (start_fr
 
 
 def start_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `start_from` names, or the best one of the run that it names; None without it. Collective.
+    """Return the checkpoint that `start_from` names, or the best checkpoint of the run that it names. Collective.
+
+    None: `start_from` is not set.
 
     Raises:
-        ConfigError: it does not exist.
-        ValueError: its files are damaged.
+        ConfigError: there is no such checkpoint.
+        ValueError: the checkpoint's files are damaged.
     """
     if config.start_from is None:
         return None
@@ -79,20 +81,20 @@ def warm_start(experiment: Experiment, checkpoint: Path) -> Path:
     """Load the weights of another run's checkpoint into a newly built model; return the checkpoint. Collective.
 
     Averaged weights (`optim.ema`) are used if the other run has them, because they were the ones evaluated to select
-    the best checkpoint. Tables may have grown: see `checkpoint.growth`. Weights of OPTIONAL_PARTS that the checkpoint
-    lacks keep their initial values, with a warning, as do those of `start_from_skip`. If the other run has pruned the
-    checkpoint since it was chosen, it is chosen again.
+    the best checkpoint. Tables may have grown: see `checkpoint.growth`. Weights of `start_from_skip` keep their initial
+    values, and so do weights of OPTIONAL_PARTS that the checkpoint lacks, with a warning. If the other run has pruned
+    the checkpoint since it was selected, a checkpoint is selected again.
 
     Raises:
         ValueError: the checkpoint's ids are not those of the dataset; its Item LLM or user encoder differ, or a part
             has another shape; its files are damaged.
     """
-    still_there = iter([checkpoint])
+    given = iter([checkpoint])  # used for the first attempt only
 
     def find() -> Path:
-        found = next(still_there, None) or start_checkpoint(experiment.config)
-        assert found is not None, "start_from names a run"
-        return found
+        selected = next(given, None) or start_checkpoint(experiment.config)
+        assert selected is not None, "start_from names a run"
+        return selected
 
     return read_checkpoint(find, lambda path: _load_weights(experiment, path))
 
@@ -106,7 +108,7 @@ def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
     check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
     averaged = _averaged(checkpoint)
     if averaged:
-        # Averages exist for a part of the weights only; they overwrite, in place, the weights loaded above.
+        # Only some weights have averages. They overwrite, in place, the weights loaded above.
         weights = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in averaged}
         _load(checkpoint, {"ema": weights}, skip)
     fill_new_rows(experiment, checkpoint, skip)
@@ -114,7 +116,8 @@ def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
 
 
 def describe_start(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint that a run starts from and, for each table that grows, the numbers of known and new ids."""
+    """Facts for the run's log: the checkpoint that it starts from, and the numbers of known and new ids of each table
+    that has grown."""
     saved = saved_table_rows(SafeReader(checkpoint).read_tensors())
     present = experiment.batch_spec.tables(experiment.dataset).items()
     grown = {name: [saved[name] - 1, rows - saved[name]] for name, rows in present if saved.get(name, rows) < rows}
@@ -127,11 +130,11 @@ def continue_optimizers(
     """Load a checkpoint's weights (not averaged), averages and optimizer state: `start_from_optimizer`. Collective.
 
     Args:
-        state: the trainer's, as it is saved.
-        ema: its averages, which start from the loaded weights if the checkpoint has none.
+        state: state of the trainer, as it is saved in checkpoints.
+        ema: averages of the trainer; they start from the loaded weights if the checkpoint has none.
 
     Returns:
-        Number of optimizer steps done until then.
+        Number of optimizer steps before this run: those of the checkpoint's run and of the runs before it.
     """
     skip = experiment.config.start_from_skip
     averaged = bool(_averaged(checkpoint))
@@ -143,13 +146,17 @@ def continue_optimizers(
 
 
 def _averaged(checkpoint: Path) -> set[str]:
-    """Keys of the averages in a checkpoint. Collective."""
+    """Keys of the averaged weights in a checkpoint. Collective."""
     return run_on_rank_zero(lambda: {key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")})
 
 
 def _load(checkpoint: Path, state: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
-    """Load all parts but those of `skip`; optional parts may be missing in the checkpoint, or be in it only."""
-    # A part may be frozen now that was trained before, or the reverse: state of optimizers may be missing, weights not.
+    """Load all parts of `state` except those of `skip`; return the checkpoint's extra.json.
+
+    Optional parts may be missing in the checkpoint, or in the model.
+    """
+    # A part may be frozen now and have been trained before, or the reverse. So the state of optimizers may be missing,
+    # but the weights must exist.
     optional = [*OPTIMIZER_GROUPS, *(f"{MODEL}.{part}" for part in (*OPTIONAL_PARTS, *skip))]
     left_out = [f"{group}.{part}" for group in state for part in skip]
     wanted: dict[str, dict[str, Any]] = {group: {} for group in state}
@@ -161,7 +168,7 @@ def _load(checkpoint: Path, state: Mapping[str, Any], skip: tuple[str, ...]) -> 
 
 
 def _check_parts(skip: tuple[str, ...], weights: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an entry of `start_from_skip` that is no part of the model."""
+    """Raise ConfigError for an entry of `start_from_skip` that is not a part of the model."""
     parts = sorted({name.split(".")[0] for name in weights})
     for part in skip:
         if not any(is_under(name, [part]) for name in weights):

@@ -1,4 +1,4 @@
-"""Softmax attention with a cached history: one plan for reading events, one for scoring candidates.
+"""Softmax attention with a cached history: plans for encoding events, and for scoring candidates of requests.
 
 Legend: N history positions, n new ones, m candidates of a micro-batch, H heads, G key-value heads, E and V widths of a
 head's keys and values.
@@ -15,7 +15,8 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues
 from hllm_torchrec.modules.attention.text import grouped_attention
 
 OWN_COLUMNS = 8
-"""Columns added to keys and values for a candidate's own key: one is needed; CUDA kernels require multiples of 8."""
+"""Columns added to keys and values to represent a candidate's own key (`RequestPlan.attend`). One column would be
+enough, but CUDA kernels require widths that are multiples of 8."""
 
 
 class ReadPlan:
@@ -55,10 +56,11 @@ class RequestPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`; called once per layer, in layer order.
 
-        Each candidate also sees its own key, which differs per row, and attention kernels have no per-row key. So one
-        shared key (0, ..., 0, 1) represents it: the extended query (q, q . k_own) has the score q . k_own with it. Its
-        value (0, ..., 0, 1) makes the added output column the attention weight of the own value, which is then added.
-        This needs no mask and no materialized scores.
+        Each candidate also attends to itself, so it has a key that no other row sees, and attention kernels have no
+        per-row keys. Therefore one shared key (0, ..., 0, 1) represents the candidate's key k: its score with the
+        extended query (q, q . k) is q . k. The value of the shared key is (0, ..., 0, 1) too, so the added column of
+        the output is the attention weight of the candidate's value, which is then added with this weight. This needs no
+        mask, and the scores are not materialized.
         """
         keys, values = next(self.remaining)
         (number, heads, width), groups = query.shape, key.shape[1]
@@ -72,12 +74,12 @@ class RequestPlan:
 
 
 class RequestsPlan:
-    """`TextPlan` for the candidates of several requests; each sees its own request's history, and itself.
+    """`TextPlan` for the candidates of several requests; each candidate sees its request's history and itself.
 
-    Linear layers compute the rows of all requests at once, attention one request after the other; requests of one
-    candidate each (late fusion) share one padded call instead.
+    Linear layers compute the rows of all requests at once, and attention runs for one request after the other. If every
+    request has one candidate (late fusion), attention is one padded call.
 
-    layers: of each layer the visible keys and values of each request. counts: candidates of each request.
+    layers: for each layer, the visible keys and values of each request. counts: number of candidates of each request.
     """
 
     def __init__(self, layers: Sequence[Sequence[KeysValues]], counts: Sequence[int], device: torch.device) -> None:
@@ -87,7 +89,7 @@ class RequestsPlan:
         self.longest = int(seen.max()) + 1
         self.single, self.mask = max(self.counts) == min(self.counts) == 1, None
         if self.single and int(seen.min()) < int(seen.max()):
-            # [R, 1, 1, 1 + N]: column 0 is the own key.
+            # [R, 1, 1, 1 + N]: column 0 is the candidate's own key, the others are the history's.
             self.mask = (torch.arange(self.longest) <= seen[:, None])[:, None, None].to(device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -95,16 +97,16 @@ class RequestsPlan:
         layer = next(self.remaining)
         if self.single:
             keys, values = (
-                torch.cat([own[:, None], pad_sequence([getattr(one, name) for one in layer], batch_first=True)], 1)
-                for own, name in ((key, "keys"), (value, "values"))
+                torch.cat([row[:, None], pad_sequence([getattr(one, name) for one in layer], batch_first=True)], 1)
+                for row, name in ((key, "keys"), (value, "values"))
             )
             return grouped_attention(query[:, None], keys, values, self.mask, False, scaling, dropout)
         parts = zip(layer, *(x.split(self.counts) for x in (query, key, value)), strict=True)
-        found = []
+        outputs = []
         for one, q, k, v in parts:
             plan = RequestPlan([with_own_key(one, q.dtype)], q.shape[0], one.keys.shape[0])
-            found.append(plan.attend(q, k, v, scaling, dropout))
-        return torch.cat(found)
+            outputs.append(plan.attend(q, k, v, scaling, dropout))
+        return torch.cat(outputs)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -113,7 +115,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) 
 
 
 def with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, G, 1 + N, E + 8], preceded by the key and value that represent a candidate's own."""
+    """Keys [1, G, 1 + N, E + 8] and values [1, G, 1 + N, V + 8] of a layer; the first row represents the key and value
+    of the candidate itself (`RequestPlan.attend`)."""
 
     def extended(x_NGE: Tensor) -> Tensor:
         number, groups, width = x_NGE.shape

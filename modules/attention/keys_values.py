@@ -1,4 +1,4 @@
-"""Cached keys and values of a history: see `history_cache`.
+"""Cached keys and values of a history, for scoring candidates later (`history_cache`).
 
 Legend: N history positions, n new ones, m candidates of a micro-batch, G key-value heads, E and V widths of a head's
 keys and values, D width.
@@ -13,8 +13,8 @@ from torch import Tensor
 ScoreCandidates = Callable[[Tensor], Tensor]
 """Function of the inputs x [m, D] of a micro-batch of candidates that returns their outputs q [m, D]."""
 ScoreRequests = Callable[[Tensor, Sequence[int]], Tensor]
-"""Function of the inputs x [m, D] of the candidates of several requests, one request after the other, and of their
-numbers, that returns the outputs q [m, D]."""
+"""Function of the inputs x [m, D] of the candidates of several requests (concatenated) and of the number of candidates
+of each request, that returns the outputs q [m, D]."""
 
 
 @dataclass(frozen=True)

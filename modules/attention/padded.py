@@ -1,4 +1,5 @@
-"""Softmax attention over padded histories, each followed by one query: shapes alone decide, so it can be exported.
+"""Softmax attention over padded histories, each followed by one query. No branch depends on values, so torch.export can
+trace it.
 
 Legend: B users, T padded history positions, H heads, G key-value heads, E width of a head.
 """
@@ -10,10 +11,11 @@ from hllm_torchrec.modules.attention.text import grouped_attention
 
 
 class PaddedPlan:
-    """`TextPlan` for B * (T + 1) rows, user by user: T history positions, the first `lengths` of them real, one query.
+    """`TextPlan` for B * (T + 1) rows: for each user T history positions, of which the first `lengths` are real, and
+    then one query.
 
-    A history position sees those before it and itself, the query its user's real ones and itself. What the padding
-    computes is seen by nobody else.
+    A history position sees the positions before it and itself. The query sees its user's real positions and itself. No
+    real row sees a padding position.
 
     Args:
         lengths: [B] int64.
@@ -25,11 +27,12 @@ class PaddedPlan:
         self.longest = longest
         self.sequence = padded + 1
         at = torch.arange(self.sequence, device=lengths.device)
-        query = at[:, None] == padded
-        own = at[:, None] == at
-        causal = ~query & (at[:, None] >= at)
-        real = query & (at < lengths[:, None, None])
-        self.mask = (own | causal | real)[:, None]  # [B, 1, T + 1, T + 1]
+        is_query = at[:, None] == padded
+        is_same = at[:, None] == at
+        causal = ~is_query & (at[:, None] >= at)
+        real = is_query & (at < lengths[:, None, None])
+        self.mask = (is_same | causal | real)[:, None]  # [B, 1, T + 1, T + 1]
+        # The query's position follows the real positions, without the padding.
         self.position_ids = torch.where(at == padded, lengths[:, None], at).flatten()[None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:

@@ -2,16 +2,16 @@
 
     buckets   length-sorted padded buckets, SDPA in each; every device and dtype
     varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
-    flash     the flash-attn package (optional); the same, and dropout
+    flash     the flash-attn package (optional); as varlen, and supports dropout and capped scores
     flex      torch's FlexAttention with compiled block masks; CUDA, any dtype; only on request, never by "auto"
 
-A User LLM's query tokens (`hllm_torchrec.modules.attention.packed`) always run in buckets: none of these kernels lets
-a query see part of a sequence and itself.
+A User LLM's query tokens (`hllm_torchrec.modules.attention.packed`) always run in buckets, because no other kernel
+supports queries that see a part of a sequence and themselves.
 
-A variable-length kernel gets the shared prefix as keys, not in a second call: the few key and value rows of the prefix
-are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention of
-FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save those
-copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
+A variable-length kernel computes the attention to a shared prefix in the same call: the few key and value rows of the
+prefix are repeated in front of each text's rows, and a causal mask aligned at the bottom right (the convention of
+FlashAttention since 2.1) lets the text see all of them. Two calls merged by their log-sum-exp would save these copies,
+but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
 """
 
 import functools
@@ -34,8 +34,8 @@ class Sequences(NamedTuple):
     """Packed sequences without padding; the first four fields are positional arguments of every kernel.
 
     cu_q and cu_k: int32 [n + 1], offsets of each sequence's queries and keys; longest_q and longest_k: largest number
-    in one sequence. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i. limits: of
-    the layer; distances count from k - q + i, too.
+    of queries and of keys in one sequence. causal: query i of a sequence with q queries and k keys sees the keys up to
+    k - q + i. limits: window and softcap of the layer; a window's distances are measured from key k - q + i, too.
     """
 
     cu_q: Tensor
@@ -64,8 +64,8 @@ class VarlenKernel(Protocol):
 class AttentionBackend:
     """An entry of the registry.
 
-    kernel: None for padded buckets. unavailable_reason: (device, dtype of the matrix products) -> why the kernel
-    cannot run there, or None. has_softcap: whether it can cap scores.
+    kernel: None for padded buckets. unavailable_reason: function (device, dtype of the matrix products) -> reason why
+    the backend cannot run there, or None. has_softcap: whether it can cap scores.
     """
 
     name: str
@@ -124,9 +124,9 @@ def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.devic
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """A `TextPlan` without padding; its sequences are the prefix and every text that is not empty.
+    """A `TextPlan` without padding; its sequences are the prefix (if any) and every text that is not empty.
 
-    key_rows: [K] int64 packed row of each key; None without a prefix, when keys are the rows themselves.
+    key_rows: [K] int64, the packed row of each key; None without a prefix, when the keys are the packed rows in order.
     """
 
     kernel: VarlenKernel
@@ -176,22 +176,22 @@ class VarlenPlan:
 
 def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) -> VarlenPlan:
     """Plan sequences and their keys for a variable-length kernel."""
-    own, seen = layout.sequences()
-    starts = own.cumsum(0) - own
+    lengths, seen = layout.sequences()  # rows of each sequence, and the prefix rows that it sees
+    starts = lengths.cumsum(0) - lengths
     # Kernels are not required to accept sequences without queries, so empty texts are left out; they have no rows.
-    used = own > 0
-    own, seen, starts = own[used], seen[used], starts[used]
-    cu_q, cu_k = offsets_from_lengths(own), offsets_from_lengths(own + seen)
+    used = lengths > 0
+    lengths, seen, starts = lengths[used], seen[used], starts[used]
+    cu_q, cu_k = offsets_from_lengths(lengths), offsets_from_lengths(lengths + seen)
     key_rows = None
     if layout.prefix:
-        # Each sequence's keys are the prefix rows that it sees (packed rows 0 to P - 1) and then its own rows: `within`
-        # counts the keys of a sequence, and beyond the prefix it is shifted to the sequence's first row.
-        within = torch.arange(int(cu_k[-1])) - torch.repeat_interleave(cu_k[:-1], own + seen)
-        first_own = torch.repeat_interleave(starts - seen, own + seen)
-        in_prefix = within < torch.repeat_interleave(seen, own + seen)
-        key_rows = torch.where(in_prefix, within, within + first_own).to(device)
+        # The keys of a sequence are the prefix rows that it sees (packed rows 0 to P - 1), then the sequence's rows.
+        # `within` numbers the keys of a sequence from 0; beyond the prefix it is shifted to the sequence's first row.
+        within = torch.arange(int(cu_k[-1])) - torch.repeat_interleave(cu_k[:-1], lengths + seen)
+        shift = torch.repeat_interleave(starts - seen, lengths + seen)
+        in_prefix = within < torch.repeat_interleave(seen, lengths + seen)
+        key_rows = torch.where(in_prefix, within, within + shift).to(device)
     cu_q, cu_k = (offsets.to(device, torch.int32) for offsets in (cu_q, cu_k))
-    sequences = Sequences(cu_q, cu_k, int(own.max()), layout.longest, layout.causal)
+    sequences = Sequences(cu_q, cu_k, int(lengths.max()), layout.longest, layout.causal)
     return VarlenPlan(kernel, sequences, key_rows, layout.position_ids(device))
 
 
@@ -210,7 +210,7 @@ def _refuse_missing(dropout: float, limits: ScoreLimits, name: str, kernel: str)
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
 ) -> Tensor:
-    """Run torch.nn.attention.varlen; raises ValueError for dropout, which it does not support."""
+    """Run torch.nn.attention.varlen; raises ValueError for dropout and capped scores, which it does not support."""
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse_missing(dropout, sequences.limits, "varlen", "torch's kernel")
@@ -243,7 +243,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scal
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
-    """Run FlexAttention over a block mask; raises ValueError for dropout, which it does not support.
+    """Run FlexAttention with a block mask; raises ValueError for dropout and capped scores, which are not supported.
 
     On a CPU, where only tests call it, it is not compiled.
     """
@@ -267,13 +267,14 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scali
 
 
 def _sequence_of_row(rows: int, starts: Tensor) -> Tensor:
-    """Number of each row's sequence: [rows] int32; starts: offsets [n + 1]."""
+    """Index of each row's sequence: [rows] int32; starts: offsets [n + 1] of the sequences."""
     return torch.bucketize(torch.arange(rows, device=starts.device), starts[1:], right=True, out_int32=True)
 
 
 @functools.cache
 def _flex_functions(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """Return FlexAttention and its mask builder; if compiled, then for dynamic shapes, which differ in every batch."""
+    """Return FlexAttention and its mask builder; compiled for dynamic shapes, as they differ in every batch, if
+    `compiled`."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:

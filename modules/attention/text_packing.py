@@ -13,10 +13,10 @@ from hllm_torchrec.modules.attention.text import TextLayout
 
 @dataclass(frozen=True)
 class TextPacking:
-    """Arrangement of the rows of packed texts (of items, of creatives): after the prefix, in the layout's order.
+    """Arrangement of the rows of packed texts (of items or creatives): the prefix, then the texts in layout order.
 
-    item_of_row, place_of_row: [R] int64, the item of each row and the row's position within it; last_rows: [U] int64,
-    index of each item's last row, counting the P prefix rows; order: [U] int64, items in the layout's order.
+    order: [U] int64, text indices in layout order; item_of_row, place_of_row: [R] int64, the text of each row and the
+    row's position within the text; last_rows: [U] int64, index of each text's last row, counting the P prefix rows.
     """
 
     layout: TextLayout
@@ -27,8 +27,12 @@ class TextPacking:
 
     @staticmethod
     def of(rows: Tensor, has_prefix: Tensor, prefix: int, causal: bool) -> "TextPacking":
-        """Arrange items with `rows` [U] rows each, not counting the prefix."""
-        # Items without the prefix first, then those with it (their key is <= -1); longer ones first in both groups.
+        """Arrange texts of `rows` [U] rows each, not counting the prefix.
+
+        has_prefix: [U] bool; prefix: P; causal: see `TextLayout`.
+        """
+        # Texts without the prefix come first, then those with it (their key is <= -1); in both groups longer texts
+        # come first.
         order = torch.argsort(rows - has_prefix * (rows.max() + 1), descending=True, stable=True)
         sizes = rows[order].tolist()
         layout = TextLayout(sizes, prefix, int((~has_prefix).sum()) if prefix else 0, causal)
@@ -37,5 +41,5 @@ class TextPacking:
         item_of_row = torch.repeat_interleave(order, rows[order], output_size=sum(sizes))
         starts = torch.empty_like(ends)
         starts[order] = ends - rows[order]
-        place = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
-        return TextPacking(layout, order, item_of_row, place, prefix + starts + rows - 1)
+        position = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
+        return TextPacking(layout, order, item_of_row, position, prefix + starts + rows - 1)

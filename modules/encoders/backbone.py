@@ -16,9 +16,10 @@ _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 class TextReading:
     """How a text model reads a batch of texts.
 
-    arrangement: "packed": one row, with the library's attention; "padded": the unpatched model on batches of similar
-    lengths, padded on the right; "equal_lengths": the unpatched model on batches of equal lengths, which every model
-    reads as it reads a text alone. causal: a token sees the text up to itself (a decoder).
+    arrangement: "packed": all texts in one sequence, with the library's attention; "padded": the unpatched model on
+    batches of texts of similar lengths, padded on the right; "equal_lengths": the unpatched model on batches of texts
+    of equal lengths, without padding, which every model supports. causal: a token sees the text up to itself (True for
+    decoders).
     """
 
     arrangement: Literal["packed", "padded", "equal_lengths"] = "packed"
@@ -26,14 +27,14 @@ class TextReading:
 
 
 def backbone_layers(backbone: "PreTrainedModel") -> nn.ModuleList:
-    """The layers of a model, first to last: its outermost list with as many modules as the config has layers."""
+    """The layers of a model, first to last: its outermost ModuleList of `config.num_hidden_layers` modules."""
     number = backbone.config.num_hidden_layers
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     return next((layers for layers in lists if len(layers) == number), nn.ModuleList())
 
 
 def learned_positions(backbone: "PreTrainedModel") -> nn.Embedding | None:
-    """The table of position vectors of BERT, GPT-2, OPT and the like; None if positions are not learned."""
+    """The table of learned position vectors (BERT, GPT-2, OPT, ...); None if positions are not learned."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
             return module
@@ -78,8 +79,8 @@ def transformer_flops_per_token(
     """Return the FLOPs of one token's forward pass: the matrix products, 2 per multiply-add.
 
     Norms, activations, softmax, rotary embeddings, the word embeddings and a vocabulary head are not counted.
-    Training costs 3 times as much (the backward pass has two products for each forward one), or 4 times with
-    activation checkpointing, though model FLOPs utilisation counts 3 in either case.
+    Training costs 3 times as much (the backward pass has two products for each one of the forward pass), or 4 times
+    with activation checkpointing; model FLOPs utilization counts 3 times in both cases.
 
     Args:
         hidden: width D of the residual stream.

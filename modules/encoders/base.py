@@ -1,4 +1,4 @@
-"""Interface of the user encoders: packed history and queries in, one hidden state per row out.
+"""Interface of the user encoders: from packed histories and queries to one hidden state per row.
 
     forward(x_TD, seq_offsets, timestamps, queries, next_times) -> (h_TD, q_QD)
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Queries:
     """Query tokens of a packed batch.
 
-    x_QD: [Q, D] inputs; offsets: [B+1] int64, queries of each user; visible: [Q] int64, number of positions of the
-    user's history, from its start, that each query sees; times: [Q] int64 seconds of the requests.
+    x_QD: [Q, D] inputs; offsets: [B+1] int64, offsets of each user's queries; visible: [Q] int64, each query sees this
+    number of positions from the start of its user's history; times: [Q] int64 seconds of the requests.
     """
 
     x_QD: Tensor
@@ -43,10 +43,11 @@ class Queries:
 class PackedRows:
     """S packed rows: T history positions, then Q queries.
 
-    seq_offsets, query_offsets: [B+1] int64, history positions and queries of each user. visible: [Q] int64, see
-    `Queries`. positions, sequences: [S] int64, each row's position in its sequence (a query's position follows the
-    ones that it sees) and the index of the sequence. times: [S] int64 seconds of the events and requests. asked_at:
-    [S] int64, the time from which a row measures distances: of the request, of the event or of the next event.
+    seq_offsets, query_offsets: [B+1] int64, offsets of each user's history positions and queries. visible: [Q] int64,
+    see `Queries`. positions, sequences: [S] int64, each row's position in its sequence (a query's position follows the
+    positions that it sees) and the index of the sequence. times: [S] int64 seconds of the events and requests.
+    asked_at: [S] int64 seconds from which a row measures time differences: the time of the request for a query, the
+    time of the event or of the next event for a history position.
     """
 
     seq_offsets: Tensor
@@ -70,10 +71,10 @@ def pack_rows(
     queries: Queries | None = None,
     next_times: Tensor | None = None,
 ) -> PackedRows:
-    """Build the rows of `total` = T history positions and the queries.
+    """Build the rows of T = `total` history positions and of the queries.
 
-    timestamps: [T] int64 seconds, None for zeros; next_times: [T], time of the event after each position (for the last
-    position: of the request), or None for the position's own time.
+    timestamps: [T] int64 seconds, None: zeros; next_times: [T] int64 seconds of the event after each position (after
+    the last position: of the request), None: the position's own time.
     """
     # History rows come first in every field, then the queries: `forward` splits the output at T.
     nothing = seq_offsets.new_zeros(0)
@@ -97,22 +98,22 @@ def pack_rows(
 class UserEncoder(nn.Module, ABC):
     """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and implement `encode` and `flops`.
 
-    A custom encoder is built as `Name(shape, dropout)`, where `shape` is an instance of its `Shape` with the configured
-    fields; a configuration selects it by `module:Name`.
+    A configuration selects a custom encoder by `module:Name`. It is built as `Name(shape, dropout)`, where `shape` is
+    an instance of the class's `Shape` with the configured fields.
 
     Args:
         width: D.
         dropout: dropout of the inputs, a probability.
-        positions: rows of a table of learned positions that are added to the inputs; 0: none.
-        query_next_time: the time of a history position (`PackedRows.asked_at`) is that of the next event.
-        count_from_end: positions count from a sequence's last event; queries are then not supported.
+        positions: number of rows of a table of learned position vectors that are added to the inputs; 0: no table.
+        query_next_time: a history position measures time differences from the next event (`PackedRows.asked_at`).
+        count_from_end: positions are counted from a sequence's last event; queries are then not supported.
     """
 
     layers: nn.ModuleList
     reads_text: ClassVar[bool] = False
-    """False: inputs are features, to which gradients are propagated; see `ItemLLM`."""
+    """False: inputs are features, to which gradients are propagated (`ItemLLM.reads_text` is True)."""
     keeps_history: ClassVar[bool] = False
-    """True if a history can be cached for scoring candidates later: `read_history`, `begin_request`."""
+    """True if a history can be cached for scoring candidates later (`read_history`, `begin_request`)."""
     Shape: ClassVar[type]
     """For a custom encoder: a dataclass with the fields width, layers and any others."""
 
@@ -136,7 +137,7 @@ class UserEncoder(nn.Module, ABC):
         self.context_prefix = 0
         """Number of positions at the start of a history that see one another, and so must be read in one call."""
         self.context_sees_history = False
-        """True if those positions see the whole history, so that every later position sees the future through them."""
+        """True if these positions see the complete history: then every later position sees the future through them."""
         self.recompute = False
         """Activation checkpointing: if True, each layer runs again in the backward pass."""
 
@@ -153,13 +154,13 @@ class UserEncoder(nn.Module, ABC):
         seq_offsets: [B+1] int64; timestamps, next_times: see `pack_rows`.
 
         Raises:
-            ValueError: the encoder needs the next event's times and `next_times` is None; it counts positions from the
-                end and there are queries; or a sequence is longer than the table of positions.
+            ValueError: the encoder uses the next event's time and `next_times` is None; the encoder counts positions
+                from the end and there are queries; or a sequence is longer than the table of positions.
         """
         if self.query_next_time and next_times is None:
             raise ValueError(
-                "the encoder asks at the time of the next event, but next_times is None: pass the times, or "
-                "build it with time_of 'event'"
+                "the encoder measures time from the next event (time_of 'next'), but next_times is None: pass the "
+                "times, or build the encoder with time_of 'event'"
             )
         total = x_TD.shape[0]
         rows = pack_rows(seq_offsets, total, timestamps, queries, next_times if self.query_next_time else None)
@@ -197,13 +198,13 @@ class UserEncoder(nn.Module, ABC):
     def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
         """Keys and values of every layer, including the cached ones: see `history_cache.read_history`.
 
-        x_ND: [n, D] features of the events after the cached ones, at least one; times: [N] int64 of all events.
+        x_ND: [n, D] features of the n >= 1 events after the cached ones; times: [N] int64 seconds of all events.
         """
-        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
+        raise NotImplementedError(f"{type(self).__name__} cannot cache the keys and values of a history")
 
     def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
         """Outputs of candidates that see the first `visible` events: see `history_cache.begin_request`."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
+        raise NotImplementedError(f"{type(self).__name__} cannot cache the keys and values of a history")
 
     def begin_requests(
         self, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
@@ -228,8 +229,8 @@ class UserEncoder(nn.Module, ABC):
         if self.count_from_end:
             if rows.visible.numel():
                 raise ArgumentError(
-                    "count_from: 'end': positions count from the end, which queries, that see histories of many "
-                    "lengths, cannot have: write start"
+                    "count_from: 'end': positions are counted from the end of the history, but query tokens see "
+                    "histories of different lengths: write start"
                 )
             # The last event of a sequence has position 0.
             positions = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - positions
@@ -254,7 +255,7 @@ class UserEncoder(nn.Module, ABC):
         """Run the layers on one row and drop its output: [0, D], with a graph through every weight and the inputs.
 
         A rank without users must do so, because FSDP's collectives and the tables' backward pass need every rank. The
-        row is the sum of the inputs [0, D], which is 0.
+        row is the sum of the empty inputs [0, D], which is 0 and part of the graph.
         """
         rows = pack_rows(torch.tensor([0, 1], device=inputs.device), 1)
         return self.encode(self._prepare(inputs.sum(0, keepdim=True), rows), rows)[:0]

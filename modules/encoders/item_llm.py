@@ -1,15 +1,15 @@
 """Item LLM: encodes an item's text as one embedding E (HLLM, section "Item LLM").
 
-The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned vector. E is the last hidden
-state at [ITEM], or the mean over the text's tokens (the paper's Table 10), or the state at the first or last token, as
-text embedding models have it. Items are packed into one sequence without
-padding; `hllm_torchrec.modules.attention.text` masks attention between them. Models whose attention cannot be replaced
-read padded batches instead (`TextReading`). There is no vocabulary head. Tokens with
-which many texts begin (the prompt) can be given once, as a prefix that those items attend to: a causal model computes
-the same hidden states for the prefix of each of them.
+The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned vector. E is the last hidden state at
+[ITEM], the mean of the last hidden states of the text's tokens (the paper's Table 10), or the last hidden state of the
+first or last token, as in text embedding models. Items are packed into one sequence without padding, and
+`hllm_torchrec.modules.attention.text` masks attention between them. Models whose attention cannot be replaced read
+padded batches instead (`TextReading`). There is no vocabulary head. If many texts begin with the same tokens (the
+prompt), these can be given once, as a prefix to which those items attend: a causal model computes the same hidden
+states for the prefix of every text.
 
-Legend: U items, S text tokens of all items (after the prefix), P tokens of the prefix, R rows of the items: S plus
-one [ITEM] per item that has one, D width.
+Legend: U items, S text tokens of all items (after the prefix), P tokens of the prefix, D width, R rows of the items: S
+plus one for each item with an [ITEM].
 """
 
 import operator
@@ -42,10 +42,10 @@ Pooling = Literal["item", "mean", "cls", "last"]
 
 @dataclass(frozen=True)
 class EncodingCounts:
-    """Amount of work of the Item LLM.
+    """Numbers of items, tokens and keys that the Item LLM processes, from which its FLOPs are computed.
 
-    items: number of items; tokens: including [ITEM], and a shared prefix once; keys: total number of keys that those
-    tokens attend to; last_keys: total number of keys that the last token of each item attends to.
+    tokens: including [ITEM]; a shared prefix is counted once; keys: number of keys to which a token attends, summed
+    over the tokens; last_keys: the same, summed over the last token of each item.
     """
 
     items: int = 0
@@ -65,14 +65,15 @@ class ItemLLM(nn.Module):
 
     Args:
         backbone: a bare model (`AutoModel`, no head) built by `build_backbone`.
-        pooling: "item": the last hidden state at the learned [ITEM] vector; of the text's tokens "mean": the mean,
-            "cls": the first, "last": the last (with all, an item without text consists of [ITEM] only).
-        causal: decoders True, encoders such as BERT False; None: as `build_backbone` found the backbone to be.
+        pooling: last hidden state that becomes E: "item": that of the learned [ITEM] vector; "mean": the mean over the
+            text's tokens; "cls": that of the first token; "last": that of the last token. An item without text
+            consists of [ITEM] only, with every pooling.
+        causal: True for decoders, False for encoders such as BERT; None: as `build_backbone` detected.
         normalize: scale E to an L2 norm of 1.
     """
 
     reads_text: ClassVar[bool] = True
-    """True: inputs are tokens, so no gradients are propagated further; outputs may be cached, so EMA excludes it."""
+    """True: inputs are tokens, so gradients end here; outputs may be cached, so EMA excludes this module."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class ItemLLM(nn.Module):
         self.causal = reading.causal if causal is None else causal
         if self.causal != reading.causal and self.arrangement != "packed":
             raise ArgumentError(
-                f"causal: {causal}: {backbone.config.model_type} cannot be packed, and by itself it reads with causal: "
+                f"causal: {causal}: {backbone.config.model_type} cannot be packed, and the unpatched model has causal: "
                 f"{reading.causal}; leave the option out"
             )
         self.width: int = backbone.config.hidden_size
@@ -106,15 +107,15 @@ class ItemLLM(nn.Module):
         words = backbone.get_input_embeddings()
         start = words.weight.new_zeros(words.weight.shape[1])
         if not words.weight.is_meta:
-            # Start at the mean word embedding: a vector of another scale would dominate the first layer's norm.
+            # Start at the mean word embedding: with a larger scale, [ITEM] would dominate the first layer's norm.
             start = words.weight.detach().float().mean(0) * getattr(words, "scalar_embed_scale", 1.0)
         self.item_token = nn.Parameter(start)
 
     @property
     def shares_prefix(self) -> bool:
-        """True if a prefix can be given once: a causal model that reads packed texts.
+        """True if a prefix can be given once: the model is causal, reads packed texts, and its pooling is not "last".
 
-        Not with pooling "last": a text that ends with the prefix has no row of its own to read.
+        With pooling "last", a text that consists of the prefix alone would have no row from which to read E.
         """
         return self.causal and self.arrangement == "packed" and self.pooling != "last"
 
@@ -130,10 +131,10 @@ class ItemLLM(nn.Module):
         prefix_ids: Tensor | None = None,
         has_prefix: Tensor | None = None,
     ) -> Tensor:
-        """token_ids [S] int, cu_seqlens [U+1] int64 -> E [U, D].
+        """Encode token_ids [S] int with offsets cu_seqlens [U+1] int64: E [U, D].
 
-        prefix_ids: [P] int, tokens with which some texts begin and which `token_ids` omits for those texts;
-        has_prefix: [U] bool, True for those texts (None: all).
+        prefix_ids: [P] int, tokens with which some texts begin, and which `token_ids` does not repeat for these texts;
+        has_prefix: [U] bool, True for the texts that begin with the prefix (None: all).
 
         Raises:
             ValueError: a prefix is given, and `shares_prefix` is False.
@@ -167,12 +168,12 @@ class ItemLLM(nn.Module):
         return nn.functional.normalize(rows, dim=-1) if self.normalize else rows
 
     def _pooled(self, hidden: Tensor, lengths: Tensor, has_prefix: Tensor, packing: TextPacking) -> Tensor:
-        """E [U, D] of the items from the hidden states [P + R, D]; lengths: [U] of texts with prefix and [ITEM]."""
+        """E [U, D] of the items from the hidden states [P + R, D]; lengths: [U], including prefix and [ITEM]."""
         if self.pooling == "mean":
             return self._sums_of_rows(hidden, has_prefix, packing) / lengths[:, None]
         if self.pooling == "cls":
             first = packing.last_rows - (lengths - has_prefix * packing.layout.prefix) + 1
-            return hidden.index_select(0, first * ~has_prefix)  # a text with the prefix begins with the prefix's row 0
+            return hidden.index_select(0, first * ~has_prefix)  # row 0 is the first token of a text with the prefix
         return hidden.index_select(0, packing.last_rows)
 
     def blocks(self) -> nn.ModuleList:
@@ -184,7 +185,7 @@ class ItemLLM(nn.Module):
         checkpoint_layers(self.backbone)
 
     def flops(self, work: EncodingCounts) -> float:
-        """FLOPs of a forward pass; with `reads_rows` the last layer counts only for the [ITEM] rows."""
+        """FLOPs of a forward pass; with `reads_rows` the last layer counts only one row of each item in full."""
         tokens, config = work.tokens, self.backbone.config
         full = backbone_flops(self.backbone, tokens, work.keys)
         if not self.reads_rows or tokens == 0:
@@ -205,7 +206,7 @@ class ItemLLM(nn.Module):
         return sums + has_prefix[:, None] * prefix.sum(0)
 
     def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, lengths: Tensor, packing: TextPacking) -> Tensor:
-        """Input embeddings [P + R, D]: prefix, then the items' rows; [ITEM] is the last row of each item that has it.
+        """Input embeddings [P + R, D]: prefix, then the items' rows; an item's [ITEM], if it has one, is its last row.
 
         token_ids: [P + S], the prefix first.
         """
@@ -218,7 +219,7 @@ class ItemLLM(nn.Module):
         return torch.cat([words, self.item_token[None].to(words.dtype)]).index_select(0, source)
 
     def _encode(self, embedded: Tensor, layout: TextLayout, read: Tensor | None = None) -> Tensor:
-        """Last hidden states [P + R, D], or only those of the rows `read` [U], the last of each text."""
+        """Last hidden states [P + R, D], or only [U, D] of the rows `read` [U], the last row of each text."""
         if self.arrangement != "packed":
             return self._encode_padded(embedded, layout)
         full_plan = plan_text(layout, self.attention.backend, embedded.device)

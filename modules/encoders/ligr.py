@@ -1,10 +1,10 @@
-"""LiGR layers as user encoder: eSASRec's transformer (arXiv 2508.06450), after LiGR (arXiv 2502.03417).
+"""LiGR user encoder: the transformer of eSASRec (arXiv 2508.06450), after LiGR (arXiv 2502.03417).
 
     x = x + sigmoid(W1 x + b1) * dropout(MHA(LN(x)))
     x = x + sigmoid(W2 x + b2) * dropout(FFN(LN(x)))        FFN: SwiGLU, 4 x width by default
 
-Each sublayer's output is multiplied by a gate computed from the sublayer's input x. eSASRec is such a stack over item
-IDs with learned positions, trained to predict each next item with a sampled softmax.
+Each sublayer's output is multiplied by a gate computed from the sublayer's input x. eSASRec is a stack of such layers
+over item IDs with learned positions, trained to predict each next item with a sampled softmax.
 
 Legend: S packed rows, D width, F hidden width of the feed-forward network.
 """

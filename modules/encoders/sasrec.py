@@ -1,4 +1,4 @@
-"""SASRec: self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781), as user encoder.
+"""SASRec user encoder: self-attentive sequential recommendation (Kang and McAuley, arXiv 1808.09781).
 
     x = dropout(item + position);  blocks of causal self-attention and a point-wise ReLU network;  LN
 
@@ -8,9 +8,9 @@ Variants of normalization (`SASRecShape.norm`):
     pre:    x = x + MHA(LN(x));  x = x + FFN(LN(x))                            (the paper's text)
     post:   x = LN(x + MHA(x));  x = LN(x + FFN(x))
 
-Differences from the public code: positions count from the sequence's start unless `count_from` is "end", so a
-position's state does not depend on the number of later events; inputs are not multiplied by sqrt(D), because the
-initial scale of their tables determines their size.
+Differences from the public code: positions are counted from the sequence's start unless `count_from` is "end", so that
+the state at a position does not depend on the number of later events; inputs are not multiplied by sqrt(D), because the
+initial scale of their tables determines their norm.
 
 Legend: S packed rows, D width.
 """

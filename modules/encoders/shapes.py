@@ -1,6 +1,6 @@
-"""User encoders other than Hugging Face decoders: their names (`ENCODERS`) and shapes, as plain data without torch.
+"""Names (`ENCODERS`) and shapes of the user encoders other than Hugging Face decoders, as plain data without torch.
 
-A preset names a published parameterization; fields that are given explicitly override it.
+A preset is a published parameterization of HSTU; fields that are set explicitly override it.
 """
 
 from collections.abc import Mapping
@@ -61,9 +61,10 @@ class HSTUShape:
     prefix: int = 0
     """Number of context positions at the start of each sequence: they see one another, and all positions see them."""
     prefix_mask: Literal["context", "history"] = "context"
-    """history: context positions see the whole history, a window hides the context too, and all context positions count
-    as one in distances, as in the public code. Every later position then sees the future through the context, so
-    configurations refuse it, and a model built in Python takes only queries at the end of a history."""
+    """context: context positions see only one another. history: they see the complete history, a window applies to the
+    context too, and all context positions count as one position in distances, as in the public code. Every later
+    position then sees the future through the context, so configurations refuse it, and a model built in Python accepts
+    only queries at the end of a history."""
     dropout: float = 0.0
     """Dropout before each layer's output projection, a probability."""
     stochastic_depth: float = 0.0
@@ -71,7 +72,7 @@ class HSTUShape:
     backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
     """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on CUDA, else eager."""
     bounds_history: ClassVar[bool] = False
-    """True if max_positions limits the length of histories. Not for HSTU: larger distances share the last row."""
+    """True if max_positions limits the length of histories. False for HSTU: larger distances share the last row."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -112,12 +113,12 @@ class SoftmaxShape:
     max_positions: int = MAX_POSITIONS
     """Rows of the table of learned positions."""
     count_from: Literal["start", "end"] = "start"
-    """Origin of positions. end: the last event of a pass has position 0, as in the public implementations; this encodes
-    recency but reveals to a position how many events follow. Only without query tokens (fusion none)."""
+    """Origin of positions. end: the last event of a sequence has position 0, as in the public implementations. This
+    encodes recency, but it tells each position how many events follow. Only without query tokens (fusion none)."""
     dropout: float = 0.0
     """Dropout of attention weights and of both sublayers' outputs, a probability."""
     attention_dropout: float | None = None
-    """Dropout of attention weights; None: dropout. With 0 the attention can be one fused kernel on a CPU, too."""
+    """Dropout of attention weights; None: dropout. With 0, attention can be one fused kernel also on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ SHAPE_BOUNDS = {
     "dropout": ">= 0, < 1",
     "stochastic_depth": ">= 0, < 1",
 }
-"""Ranges of the fields of shapes; names that a shape does not have are ignored."""
+"""Valid ranges of the fields of shapes; fields that a shape does not have are ignored."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class EncoderKind:
     shape: type
     """Dataclass of its shape."""
     bounds: Mapping[str, str] = field(default_factory=dict)
-    """Ranges of fields that are not in `SHAPE_BOUNDS`."""
+    """Valid ranges of fields that are not in `SHAPE_BOUNDS`."""
 
 
 ENCODERS = {

@@ -17,14 +17,14 @@ from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_f
 
 
 def plan_packed_rows(rows: PackedRows) -> AttentionPlan:
-    """Attention plan of packed rows: history is causal; queries see their visible positions and themselves."""
+    """Attention plan of packed rows: causal for the history; queries see their visible positions and themselves."""
     if rows.visible.numel() == 0:
         return plan_attention(rows.seq_offsets, rows.history)
     return plan_attention(rows.seq_offsets, rows.history, rows.query_offsets, rows.visible)
 
 
 class PackedSelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D / H)) V with projections in and out, all with biases, as in torch.nn.
+    """Multi-head attention softmax(Q K^T / sqrt(D / H)) V; all four projections have biases, as in torch.nn.
 
     Args:
         width: D.

@@ -1,9 +1,10 @@
 """User LLM: a decoder over a user's sequence of item features instead of words (HLLM, section "User LLM").
 
-Any Hugging Face decoder (Llama, Mistral, Qwen, ...) without its word embeddings, from pretrained weights or
-from scratch. Query tokens (see `hllm_torchrec.modules.attention.packed`) serve both discriminative variants of the
-paper's Figure 2: for late fusion the query is the learned [USER] vector, for early fusion the target item.
-Time is part of the input. Position ids start at 0 for every user; a query's position follows the ones that it sees.
+The backbone is any Hugging Face decoder (Llama, Mistral, Qwen, ...) without its word embeddings, with pretrained or
+random weights. Query tokens (see `hllm_torchrec.modules.attention.packed`) implement both discriminative variants of
+the paper's Figure 2: for late fusion the query is the learned [USER] vector, for early fusion the target item.
+Time features are part of the input. Position ids start at 0 for every user; a query's position follows the positions
+that it sees.
 
 Legend: S packed rows, D width.
 """

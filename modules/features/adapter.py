@@ -1,4 +1,4 @@
-"""A trained residual bottleneck on top of frozen embeddings."""
+"""Trained residual bottleneck on top of frozen embeddings."""
 
 from torch import Tensor, nn
 

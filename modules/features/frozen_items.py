@@ -1,7 +1,7 @@
-"""Item embeddings as a frozen TorchRec table: stage II of HLLM, where only the user encoder and features learn.
+"""Item embeddings as a frozen TorchRec table: stage II of HLLM, which trains only the user encoder and features.
 
-The table is an `EmbeddingBagCollection`, so TorchRec shards it over the ranks. Its lookup runs without gradients,
-because otherwise a sharded table would be trained even if no optimizer was chosen for it.
+The table is an `EmbeddingBagCollection`, so TorchRec shards it over the ranks. Its look-up runs without gradients,
+because TorchRec would otherwise train a sharded table even if no optimizer was chosen for it.
 
 Legend: N items (0 is unknown), n items looked up, E width.
 """
@@ -45,9 +45,9 @@ class FrozenItems(nn.Module):
     @torch.no_grad()
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look up item_ids [n] int64: [n, E] float32. If the table is sharded, all ranks must call it."""
-        asked = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot handle a batch of zero bags
-        # One id per bag: the sum over a bag is the item's own row.
+        ids = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot handle a batch of zero bags
+        # One id per bag: the sum over a bag is the item's row.
         features = KeyedJaggedTensor(
-            keys=[FROZEN_ITEMS], values=asked, lengths=torch.ones_like(asked, dtype=torch.int32), stride=asked.numel()
+            keys=[FROZEN_ITEMS], values=ids, lengths=torch.ones_like(ids, dtype=torch.int32), stride=ids.numel()
         )
         return self.table(features).values()[: item_ids.numel()].float()

@@ -1,15 +1,16 @@
-"""Tables of an open vocabulary: ids without end share a fixed number of rows, and no two ids share one that is theirs.
+"""Embedding tables for an open vocabulary: any number of ids use a fixed number of rows, without collisions between ids
+that have been assigned a row.
 
-TorchRec's managed collisions (ZCH) with a set-associative map. An id hashes to one set of WAYS rows. In training an id
-that has no row takes a free one of its set, or that of an id which no step has read for `evict_after` steps (the
-longest unread first); its row and optimizer state then begin anew. If there is none, and in evaluation, the id reads
-the last row of its set, which belongs to all ids of the set without one of their own.
+TorchRec's managed collisions (ZCH) with a set-associative map. An id hashes to one set of WAYS rows. In training, an id
+without a row is assigned a free row of its set, or the row of an id that no step has read for `evict_after` steps (the
+one unread for the longest time first); the row and its optimizer state are then reset. If the set has no such row, and
+in evaluation, the id reads the last row of its set, which all ids of the set without an assigned row share.
 
     set(id) = hash(id) mod G         row(id) = WAYS * set(id) + way(id)
 
-Every lookup and admission touches the sets of the batch's ids alone, so the cost does not depend on the size of the
-table. Sets are contiguous rows: a row-wise shard holds whole sets, and a checkpoint loads at any number of ranks that
-divides the number of sets. Which rows ids get is a function of the steps' ids, not of the number of ranks.
+Every lookup and admission reads only the sets of the batch's ids, so the cost does not depend on the size of the table.
+Sets are contiguous rows: a row-wise shard has complete sets, and a checkpoint can be loaded with any number of ranks
+that divides the number of sets. The assignment depends on the ids of the steps, not on the number of ranks.
 
 Legend: Z rows (of a shard), G sets of the table, n ids.
 """
@@ -28,18 +29,19 @@ from torchrec.modules.mc_modules import ManagedCollisionCollection, ManagedColli
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 WAYS = 16
-"""Rows of a set; the last one is that of the ids without a row of their own."""
+"""Number of rows of a set; ids without an assigned row share the last one."""
 SETS = 960
-"""The number of sets is a multiple of it, so that many numbers of ranks divide it (1 to 6, 8, 10, 12, 15, 16, ...)."""
+"""The number of sets is a multiple of this, so that 1 to 6, 8, 10, 12, 15, 16, ... ranks divide it."""
 _NONE = -1
-"""In place of an id: the row is free."""
+"""Value of `_zch_ids` for a free row."""
 
 
 @dataclass(frozen=True)
 class HashTable:
     """Settings of a table.
 
-    rows: at least this many; rounded up to a multiple of WAYS * SETS. evict_after: training steps (micro-batches).
+    rows: least number of rows, which is rounded up to a multiple of WAYS * SETS. evict_after: number of training steps
+    (micro-batches) after which an unread id can lose its row.
     """
 
     rows: int
@@ -53,10 +55,10 @@ class HashTable:
 
 @dataclass
 class HashCounts:
-    """Events of a rank's part of a table since the last `take_counts`.
+    """Counts of a rank's shard of a table since the last `take_counts`.
 
-    lookups: ids looked up in training; collided: those of them that had no row of their own; admitted: ids that got a
-    row; evicted: ids that lost theirs to one of them; filled: rows that have an id now.
+    lookups: ids looked up in training; collided: looked-up ids that had no assigned row; admitted: ids that were
+    assigned a row; evicted: ids that lost their row to an admitted id; filled: rows that are assigned now.
     """
 
     lookups: int = 0
@@ -67,7 +69,7 @@ class HashCounts:
 
 
 class SetAssociativeIds(ManagedCollisionModule):
-    """Map of ids (any int64) to the rows of a table, or of the shard of it that starts at row `first`."""
+    """Map of ids (any int64) to the rows of a table, or to those of the shard that starts at row `first`."""
 
     _current_iter_tensor: Tensor
     _zch_ids: Tensor
@@ -85,11 +87,12 @@ class SetAssociativeIds(ManagedCollisionModule):
         self.rows = WAYS * table.sets if rows is None else rows
         super().__init__(device, segments or [first, first + self.rows])
         self._non_persistent_buffers_set.add("_output_segments_tensor")  # it depends on the number of ranks
-        # By row, so that row-wise shards of them fit those of the table: hash of the id, and the last step to read it.
+        # Hash of each row's id, and the last step that read it. One entry per row, so that these buffers are sharded
+        # row-wise like the table.
         self.register_buffer("_zch_ids", torch.full((self.rows,), _NONE, dtype=torch.int64, device=device))
         self.register_buffer("_zch_read", torch.full((self.rows,), _NONE, dtype=torch.int64, device=device))
-        # An id's hash is set * span + tag: contiguous ranges of hashes are contiguous sets, as TorchRec's exchange of
-        # ids between ranks needs it. Two ids of the same hash: probability about n^2 / 2^60.
+        # An id's hash is set * span + tag, so contiguous ranges of hashes are contiguous sets, which TorchRec's
+        # exchange of ids between ranks requires. Two of n ids have the same hash with probability about n^2 / 2^60.
         self._span = 2 ** min(40, 62 - table.sets.bit_length())
         self._new_rows: Tensor | None = None
         self._counts = HashCounts()
@@ -100,7 +103,7 @@ class SetAssociativeIds(ManagedCollisionModule):
 
     @torch.no_grad()
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
-        """In training: note that a step reads these hashed ids, and admit those without a row."""
+        """In training: record the step as the last one that read these hashed ids, and admit ids without a row."""
         if not self.training:
             return features
         self._current_iter_tensor += 1
@@ -114,33 +117,34 @@ class SetAssociativeIds(ManagedCollisionModule):
     def remap(
         self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True, write_weights: Tensor | None = None
     ) -> dict[str, JaggedTensor]:
-        """Hashed ids -> rows of the table."""
-        found = {}
+        """Map hashed ids to rows of the table."""
+        remapped = {}
         for name, ids in features.items():
             rows, known = self._find(ids.values())
             if self.training:
                 self._counts.lookups += known.numel()
                 self._counts.collided += int((~known).sum())
-            found[name] = _with_values(ids, rows + self.first)
-        return found
+            remapped[name] = _with_values(ids, rows + self.first)
+        return remapped
 
     def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
-        """Ids -> rows of the table; in training, ids without a row may get one."""
+        """Map ids to rows of the table; in training, ids without a row may be assigned one."""
         return self.remap(self.profile(self.preprocess(features)))
 
     def evict(self) -> Tensor | None:
-        """Rows of the table that have had another id, or none, until now: they are to begin anew; None: no row."""
+        """Rows of the table that were assigned to new ids since the last call (TorchRec resets them), or None."""
         rows, self._new_rows = self._new_rows, None
         return rows
 
     def take_counts(self) -> HashCounts:
-        """The counts since the last call, which begin anew."""
+        """Return the counts since the last call, and reset them."""
         counts, self._counts = self._counts, HashCounts()
         counts.filled = int((self._zch_ids != _NONE).sum())
         return counts
 
     def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hashed ids [n] -> their rows in this shard, the last of the set if they have none, and which have one."""
+        """Rows in this shard of hashed ids [n] (the last row of the set for ids without an assigned row), and bool [n],
+        True for ids with an assigned row."""
         sets = self._set_of(ids)
         hits = self._zch_ids.view(-1, WAYS)[sets] == ids[:, None]
         known = hits.any(dim=1)
@@ -148,22 +152,23 @@ class SetAssociativeIds(ManagedCollisionModule):
         return sets * WAYS + ways, known
 
     def _admit(self, ids: Tensor, numbers: Tensor) -> None:
-        """Give rows to new ids [n] (ascending), read `numbers` [n] times by this step: the most read of a set first."""
+        """Assign rows to new ids [n] (ascending), which this step reads `numbers` [n] times: within a set, ids that are
+        read more often come first."""
         if not ids.numel():
             return
-        # Sets ascend with the ids. Within a set: by number of reads, then by id.
+        # Order by set, within a set by number of reads (descending), then by id: both sorts are stable.
         order = torch.argsort(numbers, descending=True, stable=True)
         order = order[torch.argsort(self._set_of(ids[order]), stable=True)]
         ids = ids[order]
         sets, index = torch.unique_consecutive(self._set_of(ids), return_inverse=True)
-        place = torch.arange(ids.numel(), device=ids.device) - torch.searchsorted(index, index)
+        rank = torch.arange(ids.numel(), device=ids.device) - torch.searchsorted(index, index)  # within the set, from 0
         step = self._current_iter_tensor
         read = self._zch_read.view(-1, WAYS)[sets, : WAYS - 1]
         free = (read == _NONE) | (read <= step - self.table.evict_after)
-        # Free rows first, the longest unread before the others; a row without an id was read at step -1.
+        # Available rows first, those unread for the longest time before the others; unassigned rows have step -1.
         ways = torch.argsort(torch.where(free, read, step + 1), dim=1, stable=True)
-        kept = place < free.sum(dim=1)[index]
-        ids, rows = ids[kept], (sets[index] * WAYS)[kept] + ways[index[kept], place[kept]]
+        admitted = rank < free.sum(dim=1)[index]
+        ids, rows = ids[admitted], (sets[index] * WAYS)[admitted] + ways[index[admitted], rank[admitted]]
         self._counts.admitted += ids.numel()
         self._counts.evicted += int((self._zch_ids[rows] != _NONE).sum())
         self._zch_ids[rows], self._zch_read[rows] = ids, step
@@ -172,11 +177,11 @@ class SetAssociativeIds(ManagedCollisionModule):
             self._new_rows = new if self._new_rows is None else torch.unique(torch.cat([self._new_rows, new]))
 
     def _set_of(self, hashed: Tensor) -> Tensor:
-        """Set in this shard of hashed ids [n]."""
+        """Index within this shard of the set of each hashed id [n]."""
         return hashed // self._span - self.first // WAYS
 
     def _hashed(self, ids: Tensor) -> Tensor:
-        """Map ids [n], any int64, to [0, G * span)."""
+        """Hash ids [n], any int64, to [0, G * span)."""
         mixed = _mix_bits(ids.to(torch.int64)) & (2**63 - 1)
         return mixed % self.table.sets * self._span + mixed // self.table.sets % self._span
 
@@ -185,27 +190,27 @@ class SetAssociativeIds(ManagedCollisionModule):
         return self.rows
 
     def input_size(self) -> int:
-        """Hashed ids are below it."""
+        """Upper bound (exclusive) of hashed ids."""
         return self.table.sets * self._span
 
     def buckets(self) -> int:
-        """Number of equal ranges of hashed ids, each of which is on one rank."""
+        """Number of equal ranges of hashed ids; TorchRec assigns each range to one rank."""
         return self.table.sets
 
     def open_slots(self) -> Tensor:
-        """Number of rows without an id, [1]; TorchRec prints it."""
+        """Number of unassigned rows, [1]; TorchRec prints it."""
         return (self._zch_ids == _NONE).sum()[None]
 
     def validate_state(self) -> None:
-        """Any state fits."""
+        """Accept any state (no check)."""
 
     def rebuild_with_output_id_range(
         self, output_id_range: tuple[int, int], output_segments: list[int], device: torch.device | None = None
     ) -> "SetAssociativeIds":
-        """The map of a row-wise shard.
+        """Build the map of a row-wise shard.
 
         Raises:
-            ValueError: the shard does not hold whole sets.
+            ValueError: the shard does not consist of complete sets.
         """
         first, end = output_id_range
         if first % WAYS or end % WAYS or self.table.sets % (len(output_segments) - 1):
@@ -214,16 +219,16 @@ class SetAssociativeIds(ManagedCollisionModule):
 
 
 def hash_ranks_problem(ranks: int, table: HashTable) -> str:
-    """The message for a number of ranks that does not divide the number of sets."""
+    """Error message for a number of ranks that does not divide the number of sets."""
     return f"{ranks} ranks: must divide the {table.sets:,} sets of a table of kind hash; take another number of ranks"
 
 
 def hash_collection(
     tables: Mapping[str, HashTable], width: int, scale: float, device: torch.device | None
 ) -> ManagedCollisionEmbeddingCollection:
-    """Build the tables, each with a feature of its name. All rows of a table start with one vector, uniform in +-scale.
+    """Build the tables, each with a feature of its name. All rows of a table start as one vector, uniform in +-scale.
 
-    That vector depends on the name alone: an id that is new, or comes back, starts like every other.
+    The vector depends only on the name, so ids that are new, or return after an eviction, start with the same vector.
     """
     configs = [
         EmbeddingConfig(
@@ -244,7 +249,7 @@ def hash_collection(
 
 
 def start_vector(name: str, width: int, scale: float) -> Tensor:
-    """The vector [width] with which the rows of a table start."""
+    """Initial vector [width] of all rows of a table."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (torch.rand(width, generator=generator) * 2 - 1) * scale
 
@@ -259,12 +264,13 @@ def _with_values(ids: JaggedTensor, values: Tensor) -> JaggedTensor:
 
 
 def _mix_bits(values: Tensor) -> Tensor:
-    """SplitMix64's finalizer: a bijection of int64 [n] whose bits all depend on all bits; products wrap around."""
+    """SplitMix64's finalizer: a bijection of int64 [n], in which every output bit depends on all input bits; products
+    wrap around."""
     values = (values ^ _shifted(values, 30)) * -4658895280553007687
     values = (values ^ _shifted(values, 27)) * -7723592293110705685
     return values ^ _shifted(values, 31)
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's is arithmetic."""
+    """Logical right shift of int64; torch's operator is an arithmetic shift."""
     return (values >> bits) & (2 ** (64 - bits) - 1)

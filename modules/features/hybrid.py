@@ -7,11 +7,11 @@ similar films, which a sum cannot express.
 
     x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
 
-All tables are in one TorchRec `EmbeddingBagCollection`, and those of open vocabularies (`hash_tables`) in another
-collection; TorchRec shards both, and this module uses their interface only.
-The jagged features have one bag per *slot*: history positions, then query tokens, then
-(late fusion) the target items, then (item space of features) the unique items.
-A bag may be empty (adds zero) or have several values (genres: their vectors are summed).
+Tables are in one TorchRec `EmbeddingBagCollection`; those of open vocabularies (`hash_tables`) are in a separate
+collection. TorchRec shards both. The jagged features have one bag per *slot*. The slots are the history positions, then
+the query tokens, then the target items (late fusion only), then the unique items (only if the generative loss compares
+items in the space of features). A bag may be empty (adds zero) or have several values (the vectors of an item's genres
+are summed).
 
 Legend: S slots, D width of the user encoder, C time components, F numeric features.
 """
@@ -29,11 +29,14 @@ from hllm_torchrec.modules.features.sum_pooling import SumPooledCollection
 from hllm_torchrec.modules.features.timestamps import TABLE_SIZES, TIME_FEATURES, TimestampMLP
 
 ACTION_GATE = "action_gate"
-"""Name of the gate's feature and table; its bags are those of `action` at history positions."""
+"""Name of the gate's feature and table; its bags at history positions are those of `action`, all others are empty."""
 
 
 def table_config(name: str, rows: int, width: int, scale: float = 0.02, *, half: bool = False) -> EmbeddingBagConfig:
-    """Configure a sum-pooled table with a feature of its name; entries start uniform in +-scale; half: in float16."""
+    """Configuration of a sum-pooled table with a feature of the same name.
+
+    Entries are initialized uniformly in +-scale; half: store them in float16.
+    """
     return EmbeddingBagConfig(
         name=name,
         embedding_dim=width,
@@ -52,14 +55,15 @@ class HybridFeatures(nn.Module):
     Args:
         tables: {feature: number of rows}; each has width D, and their vectors are summed.
         width: D.
-        time_depth: number of components of year..second that are used (0: none); time_width: width of their tables.
+        time_depth: number of time components that are used, from year to second (0: none).
+        time_width: width of the tables of time components.
         numeric: number F of numeric inputs (0: none), through one linear layer without bias.
-        item_features: the features in `tables` that describe the slot's item, and are gated with it.
+        item_features: the features in `tables` that describe the slot's item; the gate multiplies them, too.
         gate_rows: number of actions of the gate (0: no gate).
-        scale: table entries are initialized uniform in +-scale.
+        scale: table entries are initialized uniformly in +-scale.
         half_from_rows: tables of at least this many rows are in float16 (lookups return float32); None: no table is.
-        hash_tables: {feature: settings} of the features in `tables` with an open vocabulary; their number of rows there
-            is not used.
+        hash_tables: {feature: settings} of the features in `tables` with an open vocabulary; `tables`' number of rows
+            is ignored for them.
         device: of the tables ("meta" before sharding).
     """
 
@@ -113,7 +117,7 @@ class HybridFeatures(nn.Module):
             [S, D].
         """
         slots = features.stride()
-        # Taken before padding: a rank without slots returns [0, D], whatever TorchRec was given.
+        # Computed before padding, because a rank without slots must return [0, D].
         zeros = torch.zeros(slots, self.width, device=features.device())
         features = pad_empty_batch(features)
         pooled = {} if self.tables is None else self.tables(features).to_dict()
@@ -126,8 +130,8 @@ class HybridFeatures(nn.Module):
             described = described * (1 + pooled[ACTION_GATE])
         terms = [described, *(pooled[name] for name in self.event_features)]
         if self.merge_time is not None:
-            # Late fusion's targets have no time: their bags are empty. Without this factor they would get the MLP's
-            # bias.
+            # Late fusion's targets have no time, so their bags are empty. Without this factor the MLP's output for zero
+            # inputs, which comes from its biases, would be added to them.
             merged = self.merge_time(torch.cat([pooled[name] for name in self.time_features], dim=-1))
             has_time = features[self.time_features[0]].lengths()[:slots] > 0
             terms.append(merged * has_time[:, None])

@@ -1,4 +1,4 @@
-"""Centers and scales item embeddings by statistics measured before training: per dimension, or along all directions."""
+"""Standardization (per dimension) and whitening of item embeddings, by statistics measured before training."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,10 @@ from torch.nn import functional as F
 class Standardize(nn.Module):
     """y = (x - mean) / scale with scale = std sqrt(E), so |y| is about 1. The identity until `measure` is called.
 
-    Pooled embeddings of a language model are nearly parallel: those of SmolLM2 on MovieLens titles have a mean norm of
-    27.4, of which 27.0 are common to all. Projected and added to an ID's vector they dominate it, cosines between items
-    start near 1, and gradients are largest in the one direction without information.
+    Pooled embeddings of a language model are nearly parallel: those of SmolLM2 for MovieLens titles have a mean norm of
+    27.4, and their mean vector has a norm of 27.0. Without standardization they dominate the ID vector to which their
+    projection is added, cosines between items start near 1, and gradients are largest along the common direction, which
+    has no information.
 
     Buffers (in checkpoints): mean, scale [E] float32; measured, bool: whether `measure` was called.
     """
@@ -27,7 +28,7 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Set mean and scale from x [n, E], n at least 2; a dimension that does not vary becomes 0."""
+        """Set mean and scale from x [n, E], n >= 2; the output is 0 in a dimension in which x does not vary."""
         assert len(x) > 1, "a spread needs two embeddings"
         std = x.float().std(0)
         self.mean.copy_(x.float().mean(0))
@@ -42,10 +43,10 @@ class Standardize(nn.Module):
 class Whiten(nn.Module):
     """y = (x - mean) W with W = V diag((l + shrinkage mean(l))^-1/2) / sqrt(E). The identity until `measure` is called.
 
-    V, l are eigenvectors and eigenvalues of the covariance of x, so the entries of y are uncorrelated and have equal
-    variance, and |y| is about 1. In embeddings of a frozen sentence encoder a few directions (topic, length, template)
-    have most of the variance; whitened, what distinguishes similar items has as large a share of a cosine (Su et al.,
-    arXiv 2103.15316; Hou et al., UniSRec, arXiv 2206.05941).
+    V and l are the eigenvectors and eigenvalues of the covariance of x. With shrinkage 0 the entries of y would be
+    uncorrelated and of equal variance; |y| is about 1. In embeddings of a frozen sentence encoder a few directions
+    (topic, length, template) have most of the variance. After whitening, the directions that distinguish similar items
+    contribute as much to a cosine (Su et al., arXiv 2103.15316; Hou et al., UniSRec, arXiv 2206.05941).
 
     Buffers (in checkpoints): mean [E], weight [E, E] float32; measured, bool: whether `measure` was called.
     """
@@ -63,15 +64,15 @@ class Whiten(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Set mean and weight from x [n, E], n at least 2; identical embeddings become 0."""
+        """Set mean and weight from x [n, E], n >= 2; if all embeddings are identical, the output is 0."""
         assert len(x) > 1, "a covariance needs two embeddings"
         # float64: eigenvalues of sentence embeddings span five orders of magnitude.
         wide = x.double()
         mean = wide.mean(0)
         variances, directions = torch.linalg.eigh(torch.cov(wide.T))
         variances = variances.clamp(min=0)
-        # Directions with less than a share of the mean variance are not blown up to it: with fewer items than
-        # dimensions most variances are 0.
+        # Shrinkage limits the scale of directions with little variance: with fewer items than dimensions most
+        # variances are 0.
         scale = (variances + self.shrinkage * variances.mean()).clamp(min=torch.finfo(x.dtype).tiny).rsqrt()
         self.mean.copy_(mean)
         self.weight.copy_(directions * scale / x.shape[1] ** 0.5)
@@ -80,9 +81,9 @@ class Whiten(nn.Module):
     def forward(self, x: Tensor, project: nn.Linear | None = None) -> Tensor:
         """Whiten x [..., E], in the dtype of x; then project it, if a layer [E -> D] is given.
 
-        The two matrices are multiplied first: E x E x D operations instead of E x E for each row of x.
+        The two matrices are multiplied first: E x E x D operations once instead of E x E for each row of x.
         """
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the small directions would be rounding
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would lose the directions of little variance
             centered = x.float() - self.mean
             if project is None:
                 return (centered @ self.weight).to(x.dtype)

@@ -1,7 +1,7 @@
 """Sum pooling over the rows of a TorchRec collection that returns one row per id.
 
-`EmbeddingCollection` and the collections with managed collisions look ids up one by one; a bag's vector is the sum of
-its ids' rows, as in an `EmbeddingBagCollection` with sum pooling, whose interface these modules have.
+`EmbeddingCollection` and `ManagedCollisionEmbeddingCollection` return one row for each id. `SumPooledCollection` adds
+the rows of each bag, so that it has the interface of an `EmbeddingBagCollection` with sum pooling.
 
 Legend: S bags, V ids of all bags of a key, D width.
 """
@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
 class SumPooledCollection(nn.Module):
-    """An `EmbeddingCollection`, with managed collisions or without, used as bags with sum pooling.
+    """Bags with sum pooling over an `EmbeddingCollection`, with or without managed collisions.
 
     The collection, which TorchRec shards, is the child `collection`. Every feature must belong to one table.
     """
@@ -31,20 +31,20 @@ class SumPooledCollection(nn.Module):
         self._widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The tables, as those of an `EmbeddingBagCollection`."""
+        """Configurations of the tables, as of an `EmbeddingBagCollection`."""
         return self._configs
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Bags -> their sums, one [S, D] per key."""
+        """Look up the bags and sum their rows: [S, D] per key."""
         rows = self.collection(features)
-        if isinstance(rows, tuple):  # of managed collisions: rows, and the ids' places in the tables
+        if isinstance(rows, tuple):  # managed collisions return the rows, and the row numbers of the ids
             rows = rows[0]
         pooled = [sum_bags(rows[name].values(), rows[name].lengths()) for name in self._names]
         return KeyedTensor(self._names, self._widths, torch.cat(pooled, dim=1))
 
 
 def as_bag_configs(tables: Sequence[EmbeddingConfig]) -> list[EmbeddingBagConfig]:
-    """The configurations of tables of bags with sum pooling."""
+    """Convert configurations of tables to those of an `EmbeddingBagCollection` with sum pooling."""
     return [
         EmbeddingBagConfig(
             name=table.name,

@@ -1,12 +1,12 @@
-"""Scores of the transitions of a history, beside the cosine that the user encoder learns.
+"""Transition scores of a history (ridge regression of the next item), added to the cosine that the user encoder learns.
 
     user vector   [ h / |h|,  w c, 0 ]      c_t = sum over j <= t of gamma^(t - j) S[j]
-    item vector   [ x / |x|,  T ]           rows of one length
+    item vector   [ x / |x|,  T ]           all rows T have the same norm
     product       cos(h, x) + w c^T T
 
-S and T are the factors of a regression of the next item on the history (`hllm_torchrec.data.transitions`); h and x may
-hold further similarities of constant length, such as that of texts. As all item vectors have one length, ranking by
-their cosine is ranking by the product. Nothing here is trained, and the model is trained without it.
+S and T are the factors of a regression of the next item on the history (`hllm_torchrec.data.transitions`). h and x may
+already contain further similarities of constant norm, such as that of texts. All item vectors have the same norm, so
+the cosine and the product give the same ranking. This term has no trained parameters and is not used in training.
 
 Legend: T history positions of all users, n rows, N items of the fit, R rank.
 """
@@ -19,7 +19,7 @@ from hllm_torchrec.modules.features.text_similarity import decayed_sums
 
 
 class TransitionSimilarity:
-    """Weight w, decay gamma in [0, 1] per event, S [N, R] and T [N, R + 1] on the model's device."""
+    """Similarity with weight w, decay gamma in [0, 1] per event, and S [N, R], T [N, R + 1] on the model's device."""
 
     def __init__(self, weight: float, decay: float, source: Tensor, target: Tensor) -> None:
         self.weight, self.decay, self.source, self.target = weight, decay, source, target
@@ -30,12 +30,12 @@ class TransitionSimilarity:
         return self.target.shape[1]
 
     def history(self, item_ids: Tensor, seq_offsets: Tensor) -> Tensor:
-        """[T, R + 1] of histories of items [T] with `seq_offsets` [B + 1], the weight included."""
+        """Weighted decayed sums [w c, 0], [T, R + 1], of histories of items [T] with `seq_offsets` [B + 1]."""
         sums = decayed_sums(self.source[self._rows(item_ids)], seq_offsets, self.decay)
         return F.pad(self.weight * sums, (0, 1))
 
     def items(self, item_ids: Tensor) -> Tensor:
-        """[n, R + 1] of items [n]; one that came after the fit is as the unknown item."""
+        """Rows [n, R + 1] of T for items [n]; items that were added after the fit get the unknown item's row."""
         return self.target[self._rows(item_ids)]
 
     def _rows(self, item_ids: Tensor) -> Tensor:

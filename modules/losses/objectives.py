@@ -24,7 +24,7 @@ EPS = 1e-6
 """Smallest norm by which a vector is divided."""
 
 MOST_LOGITS = 2**22
-"""Most logits that exist at a time: 16 MiB in float32."""
+"""Largest number of logits that exist at a time: 16 MiB in float32."""
 
 
 ROUNDING = 16
@@ -107,9 +107,9 @@ def info_nce(
     """Eq. (1): -log(exp(s+) / (exp(s+) + sum_k exp(s_k))), s = scale * cosine, summed over the predictions.
 
     A negative is masked if its id is the target's or is in the user's own sequence. HLLM's public code masks by
-    cosine > 0.99 instead (`cosine_above`, without `exclude`): once embeddings collapse it masks everything and reports
-    a loss of 0. If no negative is left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice
-    counts twice, as in Eq. (1).
+    cosine > 0.99 instead (`cosine_above`, without `exclude`): when embeddings collapse, that mask hides every negative
+    and the loss is 0. If no negative is left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative that
+    was drawn twice counts twice, as in Eq. (1).
 
     Memory beyond the inputs is that of their gradients and O(T D + K chunk_size): logits and masks exist for
     `chunk_size` predictions at a time. Gradients are computed in the forward pass, while the logits exist, so the
@@ -123,8 +123,8 @@ def info_nce(
         scale: [1], from `LogitScale`.
         target_ids: int64 [T], ids of the positives.
         negative_ids: int64 [K].
-        exclude: ids of the users' own sequences, or None to mask the targets alone.
-        cosine_above: also mask negatives whose cosine with the positive is above this; None: by ids alone.
+        exclude: ids of the users' own sequences, or None to mask only the targets.
+        cosine_above: also mask negatives whose cosine with the positive is above this; None: mask by ids only.
         chunk_size: predictions per chunk, >= 1; None: the most that `MOST_LOGITS` allows.
 
     Raises:
@@ -202,8 +202,8 @@ class NegativeMask:
     ) -> None:
         self.cosine_above = cosine_above
         self.n_negatives = negative_ids.shape[0]
-        # The same id may be drawn several times. Excluded ids are looked up by bisection, which finds the first copy
-        # only; `chunk` then copies that column of the mask to the others.
+        # The same id may be drawn several times. Excluded ids are looked up by bisection, which finds only the first
+        # copy of an id; `chunk` then copies that column of the mask to the columns of the other copies.
         self.in_order, self.order = negative_ids.sort(stable=True)
         first_copy = self._columns(negative_ids)
         self.copies = torch.nonzero(first_copy != torch.arange(self.n_negatives, device=first_copy.device))[:, 0]
@@ -238,8 +238,8 @@ class NegativeMask:
         # size); `chunk` cuts it off.
         if self.exclude is None:
             return torch.zeros(n_rows, self.n_negatives + 1, dtype=torch.bool, device=device)
-        # One row for each of the chunk's sequences, that of one of its predictions (whichever wrote last), and
-        # one more to take the writes of all other sequences.
+        # Each of the chunk's sequences uses the row of one of its predictions (the one that wrote last). One more row
+        # takes the writes of all sequences that are not in the chunk.
         sequences = self.exclude.row_to_sequence[start:stop]
         row_of_sequence = sequences.new_full((self.exclude.offsets.shape[0] - 1,), n_rows)
         row_of_sequence[sequences] = torch.arange(n_rows, device=device)
@@ -283,7 +283,7 @@ class _InfoNce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # autograd will own them, and may change them in place
+        gradients, ctx.gradients = ctx.gradients, None  # not kept, because autograd may change them in place
         if gradients is None:
             with torch.autocast(device_type=grad_loss.device.type, enabled=False):
                 predictions, positives, negatives, scale = ctx.saved_tensors
@@ -301,7 +301,7 @@ def _chunked(
     chunk_size: int,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor, _Gradients]:
-    """Return the outputs of `_InfoNce` and the gradients that are `wanted`, computed chunk by chunk.
+    """Return the outputs of `_InfoNce` and the gradients of the inputs that are `wanted`, computed chunk by chunk.
 
     Normalized copies exist for one chunk at a time. The negatives are never copied: their inverse norms scale the
     logits instead.
@@ -310,8 +310,8 @@ def _chunked(
     # The gradient of the scale is a by-product of that of the predictions.
     grad_p = torch.empty_like(predictions) if wanted[0] or wanted[3] else None
     grad_t = torch.empty_like(positives) if wanted[1] else None
-    # Predictions and positives belong to one chunk, so their gradients are written once; the negatives are shared by
-    # all chunks, so theirs are summed.
+    # A prediction and its positive are in one chunk, so their gradients are written once. All chunks share the
+    # negatives, whose gradients are summed over the chunks.
     grad_n = torch.zeros_like(negatives) if wanted[2] else None
     loss_sum, scale_grad = predictions.new_zeros(()), torch.zeros_like(scale)
     n_right = torch.zeros_like(loss_sum, dtype=torch.int64)
@@ -356,8 +356,8 @@ def _chunked(
 def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses [t], slopes [t], and bool [t], True where the positive beats all negatives.
 
-    slopes: negated derivatives of the losses with respect to the positive logits. In place, `logits` [t, K] (-inf where
-    masked) become the gradients of the losses with respect to the logits, slope * softmax.
+    slopes: negated derivatives of the losses with respect to the positive logits. `logits` [t, K] (-inf where masked)
+    are replaced in place by the gradients of the losses with respect to the logits, slope * softmax.
     """
     largest = logits.amax(dim=1)
     is_right = beats(positive_logits, largest)
@@ -374,8 +374,8 @@ def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, 
 def beats(positive_logits: Tensor, largest: Tensor) -> Tensor:
     """Return bool [t], True where a positive logit is above `largest` [t] by more than rounding.
 
-    After a collapse all embeddings are equal, and which product is larger in its last digits depends on the processor:
-    such ties do not count as correct.
+    After a collapse all embeddings are equal, and rounding, which differs between processors, decides which logit is
+    larger. Such ties do not count as correct.
     """
     rounding = ROUNDING * torch.finfo(positive_logits.dtype).eps * positive_logits.abs()
     return positive_logits - rounding > largest
@@ -402,7 +402,7 @@ def _through_norm_(grads: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
 
 
 class _ClampFromAbove(torch.autograd.Function):
-    """min(x, limit), with the gradient kept wherever a descent step would lower x.
+    """min(x, limit), whose gradient above the limit is kept if a descent step would lower x, else 0.
 
     `torch.clamp` has gradient 0 above the limit, so a parameter that overshoots would never come back.
     """
@@ -415,5 +415,5 @@ class _ClampFromAbove(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (at_limit,) = ctx.saved_tensors
-        # A negative gradient makes a descent step raise x: only that is cut off.
+        # A negative gradient would make a descent step raise x: only such gradients are set to 0.
         return torch.where(at_limit & (grad < 0), 0.0, grad), None

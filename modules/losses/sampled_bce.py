@@ -1,10 +1,10 @@
-"""SASRec's loss over sampled negatives: one binary decision for the positive, one against the negatives.
+"""SASRec's binary cross-entropy with sampled negatives.
 
     -log sigmoid(s+) - mean over k of log sigmoid(-s_k)
 
 With one negative per position this is Eq. (6) of SASRec; the mean over K shared negatives has the same expectation
-and less variance. Similarities are scaled cosines, as in `modules/losses/objectives.py`, so that a model can be
-trained with either loss and served in the same way.
+and less variance. Similarities s are scaled cosines, as in `modules/losses/objectives.py`, so a model that was trained
+with either loss is served in the same way.
 
 Shapes: T predictions, K negatives, D width.
 """
@@ -29,7 +29,7 @@ def sampled_bce(
     exclude: Exclusion | None = None,
     chunk_size: int = 1024,
 ) -> InfoNceOutput:
-    """Compute the loss, summed over predictions [T, D]; arguments, masks and output are those of `info_nce`.
+    """Compute the loss, summed over the predictions [T, D]. Arguments, masks and output are as in `info_nce`.
 
     positives: [T, D]; negatives: [K, D], shared; scale: [1]; target_ids [T] and negative_ids [K]: int64, for the masks.
 
@@ -37,7 +37,7 @@ def sampled_bce(
     backward pass recomputes them.
 
     Raises:
-        ValueError: no negatives, or a chunk size below 1.
+        ValueError: there are no negatives, or the chunk size is below 1.
     """
     if negatives.shape[0] == 0:
         raise ValueError("the binary loss got no negatives: sample at least one per step")
@@ -56,7 +56,7 @@ def sampled_bce(
             # Without checkpointing the graph would keep the logits of all chunks, [T, K], for the backward pass.
             part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
             loss, effective = loss + part, effective + left.sum()
-            # Compared per chunk, as only the largest logit of each row leaves the checkpointed function.
+            # The accuracy is computed in the loop, because a chunk returns only each row's largest logit.
             beaten = beaten + beats(positive_logits[chunk].detach(), largest).sum()
     return InfoNceOutput(
         loss_sum=loss,
@@ -67,7 +67,8 @@ def sampled_bce(
 
 
 def _against(query: Tensor, unit: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum over rows of the mean of softplus(s_k), the negatives left [t], and the largest logits [t]."""
+    """Return the sum over rows of the mean of softplus(s_k), and for each row the number of unmasked negatives [t] and
+    the largest of their logits [t]."""
     logits = query @ unit.T
     left = (~masked).sum(1)
     # softplus(s) = -log sigmoid(-s); clamp: a row without negatives has the mean 0, not 0 / 0.

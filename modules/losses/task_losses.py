@@ -1,4 +1,4 @@
-"""Losses of single tasks, one value per exposure, and what their outputs predict.
+"""Losses of single tasks, one value per exposure, and the expected value of an ordinal output.
 
 Legend: X exposures, C ordered classes. All run in at least float32.
 """
@@ -30,12 +30,12 @@ def ordinal_softmax(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def huber(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Squared error / 2 of a standardized number, linear beyond a difference of 1."""
+    """Huber loss of a standardized number: squared error / 2, linear for differences above 1."""
     return F.huber_loss(widen(outputs[:, 0]), widen(labels), reduction="none")
 
 
 def weighted_logistic(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Logistic regression whose odds exp(z) are the expected label y >= 0, such as seconds of watch time.
+    """Weighted logistic regression: the odds exp(z) predict a label y >= 0, such as seconds of watch time.
 
     y * softplus(-z) + softplus(z), minimal at exp(z) = E[y]. Covington et al. (2016) weight positive impressions by y
     and all others by 1, so that their odds are E[y] / (1 - P(click)); with a negative of weight 1 in every row they are
@@ -46,9 +46,9 @@ def weighted_logistic(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 class TaskLoss(NamedTuple):
-    """Sums over the exposures of a batch, with the weights of one task.
+    """Weighted loss sums of one task over the exposures of a batch, 0-d.
 
-    raw: the loss; trained: what is minimized (with uncertainty weighting another function of the loss); both 0-d.
+    raw: the task's loss; trained: the value that is minimized, which with uncertainty weighting is a function of `raw`.
     """
 
     raw: Tensor

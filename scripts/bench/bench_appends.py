@@ -1,16 +1,16 @@
-"""Appending a day beside preparing that day alone, and reading a year of appends beside one compacted base.
+"""Appending a day against preparing that day alone, and reading a year of appends against reading one compacted base.
 
     python scripts/bench/bench_appends.py [--quick] [--out FILE]
 
-A shop with invented events (1.5 million of 60,000 users on 20,000 items) gets days of new events, items and users.
-`append_after_<events>` is the time of `prepare --append` of a day / the time of preparing a dataset of that day alone,
-with so many events before it; `append_year` is the mean of all days of the year, folding included. `read_train` and
-`read_test` are the times of opening the dataset and reading a part after the year of appends / after `dataset compact`,
-which are memory maps without anything to merge; the cuts have moved along, as they do in nightly training.
-`read_worst_...` are the same on the day of the year that has most appended events. `..._beside_parquet` is the time an
-event after the year of appends / that of the Parquet sequences of version 1, which is how a dataset without appends is
-read.
-Seconds are CPU seconds of the process, because the machine may be shared; wall seconds are beside them.
+A synthetic shop (1.5 million events of 60,000 users on 20,000 items) gets days of new events, items and users.
+`append_<day>_after_<events>` is the time of `prepare --append` for a day of <day> events, with <events> events before
+it, / the time of preparing a dataset of that day alone. `append_year` is the same ratio for the mean of all days of a
+year, including the merging of appends into the base. `read_train` and `read_test` are the times of opening the dataset
+and reading a part after the year of appends / after `dataset compact`, when the events are memory maps without appends
+to merge; the cuts of the split have moved to the last two days, as in nightly training. `read_worst_...` are the same
+for the version of the year that has the most appended events. `..._beside_parquet` is the time per event after the year
+of appends / the time per event of version 1, which reads Parquet sequences, as every dataset without appends does.
+Seconds are CPU seconds of the process, because the machine may be shared.
 """
 
 import json
@@ -40,9 +40,9 @@ DAY = 86_400
 
 
 class Shop:
-    """Writes the tables of an invented shop.
+    """Writes the tables of a synthetic shop.
 
-    users, items: number of each before the first day; 10 items and 50 users come every day.
+    users, items: their numbers before the first day; every day adds 10 items and 50 users.
     """
 
     def __init__(self, folder: Path, users: int, items: int) -> None:
@@ -50,7 +50,7 @@ class Shop:
         self._rng = np.random.default_rng(0)
 
     def write(self, name: str, events: int, day: int, whole: bool) -> Source:
-        """The source of a day's events; whole: its item and user tables hold all that its events have, not the new."""
+        """Write a day's tables; return their source. whole: items and users are all that exist, not only new ones."""
         folder = self.folder / name
         folder.mkdir(parents=True)
         first_item, first_user = (0, 0) if whole else (self.items, self.users)
@@ -83,7 +83,7 @@ def source_of(folder: Path) -> Source:
 
 
 def alone(folder: Path) -> Source:
-    """The source of a day's events with the items that occur in them, so that it can be prepared by itself."""
+    """Source of a day's events and the items and users that occur in them, so that it can be prepared alone."""
     other = folder.with_name(f"{folder.name}-alone")
     other.mkdir()
     shutil.copy(folder / "events.csv", other)
@@ -95,7 +95,7 @@ def alone(folder: Path) -> Source:
 
 
 def cpu_seconds(run: Callable[[], object]) -> Callable[[], float]:
-    """A side for `alternate` that returns the CPU seconds of `run`."""
+    """Side for `alternate` that returns the CPU seconds of `run`."""
 
     def timed() -> float:
         start = time.process_time()
@@ -124,7 +124,7 @@ def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str,
 
 
 def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
-    """A dataset with `days` appends of `size` events, and the mean CPU seconds of an append."""
+    """Make a dataset with `days` appends of `size` events; return it and the mean CPU seconds of an append."""
     shop = Shop(folder / "tables-year", min(60_000, before // 10), min(20_000, before // 20))
     root = prepare(shop.write("base", before, 30, whole=True), folder / "data-year")
     spent = 0.0
@@ -135,7 +135,7 @@ def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
 
 
 def as_of(root: Path, version: int, folder: Path) -> Path:
-    """A copy of a dataset whose newest version is `version`, with cuts at the beginning of its last two days."""
+    """Copy a dataset; the newest version of the copy is `version`, whose split is cut at its last two days' starts."""
     shutil.copytree(root, folder)
     manifest = json.loads(manifest_path(root, version).read_text())
     day = (manifest["seconds"][1] - START) // DAY
@@ -146,13 +146,13 @@ def as_of(root: Path, version: int, folder: Path) -> Path:
 
 
 def most_appended(root: Path) -> int:
-    """The version with most events in appends."""
+    """Number of the version that has the most events in appends."""
     versions = kept_versions(root)
     return max(versions, key=lambda v: (sum(one["events"] for one in versions[v].get("appends", ())), v))
 
 
 def reading(root: Path, part: str, repeats: int) -> dict[str, float]:
-    """CPU seconds of reading a part of a version, of its compaction, which is the newest, and of version 1."""
+    """CPU seconds of reading a part: of the second newest version, of the newest (its compaction), and of version 1."""
     folded = Dataset.open(root).version
     versions = {"appends": folded - 1, "folded": folded, "parquet": 1}
     events = {side: read(root, part, version) for side, version in versions.items()}

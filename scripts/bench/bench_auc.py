@@ -4,16 +4,16 @@
     python scripts/bench/bench_auc.py --output runs/bench_auc              (also 10^8 rows, and all repeats)
     python scripts/bench/bench_auc.py --directory --rows 5000000 --output runs/bench_auc [--against OTHER_CHECKOUT]
 
-Both read the same Parquet files (label and score, float32). Ours gives AUC, DeLong's interval and PR-AUC, and sorts
-on disk what is above --memory; scikit-learn's roc_auc_score gives the AUC. Each run is a fresh process; seconds count
-from opening the files to the number, without interpreter and imports; memory is the peak resident set of a process,
-with them. cpu_seconds are of the busiest rank, which a shared machine disturbs less. The two alternate.
-`scaling.png` plots both. The last line is one JSON object; `ratios` are scikit-learn's
-seconds over ours, and the largest rank's memory over scikit-learn's.
+Both read the same Parquet files (label and score, float32). Our job computes AUC, DeLong's interval and PR-AUC, and
+sorts on disk the rows that do not fit into --memory; scikit-learn's roc_auc_score computes the AUC. Each run is a new
+process, and the two sides alternate. Seconds are measured from opening the files to the result, without interpreter
+start and imports; memory is the peak resident set of a process, including them. cpu_seconds are those of the busiest
+rank; they depend less on other load of the machine. `scaling.png` plots both sides. The last line is one JSON object;
+its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / scikit-learn's.
 
---directory measures `hllm evaluate --compare` of a directory as a run's predictions are (what `--run-dir` does after
-scoring), with users, slices, report and all, on two ranks: rank 0's peak memory, seconds with start and imports, and
-CPU seconds of both ranks. --against takes turns with the same command of another checkout.
+--directory measures the complete `hllm evaluate --compare` (users, slices, report) on a directory with the columns of a
+run's predictions, which is what `--run-dir` does after scoring, on two ranks: peak memory by rank, seconds including
+start and imports, and CPU seconds of both ranks. --against alternates with the same command of another checkout.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rows(folder: Path, rows: int) -> Path:
-    """Rows of a click model: 4% positives, logits, in files of at most 10^7 rows."""
+    """Write rows of a synthetic click model (4% positives, logits) in files of up to 10^7 rows; returns the folder."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,7 +56,7 @@ def write_rows(folder: Path, rows: int) -> Path:
 
 
 def worker_ours(folder: Path, memory: int) -> dict[str, Any]:
-    """One rank; RANK, WORLD_SIZE and the store are in the environment."""
+    """Run one rank of our side; RANK, WORLD_SIZE and BENCH_STORE are environment variables."""
     import torch.distributed as dist
 
     from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
@@ -80,7 +80,7 @@ def worker_ours(folder: Path, memory: int) -> dict[str, Any]:
 
 
 def worker_sklearn(folder: Path) -> dict[str, Any]:
-    """scikit-learn in one process."""
+    """Run scikit-learn in this process."""
     import pyarrow.parquet as pq
     from sklearn.metrics import roc_auc_score
 
@@ -92,7 +92,8 @@ def worker_sklearn(folder: Path) -> dict[str, Any]:
 
 
 def write_directory(folder: Path, rows: int) -> Path:
-    """Predictions as two ranks of `hllm evaluate --run-dir` write them: 25 exposures a user, 20% positives."""
+    """Write synthetic predictions in the format of two ranks of `hllm evaluate --run-dir`: 25 exposures per user, 20%
+    positives; returns the folder."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -140,11 +141,11 @@ auc = json.loads((out / "metrics.json").read_text())["models"][folder.name]["auc
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(used | {"auc": auc, "peak_mb": round(peak)}))
 """
-"""One rank of the command, by the code of whatever checkout it is started in; seconds with its imports."""
+"""One rank of the command, with the code of the checkout in which it is started; seconds include its imports."""
 
 
 def measure_directory(rows: int, work: Path, memory: int, repeats: int, against: Path | None) -> dict[str, Any]:
-    """The command on a directory of so many rows, of this checkout and of another in turns; medians."""
+    """Medians for the command on a directory of `rows` rows, with this checkout and alternately with another one."""
     folder = write_directory(work / "predictions", rows)
     sides = {"this": ROOT} | ({"other": against.resolve()} if against else {})
     found: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in sides}
@@ -165,7 +166,7 @@ def measure_directory(rows: int, work: Path, memory: int, repeats: int, against:
 
 
 def run_ranks(arguments: list[str], ranks: int, tree: Path) -> list[dict[str, Any]]:
-    """What fresh processes of Python with a checkout's code say, by rank."""
+    """Run new Python processes with a checkout's code; return the JSON of each rank's last line."""
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -189,7 +190,7 @@ def run_ranks(arguments: list[str], ranks: int, tree: Path) -> list[dict[str, An
 
 
 def run_processes(kind: str, folder: Path, memory: int, ranks: int) -> dict[str, Any]:
-    """Fresh processes; the slowest one's seconds and the largest one's memory."""
+    """Run a side in new processes; return the largest seconds and the largest memory of its ranks."""
     started = time.perf_counter()
     command = [__file__, "--worker", kind, "--memory", str(memory), "--output", str(folder)]
     found = run_ranks(command, ranks, ROOT)
@@ -199,7 +200,7 @@ def run_processes(kind: str, folder: Path, memory: int, ranks: int) -> dict[str,
 
 
 def measure(rows: int, work: Path, memory: int, repeats: int, with_sklearn: bool = True) -> dict[str, Any]:
-    """Both on files of so many rows, alternating; medians."""
+    """Medians for both sides, measured alternately on files of `rows` rows."""
     folder = write_rows(work / f"rows-{rows}", rows)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "sklearn": []}
     for _ in range(repeats):
@@ -221,7 +222,7 @@ def measure(rows: int, work: Path, memory: int, repeats: int, with_sklearn: bool
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Seconds and memory over rows."""
+    """Plot seconds and memory against the number of rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -239,7 +240,8 @@ def main() -> None:
     """Run the benchmark, or one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rows", type=int, nargs="+", help="instead of 10^5, 10^6, 10^7, 3 x 10^7 (and 10^8)")
+    rows_help = "numbers of rows (default: 10^5, 10^6, 10^7, 3 x 10^7 and, without --quick, 10^8)"
+    parser.add_argument("--rows", type=int, nargs="+", help=rows_help)
     parser.add_argument("--memory", type=int, default=512 << 20, help="bytes for rows on a rank")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_auc"))
     parser.add_argument("--directory", action="store_true", help="measure the command on a run's predictions instead")
@@ -260,7 +262,7 @@ def main() -> None:
         print(json.dumps({"benchmark": "auc-directory", "memory_option": args.memory, "results": found}))
         return
     with tempfile.TemporaryDirectory(prefix="bench-auc-") as work:
-        # scikit-learn takes some 7 GB for 10^8 rows
+        # scikit-learn is left out for 10^8 rows, for which it needs about 7 GB.
         results = [measure(rows, Path(work), args.memory, repeats, rows < 10**8) for rows in sizes]
     args.output.mkdir(parents=True, exist_ok=True)
     plot(results, args.output / "scaling.png")

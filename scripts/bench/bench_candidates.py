@@ -1,20 +1,21 @@
-"""Candidates against a cached history in micro-batches (M-FALCON), against doing without the cache.
+"""Scoring candidates with a cached history in micro-batches (M-FALCON), against scoring without a cache.
 
     python scripts/bench/bench_candidates.py [--quick] [--out FILE]
 
-For the User LLM (a Llama) and HSTU (research preset: relative position and time bias), one request of one user:
+One request of one user, for the User LLM (a Llama) and HSTU (research preset: relative position and time bias):
 
-- ours: the history is read, its keys and values kept, candidates follow `micro_batch` at a time. Reading is counted;
-  `kept` is a request that finds the cache of an earlier one.
-- each: one forward pass per candidate, history and candidate in one sequence. A few are timed, and the median is
-  multiplied by the number of candidates (all of them do the same work on equal shapes).
-- packed: history and all candidates in one sequence behind a dense mask, no cache. Left out where the sequence is so
-  long that the mask alone would be hundreds of megabytes.
+- ours: the history is encoded and its keys and values are cached, then candidates are scored, `micro_batch` at a time.
+  The time includes encoding the history; `kept` is a request that uses the cache of an earlier request.
+- each: one forward pass per candidate, with history and candidate in one sequence. A few passes are timed, and their
+  median is multiplied by the number of candidates (all passes have equal shapes).
+- packed: history and all candidates in one sequence with a dense mask, without a cache. Left out if the sequence is so
+  long that the mask alone would need hundreds of megabytes.
 
-The LLM's counterparts run stock transformers with SDPA; the bench stops where any side's candidates differ from ours.
-Ratios are those at history 1,000 and 1,024 candidates: `candidates_vs_*` counts reading the history,
-`candidates_kept_vs_*` does not, `candidates_memory_vs_packed_*` is packed / ours in peak bytes of tensors. At larger
-widths the linear layers, which packed computes once as well, weigh more: `widths` has the same ratios there.
+For the LLM, `each` and `packed` run unmodified transformers with SDPA. The bench stops if the outputs of any side
+differ from ours. Ratios are for 1,000 history events and 1,024 candidates: `candidates_vs_*` includes encoding the
+history, `candidates_kept_vs_*` does not, `candidates_memory_vs_packed_*` is packed / ours in peak bytes of tensors. At
+larger widths more of the time is in the linear layers, which `packed` also computes only once: `widths` has these
+ratios.
 """
 
 import argparse
@@ -47,19 +48,19 @@ HISTORIES, CANDIDATES = (100, 300, 1000, 4000), (64, 256, 1024, 4096, 16384)
 QUICK = (100, 1000), (64, 1024)
 TINY_HEADLINE = (12, 8)
 PACKED_ROWS = 6000
-"""Rows of a sequence behind a dense mask, at most."""
+"""Largest number of rows of a sequence with a dense mask."""
 MANY = 5_000_000
-"""Square of the rows (what packed costs) from which on two repeats must do."""
+"""Number of pairs of rows (the cost of packed) from which only two repeats are timed."""
 
 
 class Side(ABC):
-    """A user encoder, and the two ways to score candidates without a cache."""
+    """User encoder, and its two methods to score candidates without a cache."""
 
     def __init__(self, width: int, longest: int) -> None:
         self.width, self.longest = width, longest
 
     def inputs(self, history: int, candidates: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """x [N, D], times [N], candidates [m, D], the request's time; invented, events minutes to days apart."""
+        """Random x [N, D], times [N], candidates [m, D] and the request's time; events are minutes to days apart."""
         generator = torch.Generator().manual_seed(history)
         gaps = torch.exp(torch.rand(history + 1, generator=generator) * 8 + 4).long()
         times = gaps.cumsum(0)
@@ -68,19 +69,19 @@ class Side(ABC):
 
     @abstractmethod
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of `tokens` rows that see `keys` keys all together."""
+        """FLOPs of `tokens` rows that see `keys` keys in total."""
 
     @abstractmethod
     def each(self, x: Tensor, times: Tensor, candidate: Tensor, time: int) -> Tensor:
-        """[1, D] of one candidate, by a pass of its own."""
+        """Output [1, D] of one candidate, by a separate pass."""
 
     @abstractmethod
     def packed(self, x: Tensor, times: Tensor, candidates: Tensor, time: int) -> Tensor:
-        """[m, D] of all candidates, behind a dense mask."""
+        """Outputs [m, D] of all candidates, in one sequence with a dense mask."""
 
 
 class LlamaSide(Side):
-    """The User LLM; its counterparts are a stock model of the same weights."""
+    """The User LLM; `each` and `packed` use an unmodified model of transformers with the same weights."""
 
     def __init__(self, width: int, longest: int) -> None:
         super().__init__(width, longest)
@@ -99,28 +100,28 @@ class LlamaSide(Side):
         self.stock.load_state_dict(self.encoder.backbone.state_dict())
 
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of `tokens` rows that see `keys` keys all together."""
+        """FLOPs of `tokens` rows that see `keys` keys in total."""
         return backbone_flops(self.encoder.backbone, tokens, keys)
 
     def each(self, x: Tensor, times: Tensor, candidate: Tensor, time: int) -> Tensor:
-        """[1, D] of one candidate, by a pass of its own."""
+        """Output [1, D] of one candidate, by a separate pass."""
         output = self.stock(inputs_embeds=torch.cat([x, candidate])[None], use_cache=False)
         return output.last_hidden_state[0, -1:]
 
     def packed(self, x: Tensor, times: Tensor, candidates: Tensor, time: int) -> Tensor:
-        """[m, D] of all candidates, behind a dense mask."""
-        history, places = x.shape[0], torch.arange(x.shape[0] + candidates.shape[0]).clamp(max=x.shape[0])
+        """Outputs [m, D] of all candidates, in one sequence with a dense mask."""
+        history, positions = x.shape[0], torch.arange(x.shape[0] + candidates.shape[0]).clamp(max=x.shape[0])
         output = self.stock(
             inputs_embeds=torch.cat([x, candidates])[None],
             attention_mask=looks(history, candidates.shape[0])[None, None],
-            position_ids=places[None],
+            position_ids=positions[None],
             use_cache=False,
         )
         return output.last_hidden_state[0, history:]
 
 
 class HSTUSide(Side):
-    """HSTU; one by one it is the encoder's own pass over a sequence, packed it is its layers behind a dense mask."""
+    """HSTU; `each` is the encoder's forward pass over one sequence, `packed` runs its layers with a dense mask."""
 
     def __init__(self, width: int, longest: int) -> None:
         super().__init__(width, longest)
@@ -130,16 +131,16 @@ class HSTUSide(Side):
         ).eval()
 
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of `tokens` rows that see `keys` keys all together."""
+        """FLOPs of `tokens` rows that see `keys` keys in total."""
         return self.encoder.flops(tokens, keys)
 
     def each(self, x: Tensor, times: Tensor, candidate: Tensor, time: int) -> Tensor:
-        """[1, D] of one candidate, by a pass of its own."""
+        """Output [1, D] of one candidate, by a separate pass."""
         offsets = torch.tensor([0, x.shape[0] + 1])
         return self.encoder(torch.cat([x, candidate]), offsets, torch.cat([times, torch.tensor([time])]))[0][-1:]
 
     def packed(self, x: Tensor, times: Tensor, candidates: Tensor, time: int) -> Tensor:
-        """[m, D] of all candidates, behind a dense mask."""
+        """Outputs [m, D] of all candidates, in one sequence with a dense mask."""
         history, number, rules = x.shape[0], candidates.shape[0], self.encoder.rules
         places = torch.arange(history + number).clamp(max=history)
         moments = torch.cat([times, times.new_full((number,), time)])
@@ -160,7 +161,7 @@ SIDES: dict[str, type[LlamaSide] | type[HSTUSide]] = {"llm": LlamaSide, "hstu": 
 
 
 def looks(history: int, candidates: int) -> Tensor:
-    """[S, S] bool, True where a row looks: history causally, candidates at the history and themselves."""
+    """Mask [S, S] bool, True where a row sees a key: causal history; candidates see the history and themselves."""
     total = history + candidates
     mask = torch.ones(total, total, dtype=torch.bool).tril()
     mask[history:, history:] = torch.eye(candidates, dtype=torch.bool)
@@ -169,7 +170,7 @@ def looks(history: int, candidates: int) -> Tensor:
 
 @torch.no_grad()
 def measure(side: LlamaSide | HSTUSide, history: int, candidates: int, repeats: int, sample: int) -> dict[str, Any]:
-    """One point: seconds of every way, `each` extrapolated from `sample` passes a round."""
+    """Measure one point: seconds of every side; those of `each` are extrapolated from `sample` passes per round."""
     x, times, queries, time = side.inputs(history, candidates)
     kept = read_history(side.encoder, x, times)
 
@@ -205,19 +206,19 @@ def measure(side: LlamaSide | HSTUSide, history: int, candidates: int, repeats: 
 
 
 def run_all(*passes: Callable[[], Tensor]) -> None:
-    """Run them; `alternate` times what returns nothing."""
+    """Run the passes and return None, so that `alternate` times the call."""
     for one in passes:
         one()
 
 
 def check(found: Tensor, expected: Tensor) -> None:
-    """Stop where two sides compute different things."""
+    """Raise AssertionError if the outputs of two sides differ."""
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
 @torch.no_grad()
 def memory(side: LlamaSide | HSTUSide, history: int, candidates: int) -> dict[str, Any]:
-    """Peak bytes of the tensors that a request makes beside the cache: by micro-batch, by candidates, and packed."""
+    """Peak bytes of tensors in a request, without the cache: by micro-batch, by number of candidates, and packed."""
     x, times, queries, time = side.inputs(history, 4 * candidates)
     cache = read_history(side.encoder, x, times)
 
@@ -242,7 +243,7 @@ def memory(side: LlamaSide | HSTUSide, history: int, candidates: int) -> dict[st
 
 
 def peak_bytes(run: Callable[[], Tensor]) -> int:
-    """The most bytes of tensors that are alive at a time during a call, beyond those before it."""
+    """Peak bytes of the tensors that are allocated during a call, beyond those that existed before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -261,7 +262,7 @@ def ratios_of(name: str, point: dict[str, Any]) -> dict[str, float]:
 
 
 def run(name: str, options: argparse.Namespace, peak: float) -> tuple[dict[str, float], dict[str, Any]]:
-    """All points of one encoder: its ratios, and what else was found."""
+    """Measure all points of one encoder; return its ratios and all other results."""
     headline = TINY_HEADLINE if options.tiny else HEADLINE
     histories, numbers = ((6, 12), (3, 8)) if options.tiny else QUICK if options.quick else (HISTORIES, CANDIDATES)
     repeats, sample = (1, 2) if options.tiny else (5, 3) if options.quick else (5, 5)

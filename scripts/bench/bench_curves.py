@@ -1,13 +1,13 @@
-"""What a training step costs against history length, batch, negatives and catalogue size.
+"""Seconds of a training step by history length, batch size, number of negatives and catalogue size.
 
     python scripts/bench/bench_curves.py [--quick] [--out FILE]
 
-The training path (Item LLM on texts of 32 tokens and [ITEM], item-ID table sharded by TorchRec with its in-backward
-optimizer, generative loss) on invented catalogues in which no item of a batch repeats: the most that a step can cost.
-Along the catalogue curve batches have equal unique items and tokens, so the cost ought to be flat:
-`step_catalogue_flat` is the seconds at the largest catalogue / those at the smallest. `step_per_token_<curve>` is the
-cost of an item token at the curve's end / at its beginning (1: linear in tokens). With `--out` the curves are also
-drawn beside that file, as PNG and SVG.
+The bench runs the training path (Item LLM on texts of 32 tokens and [ITEM], item-ID table sharded by TorchRec with its
+in-backward optimizer, generative loss) on synthetic catalogues. No item of a batch is repeated, which is the highest
+cost that a step can have. All batches of the catalogue curve have the same number of unique items and tokens, so the
+cost should be constant: `step_catalogue_flat` is the seconds with the largest catalogue / those with the smallest.
+`step_per_token_<curve>` is the time per item token at the curve's end / at its beginning (1: linear in tokens). With
+`--out` the curves are also plotted beside that file, as PNG and SVG.
 """
 
 import argparse
@@ -61,7 +61,7 @@ TINY = {"history": (3, 6), "users": (1, 2), "negatives": (4, 8), "catalogue": (2
 
 
 class Catalogue:
-    """A model and an invented catalogue of `items` texts."""
+    """A model and a synthetic catalogue of `items` texts."""
 
     def __init__(self, items: int, shape: dict[str, Any]) -> None:
         config = Config(
@@ -87,7 +87,7 @@ class Catalogue:
         self.weights = LossWeights.of(config)
 
     def batch(self, history: int, users: int, negatives: int) -> HybridBatch:
-        """Users of `history` + 1 events; all items different, negatives too."""
+        """Batch of users with `history` + 1 events each; all items and negatives are different."""
         count = users * (history + 1)
         ids = np.random.default_rng(1).choice(self.items, count + negatives, replace=False) + 1
         spec = BatchSpec(fusion="none", negatives=negatives, positive_targets_only=False, action=False, time_depth=0)
@@ -97,7 +97,7 @@ class Catalogue:
         return collator([labelled_piece(user, items, np.arange(history + 1)) for user, items in of_users], 0, 0)
 
     def step(self, batch: HybridBatch) -> None:
-        """Forward, backward (in which the table steps), dense optimizer."""
+        """Run forward, backward (which updates the table) and the dense optimizer."""
         loss, _ = micro_batch_loss(self.model(batch), step_counts([batch]), self.weights, encodes_items=True)
         loss.backward()
         clip_grad_norm(self.hllm.parameters(), 1.0)
@@ -106,7 +106,7 @@ class Catalogue:
 
 
 class _Sizes:
-    """What a collator asks of a dataset."""
+    """Replacement for a dataset, with the attributes that a collator reads."""
 
     def __init__(self, items: int) -> None:
         self.num_items = self.num_table_items = items + 1
@@ -119,7 +119,7 @@ class _Sizes:
 def measure(
     curve: str, values: tuple[int, ...], default: dict[str, int], made: Callable[[int], Catalogue], repeats: int
 ) -> list[dict[str, Any]]:
-    """The points of one curve, measured in turn."""
+    """Measure the points of one curve alternately."""
     points = [default | {curve: value} for value in values]
     sides, batches = {}, []
     for point in points:
@@ -150,13 +150,13 @@ def flops(catalogue: Catalogue, batch: HybridBatch) -> float:
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> list[str]:
-    """One panel a curve, in `path` with .png and .svg; returns the files' names."""
+    """Plot one panel per curve to `path` with the suffixes .png and .svg; returns the names of the files."""
     figure = Figure(figsize=(11, 3), layout="constrained")
     for axes, (curve, points) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         axes.plot([point[curve] for point in points], [point["seconds"] for point in points], "o-", color="#0072B2")
         axes.set(xlabel=curve, xscale="log", ylim=(0, None))
         axes.grid(color="#D9D9D9")
-    figure.axes[0].set_ylabel("seconds a step")
+    figure.axes[0].set_ylabel("seconds per step")
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

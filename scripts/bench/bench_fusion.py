@@ -1,12 +1,13 @@
-"""Many exposures of one user in one pass, against one pass for each exposure: forward, backward and optimizer.
+"""All exposures of a user as queries of one sequence, against one sequence for each exposure: a complete training step.
 
     python scripts/bench/bench_fusion.py [--quick] [--out FILE] [--dataset DIR]
 
-The trainer's own step (early fusion, classification) on one user with `history` events and then 50 exposures, each of
-which sees every earlier event. One by one, each exposure is a sequence of its own (history, then the target), and all
-50 sequences are one packed batch, so both sides fill the machine and neither encodes padding. Items are their IDs
-here, so that only the user's pass is measured. The bench stops if the two losses differ.
-`fusion_one_pass_h<history>` is one by one / one pass. Events are invented: MovieLens has no user with 2,000.
+The bench times `Trainer.train_step` (early fusion, classification) for one user with `history` events and then 50
+exposures, each of which sees every earlier event. On the side "one by one" each exposure is a separate sequence
+(history, then the target), and all 50 sequences are one packed batch, so that both sides use the processor well and
+neither encodes padding. Items have only IDs, so that only the user encoder is measured. The bench stops if the two
+losses differ. `fusion_one_pass_h<history>` is seconds of one by one / one pass. Events are synthetic, because MovieLens
+has no user with 2,000 events.
 """
 
 import argparse
@@ -44,7 +45,7 @@ SMALL = USER | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers":
 
 
 def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
-    """Early fusion over item IDs and actions; tiny learning rates keep both sides at the same weights."""
+    """Early fusion over item IDs and actions; tiny learning rates, so that both sides have nearly the same weights."""
     return Config(
         output=output,
         data=DataConfig(dataset=dataset, max_history=4096, batch_users=1),
@@ -58,7 +59,7 @@ def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
 
 
 def user_piece(history: int, exposures: int, items: int, actions: int, seed: int = 0) -> Piece:
-    """`history` events without label, then `exposures` labelled ones, a second apart from one another."""
+    """Piece of `history` events without labels and then `exposures` events with labels, one second apart."""
     rng = np.random.default_rng(seed)
     events = history + exposures
     labels = rng.integers(0, 2, events).astype(np.float32)
@@ -69,12 +70,12 @@ def user_piece(history: int, exposures: int, items: int, actions: int, seed: int
 
 
 def one_by_one(piece: Piece) -> list[Piece]:
-    """The piece once for each exposure, cut off behind it and with that one alone."""
+    """One piece for each exposure: its earlier events, and the exposure as the only target."""
     return [piece.cut(0, target + 1, target) for target in range(piece.first_target, len(piece))]
 
 
 class Comparison:
-    """One history length: the same exposures both ways, on one trainer."""
+    """Both sides for one history length: batches of the same exposures, for one trainer."""
 
     def __init__(self, trainer: Trainer, history: int, exposures: int) -> None:
         experiment = trainer.experiment
@@ -85,20 +86,20 @@ class Comparison:
         self.losses: dict[str, float] = {}
 
     def sides(self) -> dict[str, Callable[[], None]]:
-        """What to time, by side."""
+        """Side -> function to time."""
         return {side: lambda side=side: self._step(side) for side in self.batches}
 
     def _step(self, side: str) -> None:
         self.losses.setdefault(side, self.trainer.train_step([self.batches[side]])["loss"])
 
     def check_losses(self) -> None:
-        """Stop if the two ways do not compute the same."""
+        """Raise AssertionError if the losses of the two sides differ."""
         one, other = self.losses.values()
         if abs(one - other) > 1e-4 * abs(one):
             raise AssertionError(f"the losses differ: {self.losses}")
 
     def shape(self) -> dict[str, Any]:
-        """Tokens by side."""
+        """Number of tokens by side."""
         return {side: user_token_counts(batch, queries=True)[0] for side, batch in self.batches.items()}
 
     def flops(self, batch: HybridBatch) -> float:

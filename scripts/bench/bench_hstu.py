@@ -2,18 +2,19 @@
 
     python scripts/bench/bench_hstu.py [--quick] [--out FILE] [--dataset DIR]
 
-A pass is forward and backward over a batch of users (`_forward`: forward alone, without a graph). Histories are as long
-as those of MovieLens-100k, scaled so that the longest of the batch has the length named (`ml`), or fall with a power
-law (`power`: the n-th longest of a batch has length / n). Sides, in one process, in turn:
+A pass is forward and backward over a batch of users (`_forward`: forward alone, without a graph). Lengths of histories
+are quantiles of those of MovieLens-100k, scaled so that the longest history of the batch has the length in the ratio's
+name (`ml`), or follow a power law (`power`: the n-th longest history of a batch has length / n events). The sides
+alternate in one process:
 
-- hstu: research preset (relative position and time bias), jagged, the eager backend; `plain` is without the bias;
-- padded: the same weights over [users, longest] with a dense causal mask, as the public research code has it; in
-  groups of users where their scores would not fit, which computes nothing twice;
-- softmax: SASRec's blocks with norms in front, jagged (SDPA in buckets), a feed-forward part of half the width:
-  as many parameters as HSTU's layers. It has no relative bias, so `plain` is what compares attention alone.
+- hstu: research preset (relative position and time bias), jagged, eager backend; `plain` is the same without the bias;
+- padded: the same weights over [users, longest] with a dense causal mask, as in the public research code. If the scores
+  of all users would not fit into memory, the users are divided into groups, which repeats no work;
+- softmax: SASRec blocks with pre-normalization, jagged (SDPA in buckets), and a feed-forward network of half the width,
+  so that they have as many parameters as HSTU's layers. They have no relative bias: compare them with `plain`.
 
-Ratios are other / hstu: above 1 where jagged HSTU is faster. The bench stops where padded and jagged differ. Where
-there is CUDA, the backends eager, compiled and triton are timed on it too (`cuda_*`, bfloat16).
+Ratios are other / hstu: jagged HSTU is faster where they are above 1. The bench stops if padded and jagged outputs
+differ. On a machine with CUDA the backends eager, compiled and triton are timed there, too (`cuda_*`, bfloat16).
 """
 
 import argparse
@@ -40,7 +41,8 @@ WIDTH, LAYERS, HEADS, USERS = 128, 2, 2, 8
 QUICK, FULL, TINY = (200, 1000, 2000), (200, 500, 1000, 2000, 4096, 8192), (12, 24)
 DISTRIBUTIONS = ("ml", "power")
 PADDED_SCORES = 2**27
-"""Scores of a group of padded users, all heads: 512 MiB, of which autograd keeps several copies."""
+"""Largest number of scores of a group of padded users, over all heads: 512 MiB, of which autograd has several copies.
+"""
 CUDA_USERS = 32
 
 
@@ -55,17 +57,17 @@ class Batch:
 
     @property
     def pairs(self) -> int:
-        """Pairs of a row and a key that it sees."""
+        """Number of pairs of a query and a key that it sees."""
         return sum(length * (length + 1) // 2 for length in self.lengths)
 
 
 def history_lengths(dataset: Dataset) -> np.ndarray:
-    """How many events each user of the training part has."""
+    """Number of events of each user in the training part."""
     return np.concatenate([dataset.sequences([group], ["item_ids"]).lengths for group in dataset.row_groups("train")])
 
 
 def lengths_of(distribution: str, longest: int, users: int, histories: np.ndarray) -> list[int]:
-    """Lengths of a batch, the longest first; `histories`: those of the data set."""
+    """Lengths of the histories of a batch, the longest first; `histories`: lengths in the dataset."""
     if distribution == "power":
         return [max(1, longest // (number + 1)) for number in range(users)]
     levels = 1 - np.arange(users) / users
@@ -73,7 +75,7 @@ def lengths_of(distribution: str, longest: int, users: int, histories: np.ndarra
 
 
 def make_batch(lengths: list[int], width: int, device: str = "cpu") -> Batch:
-    """Random inputs; events minutes to days apart."""
+    """Batch of random inputs; the time between events is minutes to days."""
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
     times = torch.exp(torch.rand(total, generator=generator) * 8 + 4).long().cumsum(0)
@@ -90,9 +92,9 @@ def encoders(width: int, longest: int) -> dict[str, UserEncoder]:
 
 
 class Padded:
-    """HSTU's layers over [b, N, D] with a dense causal mask: all cells are computed, padding too.
+    """HSTU's layers over [b, N, D] with a dense causal mask: all cells are computed, including padding.
 
-    Scores are [b, H, N, N]; masks, distances and time buckets are made once for all layers.
+    Scores are [b, H, N, N]; masks, distances and time buckets are computed once for all layers.
     """
 
     def __init__(self, encoder: HSTU, batch: Batch) -> None:
@@ -102,7 +104,7 @@ class Padded:
         self.valid = torch.arange(longest)[None] < torch.tensor(batch.lengths)[:, None]
 
     def __call__(self, x: Tensor) -> Iterator[Tensor]:
-        """Rows of every group of users, without padding again; x [T, D]."""
+        """Yield the output rows of each group of users, without the padding; x [T, D]."""
         users = range(len(self.batch.lengths))
         for at in range(0, len(users), self.group):
             yield self._rows(x, list(users[at : at + self.group]))
@@ -131,11 +133,11 @@ class Padded:
 
 
 Rows = Callable[[Tensor], Iterator[Tensor]]
-"""x [T, D] -> the last layer's rows, in parts that follow one another: a part's graph is gone before the next."""
+"""Function x [T, D] -> rows of the last layer, in consecutive parts: the graph of a part is freed before the next."""
 
 
 def step(rows: Rows, x: Tensor) -> None:
-    """Forward and backward; the gradients are dropped."""
+    """Run forward and backward, and discard the gradients."""
     x = x.detach().requires_grad_()
     for part in rows(x):
         part.backward(torch.ones_like(part))
@@ -143,13 +145,13 @@ def step(rows: Rows, x: Tensor) -> None:
 
 @torch.no_grad()
 def forward(rows: Rows, x: Tensor) -> None:
-    """Forward alone."""
+    """Run the forward pass only."""
     for _ in rows(x):
         pass
 
 
 def jagged(encoder: UserEncoder, batch: Batch) -> Rows:
-    """The encoder over a packed batch."""
+    """Side that runs the encoder over a packed batch."""
 
     def rows(x: Tensor) -> Iterator[Tensor]:
         yield encoder(x, batch.offsets, batch.times)[0]
@@ -158,7 +160,7 @@ def jagged(encoder: UserEncoder, batch: Batch) -> Rows:
 
 
 def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
-    """Seconds of every side for one batch, forward and backward and forward alone; operations of one pass."""
+    """Measure every side on one batch: seconds of forward and backward, of forward alone, and FLOPs of a pass."""
     batch = make_batch(lengths, width)
     models = encoders(width, max(lengths))
     sides: dict[str, Rows] = {name: jagged(model, batch) for name, model in models.items()}
@@ -168,7 +170,7 @@ def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(list(padded(batch.x))), next(sides["hstu"](batch.x)), rtol=2e-3, atol=2e-3)
     for name in models:
-        step(sides[name], batch.x)  # the only warm-up of a batch that is timed once, whose padded pass takes a minute
+        step(sides[name], batch.x)  # the only warm-up if repeats is 1: a padded pass of long histories takes a minute
     warmup = int(repeats > 1)
     both = alternate({name: lambda rows=rows: step(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
     alone = alternate({name: lambda rows=rows: forward(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
@@ -210,7 +212,7 @@ def memory(lengths: list[int], width: int) -> dict[str, int]:
 
 
 def on_cuda(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
-    """Seconds of the backends on the GPU, bfloat16 autocast; each is warmed up, compiled and tuned, before."""
+    """Seconds of the backends on the GPU with bfloat16 autocast, after a warm-up in which they compile and tune."""
     batch = make_batch(lengths, width, "cuda")
     shape = HSTUShape(width=width, layers=LAYERS, heads=HEADS, max_positions=max(lengths), divide_by=max(lengths))
     sides: dict[str, Callable[[], None]] = {}

@@ -1,10 +1,10 @@
-"""Memory and time of numbering raw ids: `IdMap`, as `hllm prepare` uses it, beside a dict of str.
+"""Memory and time of assigning dense ids to raw ids: `IdMap`, which `hllm prepare` uses, against a dict of str.
 
     python scripts/bench/bench_id_map.py [--quick] [--out FILE]
 
-Ids are ten-character product numbers that come in chunks as from a table, each chunk twice: added, then looked up, as
-by items and then events. Each side runs in a process of its own, so that its peak memory is known. `memory_<ids>` and
-`seconds_<ids>` are the ratios of `IdMap` to the dict; `bytes_an_id` says what 10^8 ids take.
+Ids are ten-character product numbers, which arrive in chunks as from a table. Each chunk is added and then looked up,
+as the tables of items and then of events do. Each side runs in a separate process, so that its peak memory is known.
+`memory_<ids>` and `seconds_<ids>` are the ratios IdMap / dict; `bytes_an_id` is the peak memory per id.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ CHUNK = 65_536
 
 
 def chunk(first: int, size: int) -> pa.Array:
-    """Ids of a chunk, distinct from those of all others."""
+    """Ids of a chunk, different from those of all other chunks."""
     return pa.array([f"B{number * 7_919 % 10**9:09d}" for number in range(first, first + size)])
 
 
@@ -39,7 +39,7 @@ def fill_id_map(count: int) -> int:
 
 
 def fill_dict(count: int) -> int:
-    """The same in a dict; numbers are looked up one by one."""
+    """Add and look up `count` ids, one by one, in a dict; returns its length."""
     ids: dict[str, int] = {}
     for first in range(0, count, CHUNK):
         raw = chunk(first, min(CHUNK, count - first)).to_pylist()
@@ -50,7 +50,7 @@ def fill_dict(count: int) -> int:
 
 
 def measured(side: str, count: int, answer: Connection) -> None:
-    """Send (bytes of memory, seconds) that one side needs, without those of making the ids."""
+    """Send (bytes, CPU seconds) of one side. Memory for making the ids is not counted, but time for it is."""
     for first in range(0, min(count, 4 * CHUNK), CHUNK):
         chunk(first, CHUNK)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -60,7 +60,7 @@ def measured(side: str, count: int, answer: Connection) -> None:
 
 
 def in_own_process(side: str, count: int) -> tuple[int, float]:
-    """(bytes, CPU seconds) of a side, from a new process."""
+    """(bytes, CPU seconds) of a side, measured in a new process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=measured, args=(side, count, there))
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         start = time.process_time()
         for first in range(0, count, CHUNK):
             chunk(first, min(CHUNK, count - first))
-        own = time.process_time() - start  # of making the ids
+        own = time.process_time() - start  # CPU seconds of making the ids, which are subtracted from both sides
         found = {side: in_own_process(side, count) for side in ("id_map", "dict")}
         ratios[f"memory_{count}"] = found["id_map"][0] / max(found["dict"][0], 1)
         ratios[f"seconds_{count}"] = (found["id_map"][1] - own) / (found["dict"][1] - own)

@@ -2,16 +2,17 @@
 
     python scripts/bench/bench_item_llm.py [--quick] [--out FILE]
 
-Real texts of MovieLens-100k with a prompt, each item once, through a Llama of SmolLM2-135M's shape (576 wide, 6 of
-its layers, random weights, frozen words). The compared sides run in turn in one process:
+The input is texts of MovieLens-100k with a prompt, each item once; the model is a Llama of SmolLM2-135M's shape (width
+576, 6 of its layers, random weights, frozen word embeddings). The compared sides alternate in one process:
 
-    plain     every item with its whole text
-    shared    the common prefix once, attended to by all items
-    compiled  the same, its layers under torch.compile
-    read      as shared, the last layer for the [ITEM] rows alone (what training does)
-    products  the matrix products of "shared", forward and backward, on buffers of their shapes, nothing else
+    plain     every item with its complete text
+    shared    the common prefix is computed once, and all items attend to it
+    compiled  as shared, with the layers compiled by torch.compile
+    read      as shared, with the last layer computed only for the [ITEM] rows (as in training)
+    products  only the matrix products of "shared", forward and backward, on buffers of the same shapes
 
-Ratios are medians over the rounds of one round's two times, so a slower or faster spell of the machine hits both.
+A ratio is the median over the rounds of the quotient of two times of the same round, so that slow and fast periods of
+the machine affect both times.
 """
 
 import argparse
@@ -46,13 +47,13 @@ PROMPT = "Compress the following sentence into embedding: "
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, or those of `given`."""
+    """Parse the options of the command line, or `given`."""
     parser = arguments(__doc__)
     add_dataset(parser, tokenizer=True)
-    parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="its text columns")
+    parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="text columns of the dataset")
     parser.add_argument("--items", type=int, default=64, help="unique items of a step")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="count processor seconds of one thread, where others use the machine"
+        "--cpu-time", action="store_true", help="measure CPU seconds of one thread, for a machine that is shared"
     )
     return parser.parse_args(given)
 
@@ -68,20 +69,20 @@ class Side:
         self.encoder = ItemEncoder(tokens, torch.device("cpu"), share_prefix=share)
 
     def __call__(self) -> Tensor:
-        """One forward and backward pass; the embeddings."""
+        """Run one forward and backward pass; return the embeddings."""
         self.item_llm.zero_grad(set_to_none=True)
         embeddings = self.encoder.encode(self.item_llm, self.ids)
         embeddings.square().sum().backward()
         return embeddings.detach()
 
     def work(self) -> EncodingCounts:
-        """What one pass has to do."""
+        """Numbers of items, tokens and keys in one pass."""
         before = self.encoder.work
         self()
         return self.encoder.work - before
 
     def plan(self) -> BucketPlan:
-        """The buckets of its batch, as its forward pass plans them."""
+        """The attention plan of the batch, captured in a forward pass."""
         seen: list[BucketPlan] = []
 
         def catch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,10 +95,10 @@ class Side:
 
 
 def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
-    """The matrix products of a forward and backward pass of `side`, on buffers of their own.
+    """Function that computes the matrix products of a forward and backward pass of `side`, on separate buffers.
 
-    Per layer: seven linear maps, each y = x W', dx = dy W, dW = dy' x; and in every bucket, for each head, the
-    scores and weighted sums with their two gradients each, over the bucket's padded cells (the masked half too).
+    Each layer has seven linear maps with y = x W', dx = dy W, dW = dy' x. In every bucket and for each head it has the
+    attention scores and the weighted sums, with two gradients each, over the padded cells and the masked half as well.
     """
     plan = side.plan()
     rows = plan.position_ids.numel()
@@ -120,7 +121,7 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
                 torch.bmm(q, k.transpose(1, 2))
                 torch.bmm(scores, k)
         for layer in reversed(layers):
-            for q, k, scores in grids:  # of scores and of weighted sums, with respect to both factors
+            for q, k, scores in grids:  # gradients of the scores and of the weighted sums, for both factors
                 torch.bmm(q, k.transpose(1, 2))
                 torch.bmm(scores.transpose(1, 2), q)
                 torch.bmm(scores, k)
@@ -139,7 +140,7 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[[], float]:
-    """`run`, which times itself."""
+    """Function that calls `run` and returns its seconds by `clock`."""
 
     def timed() -> float:
         start = clock()
@@ -150,7 +151,7 @@ def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; ratios, seconds and shapes."""
+    """Measure all sides; return ratios, seconds and shapes."""
     tiny = {"num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96}
     shape = SMOLLM2 | tiny if options.tiny else SMOLLM2
     path = build_token_store(
@@ -177,7 +178,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[str, list[float]]) -> dict[str, Any]:
-    """What `report` prints."""
+    """Results for `report`."""
     seconds, peak = medians(times), matmul_peak()
     work = {name: side.work() for name, side in sides.items()}
     flops = {name: 3 * side.item_llm.flops(work[name]) for name, side in sides.items()}

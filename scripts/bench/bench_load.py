@@ -1,15 +1,16 @@
-"""The service under load: `hllm serve`'s engine against one `Scorer` behind a lock, behind the same HTTP.
+"""The service under load: the engine of `hllm serve` against one `Scorer` behind a lock, with the same HTTP server.
 
     python scripts/bench/bench_load.py --out benchmarks/DATE-load.json [--folder DIR] [--quick]
 
-Server and client are two processes pinned to a core each. Requests of 200 candidates arrive as a Poisson process, users
-by a Zipf distribution, and a latency counts from the scheduled arrival. The `capacity` is the largest rate with a p99
-of at most 50 ms and no request without an answer: rates are doubled, then bisected. At half of it p99 / p50 is taken
-again, for longer. The last part sends 10^5 users through a cache of 1 GB, which is filled with the most active ones and
-then shrunk to a tenth: hit rate and p99 by its size, with a plot beside the JSON.
+Server and client are two processes, each pinned to one core. Requests of 200 candidates arrive as a Poisson process,
+their users are drawn from a Zipf distribution, and a latency is measured from the scheduled arrival. The `capacity` is
+the largest rate at which p99 is at most 50 ms and every request is answered with status 200: the rate is doubled, then
+bisected. p99 / p50 is measured at half of the capacity, for a longer time. The last part has requests of 10^5 users and
+a cache of user states of 1 GB, filled with the most active users and then reduced to a tenth: it reports hit rate and
+p99 by size of the cache, and a plot is written beside the JSON.
 
-Everything is a stand-in (`serving_stand_in`), made in `--folder` and found there again. For a machine that does nothing
-else: about 11 minutes.
+Dataset and models are synthetic (`serving_stand_in`); they are written to `--folder` and reused from there. The bench
+takes about 11 minutes on a machine that runs nothing else.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from hllm_torchrec.serving.user_state import UserState
 P99_MS, CANDIDATES, MIB = 50.0, 200, 1 << 20
 FIRST_RATE, BISECTIONS = 20.0, 3
 CACHES = (1024, 512, 256, 102)
-"""MiB of the last part."""
+"""Sizes of the cache in the last part, MiB."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stand_ins(folder: Path, tiny: bool) -> tuple[Path, Path]:
-    """Folders of the runs: of MovieLens-100k's sizes, and of 10^5 users."""
+    """Make the runs; return the folders of those with the sizes of MovieLens-100k, and of that with 10^5 users."""
     few, many = folder / "few", folder / "many"
     with distributed_device() as device:
         dataset = stand_in_dataset(few, Sizes(60, 300, 20) if tiny else Sizes())
@@ -91,7 +92,7 @@ def stand_ins(folder: Path, tiny: bool) -> tuple[Path, Path]:
 
 
 class LockedScorer(Engine):
-    """One `Scorer`, one request at a time, with the states of all users in a dictionary."""
+    """Engine that scores one request at a time with a `Scorer`, and has the states of all users in a dictionary."""
 
     def __init__(self, plain: Scorer, scorer: BatchScorer) -> None:
         super().__init__(scorer, index="none")
@@ -111,7 +112,10 @@ class LockedScorer(Engine):
 
 
 def serve(kind: str, run: Path, warm: int) -> None:
-    """Answer until SIGTERM, at a free port, which is printed. warm: number of the most active users read before."""
+    """Run a server until SIGTERM, on a free port, which is printed.
+
+    warm: number of the most active users whose states are computed before the start.
+    """
     import uvicorn
 
     with distributed_device() as device:
@@ -121,7 +125,7 @@ def serve(kind: str, run: Path, warm: int) -> None:
         if kind == "locked":
             engine, limits = LockedScorer(Scorer.of_run(run, device=device), scorer), replace(limits, requests=1)
         users, items = raw_ids(run.parent / "data")
-        # The most active ones last, as a cache that has served them all has them.
+        # The most active users come last, so that they are the most recently used entries of the cache.
         asked = [ScoreRequest(user, items[:1], int(time.time())) for user in reversed(active(users)[:warm])]
         for at in range(0, len(asked), 16):
             engine.score(asked[at : at + 16])
@@ -129,7 +133,7 @@ def serve(kind: str, run: Path, warm: int) -> None:
 
         @app.post("/bench/cache/{mib}")
         async def resize(mib: int) -> dict[str, int]:
-            engine.states.max_bytes = mib * MIB  # the next state that is kept makes room
+            engine.states.max_bytes = mib * MIB  # states are evicted when the next one is stored
             return {"users": len(engine.states)}
 
         server = uvicorn.Server(uvicorn.Config(app, port=0, access_log=False, log_level="warning"))
@@ -145,7 +149,7 @@ def serve(kind: str, run: Path, warm: int) -> None:
 
 @contextmanager
 def running(kind: str, run: Path, core: int, warm: int = 0) -> Iterator[str]:
-    """URL of a server on a core."""
+    """Context manager that runs a server on a core; yields its URL."""
     command = [sys.executable, __file__, "--serve", kind, "--run", str(run), "--core", str(core), "--warm", str(warm)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -164,14 +168,14 @@ def running(kind: str, run: Path, core: int, warm: int = 0) -> Iterator[str]:
 
 
 def active(users: list[str]) -> list[str]:
-    """Users in the order of their activity, as `score_bodies` draws it with seed 0."""
+    """Users in descending order of activity, as `score_bodies` draws it with seed 0."""
     return [users[at] for at in np.random.default_rng([0, 1]).permutation(len(users))]
 
 
-async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, asked: int) -> LoadResult:
-    """One open-loop run at a rate."""
+async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, number: int) -> LoadResult:
+    """Result of an open-loop load test at a rate, with requests of `number` users."""
     users, items = raw_ids(run.parent / "data")
-    arrivals = draw_arrivals(rate, seconds, min(asked, len(users)), 1.0, seed)
+    arrivals = draw_arrivals(rate, seconds, min(number, len(users)), 1.0, seed)
     bodies = score_bodies(users, items, arrivals, CANDIDATES, 0)
     client = HttpClient(url)
     before = await client.cache_counts()
@@ -183,7 +187,7 @@ async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, 
 
 
 def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
-    """Capacity of a server, and its latencies at half of it."""
+    """Capacity of a server, and its latencies at half of the capacity."""
     users = len(raw_ids(run.parent / "data")[0])
     with running(kind, run, core, users) as url:
         say(f"{kind}, {run.name}")
@@ -199,7 +203,10 @@ def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
 
 
 def largest_rate(good: Any, first: float = FIRST_RATE, bisections: int = BISECTIONS) -> float:
-    """The largest good rate, to 2^(1 / 2^bisections), by doubling and bisection on a logarithmic scale."""
+    """Largest rate for which `good(rate, seed)` is true, by doubling and bisection on a logarithmic scale.
+
+    The result is smaller than the first rate that failed, by a factor of at most 2^(1 / 2^bisections).
+    """
     low, high, seed = first, 2 * first, 1
     while not good(low, seed):
         low, high, seed = low / 2, low, seed + 1
@@ -214,7 +221,7 @@ def largest_rate(good: Any, first: float = FIRST_RATE, bisections: int = BISECTI
 
 
 def caches(run: Path, core: int, seconds: float, users: int) -> list[dict[str, Any]]:
-    """Hit rate and latencies of `users` users by the size of the cache, at a fifth of what one core hits at most."""
+    """Hit rate and latencies by size of the cache, for requests of `users` users at 40 requests per second."""
     found = []
     with running("engine", run, core, users // 5) as url:
         for mib in CACHES:
@@ -226,7 +233,7 @@ def caches(run: Path, core: int, seconds: float, users: int) -> list[dict[str, A
 
 
 async def resized(url: str, mib: int) -> int:
-    """Bound the cache of a server; returns the number of users that it held before."""
+    """Set the size of a server's cache in MiB; returns the number of cached users, before any is evicted."""
     client = HttpClient(url)
     _, content = await client.request("POST", f"/bench/cache/{mib}")
     client.close()
@@ -234,7 +241,7 @@ async def resized(url: str, mib: int) -> int:
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    """Hit rate and latencies by the size of the cache."""
+    """Plot hit rate and latencies against the size of the cache."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,16 +1,16 @@
-"""Samples per second of the loader alone, against tokenising each item when it is asked for, on MovieLens-100k.
+"""Samples per second of the loader, against a data set that tokenizes each item when it is read, on MovieLens-100k.
 
     python scripts/bench/bench_loader.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
-A sample is one user's piece of history + 1 events with as many negatives, 8 to a batch. The plain counterpart does
+A sample is one user's piece of history + 1 events and as many negatives; a batch has 8 samples. The plain side does
 what HLLM's public dataset class does: `__getitem__` draws negatives and padding one by one, looks each item up in a
-dictionary, joins its text and calls the tokeniser, in one worker process of a `DataLoader`. Ours is the trainer's
-`Loader` with its one background thread, and the tokens of each batch's unique items gathered from the memory map, as
-the Item LLM's encoder does. `loader_h<history>` is our samples per second / those of the plain one.
+dictionary, joins its text and calls the tokenizer, in one worker process of a `DataLoader`. Our side is the trainer's
+`Loader` with its background thread, and gathers the tokens of each batch's unique items from the memory map, as the
+Item LLM's encoder does. `loader_h<history>` is our samples per second / those of the plain side.
 
-`steps` compares, without timing anything, steps of so many users with steps of so many item tokens
-(`data.batch_item_tokens`) on 2 ranks: `variation`, the standard deviation of the steps' tokens over their mean, and
-`waiting`, the share of the ranks' time spent on waiting for the one with most.
+`steps` compares, without timing, steps with a fixed number of users and steps with a fixed number of item tokens
+(`data.batch_item_tokens`) on 2 ranks: `variation` is the standard deviation of the steps' costs over their mean, and
+`waiting` the share of the ranks' time spent waiting for the slowest rank, if time is proportional to cost.
 """
 
 import argparse
@@ -41,7 +41,7 @@ USERS = 8
 
 
 class PlainDataset(TorchDataset):
-    """Tokenises in `__getitem__`, item by item."""
+    """Dataset that tokenizes in `__getitem__`, item by item."""
 
     def __init__(self, dataset: Dataset, tokenizer: Path, history: int) -> None:
         self.history, self.num_items = history, dataset.num_items
@@ -80,12 +80,12 @@ class PlainDataset(TorchDataset):
 
 
 def collate(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """All samples' lists one after the other, as tensors."""
+    """Concatenate the lists of all samples, as tensors."""
     return {name: torch.tensor([entry for sample in samples for entry in sample[name]]) for name in samples[0]}
 
 
 def plain_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Epoch after epoch from one worker process."""
+    """Yield batches without end, from one worker process."""
     source = PlainDataset(dataset, tokenizer, history)
     loader: DataLoader = DataLoader(
         source, USERS, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True, collate_fn=collate
@@ -95,12 +95,12 @@ def plain_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[d
 
 
 def our_config(dataset: Dataset, tokenizer: Path, history: int) -> Config:
-    """That of the step's bench."""
+    """The configuration of `bench_step`."""
     return config_of(Row(history, USERS), str(dataset.root), str(tokenizer), LLAMA, "fp32", "runs/bench")
 
 
 def our_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[tuple[HybridBatch, Ints]]:
-    """(batch, tokens of its unique items), epoch after epoch."""
+    """Yield (batch, tokens of its unique items) without end."""
     config = our_config(dataset, tokenizer, history)
     tokens = open_token_store(config.item_llm, dataset)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
@@ -113,7 +113,7 @@ def our_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[tup
 
 
 def taking(batches: Iterator[Any], count: int) -> Callable[[], None]:
-    """A side that takes `count` batches."""
+    """Side that takes `count` batches."""
 
     def take() -> None:
         for _ in range(count):
@@ -148,7 +148,7 @@ def compare(history: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str, dict[str, float]]:
-    """How unlike steps and ranks are, by users and by tokens, at equal mean cost."""
+    """`variation` and `waiting` (see above) of batches by users and by tokens, at equal mean cost."""
     dataset, ranks = Dataset.open(options.dataset), 2
     config = our_config(dataset, options.tokenizer, history)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__)
     add_dataset(parser, tokenizer=True)
     options = parser.parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: there is nothing to share out
-    peak = matmul_peak(seconds=0.1)  # for the record: the loader multiplies nothing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are tokenized one at a time
+    peak = matmul_peak(seconds=0.1)  # only for the report: the loader multiplies no matrices
     histories = (50,) if options.tiny or options.quick else (10, 50, 150)
     found = {f"loader_h{history}": compare(history, options) for history in histories}
     return report(

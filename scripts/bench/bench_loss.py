@@ -1,10 +1,11 @@
-"""InfoNCE in chunks against the plain version: peak memory above the inputs, and speed.
+"""Chunked InfoNCE against a plain implementation: peak memory above the inputs, and speed.
 
     python scripts/bench/bench_loss.py [--quick] [--out FILE]
 
-The plain version makes all logits at once and lets autograd keep what it wants. Both mask by id, both run forward
-and backward, fp32. Memory is the peak of the resident set above the inputs, each side in a fresh process (under the
-default allocator, which gives freed buffers back). `loss_memory` and `loss_speed` are plain / ours.
+The plain version computes all logits at once, and autograd saves what its backward pass needs. Both sides mask by id
+and run forward and backward in fp32. Memory is the peak of the resident set above the inputs; each side is measured in
+a new process with the default allocator settings, under which freed buffers are returned to the system. `loss_memory`
+and `loss_speed` are plain / ours.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TINY: dict[str, Shape] = {"": (60, 200, 16), "_k408": (40, 50, 8)}
 
 
 def example(shape: Shape) -> dict[str, Any]:
-    """Inputs of `info_nce`, made without temporary copies: histories of 50 items, ids from 10 K items."""
+    """Inputs of `info_nce`, made without temporary copies: histories of 50 items, ids drawn from 10 * K items."""
     rows, negatives, width = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -63,7 +64,10 @@ def plain(
     negative_ids: Tensor,
     exclude: Exclusion,
 ) -> Tensor:
-    """Eq. (1) in six lines of torch, summed: 0-d."""
+    """HLLM's Eq. (1), InfoNCE (see `modules/losses/objectives.py`), in plain torch with all logits at once.
+
+    Returns the sum of the losses, 0-d.
+    """
     query = F.normalize(predictions, dim=-1) * scale
     positive_logits = (query * F.normalize(positives, dim=-1)).sum(dim=-1)
     sequences = exclude.ids.split(exclude.offsets.diff().tolist())
@@ -74,7 +78,7 @@ def plain(
 
 
 def ours(**inputs: Any) -> Tensor:
-    """The module's loss, summed: 0-d."""
+    """Sum of the losses, computed by `info_nce`: 0-d."""
     return info_nce(**inputs).loss_sum
 
 
@@ -82,7 +86,10 @@ SIDES: dict[str, Callable[..., Tensor]] = {"plain": plain, "ours": ours}
 
 
 def forward_and_backward(side: str, inputs: dict[str, Any]) -> Tensor:
-    """The mean loss, as in training, without a graph; gradients are left in `.grad`."""
+    """Run forward and backward of the mean loss, as in training; return the loss, detached.
+
+    The gradients are left in the `.grad` of the inputs.
+    """
     for name in ("predictions", "positives", "negatives", "scale"):
         inputs[name].grad = None
     loss = SIDES[side](**inputs) / inputs["target_ids"].numel()
@@ -91,7 +98,7 @@ def forward_and_backward(side: str, inputs: dict[str, Any]) -> Tensor:
 
 
 def check_equal(inputs: dict[str, Any]) -> None:
-    """Both sides give the same loss and gradients."""
+    """Check that both sides compute the same loss and gradients."""
     found = []
     for side in SIDES:
         loss = forward_and_backward(side, inputs)
@@ -110,23 +117,28 @@ def peak_bytes(side: str, shape: Shape) -> int:
 
 
 def measure(side: str, shape: Shape) -> int:
-    """What `peak_bytes` runs. A tiny step first: libraries take their own working memory then."""
+    """Peak resident bytes above the inputs in this process, which `peak_bytes` has started."""
+    # A tiny step first, in which libraries allocate their working memory.
     forward_and_backward(side, example((64, 64, 64)))
     inputs = example(shape)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to the current resident set
     before = _status("VmRSS")
     forward_and_backward(side, inputs)
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
-    """Bytes of a field of this process's status."""
+    """Value in bytes of a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def memory(shape: Shape) -> dict[str, Any]:
-    """Peaks above the inputs, and how far ours is from the least there can be: inputs and their gradients."""
+    """Peak bytes above the inputs by side, and the ratio of our total to the minimum.
+
+    Our total is the inputs and the peak above them; the minimum is the inputs and their gradients, which every
+    implementation needs.
+    """
     rows, negatives, width = shape
     inputs = 4 * width * (2 * rows + negatives)
     peaks = {side: peak_bytes(side, shape) for side in SIDES}

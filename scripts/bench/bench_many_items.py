@@ -1,12 +1,13 @@
-"""A service of a million items: seconds to be ready from a store, latency of recommendations, memory.
+"""A service with a million items: seconds until it is ready, latency of recommendations, memory.
 
     python scripts/bench/bench_many_items.py [--folder DIR] [--index ivf] [--quick] [--out FILE]
 
-The dataset, the model and the item embeddings (a store of random vectors) are a stand-in, made first in `--folder` and
-found there again. `ready` is the time from the start of the loading to the first answer, in a process that has imported
-everything (`cpu_seconds` where others compute as well; `scorer`: seconds without the index). `recommend_ms` are the
-latencies of the engine, one request at a time, of users in the cache, with those of scoring 200 candidates
-(`score_ms`), alternately; `cold_ms` those of users whose history is read from the dataset first. One thread.
+The dataset, the model and the item embeddings (a store of random vectors) are synthetic; they are written to `--folder`
+and reused from there. `ready` is the time from the start of loading to the first answer, in a process that has imported
+everything: wall seconds, CPU seconds (for a machine that is shared), and `scorer`, the wall seconds without the index.
+`recommend_ms` has latencies of the engine for one request at a time, of users with a cached state; `score_ms`, measured
+alternately, is for scoring 200 candidates; `cold_ms` is for users whose history is first read from the dataset. All in
+one thread.
 """
 
 import resource
@@ -29,7 +30,7 @@ from hllm_torchrec.serving.engine import AnyRequest, Engine, RecommendRequest, S
 from hllm_torchrec.store.store import EmbeddingStore
 
 ROWS = 65_536
-"""Rows of the store that are written at a time."""
+"""Number of rows of the store that are written at a time."""
 NOW = 1_750_000_000
 
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stand_in(folder: Path, sizes: Sizes, device: torch.device) -> tuple[Path, Path, Path]:
-    """The dataset, the run (late fusion) and the store of random item embeddings, made unless they are there."""
+    """Folders of the dataset, the run (late fusion) and the store of random item embeddings; made if missing."""
     dataset = stand_in_dataset(folder, sizes)
     run, store = stand_in_run(folder / "late", dataset, "late", device, sizes.width), folder / "items"
     if not store.is_dir():
@@ -83,7 +84,7 @@ def stand_in(folder: Path, sizes: Sizes, device: torch.device) -> tuple[Path, Pa
 
 
 def measure(engine: Engine, users: list[str], items: list[str], repeats: int) -> dict[str, Any]:
-    """Latencies in milliseconds: recommendations and scores of the same users, first of all without their states."""
+    """Latencies in milliseconds of recommendations and scores for the same users, first without cached states."""
     rng = np.random.default_rng(0)
     asked = [users[user] for user in rng.choice(len(users), min(repeats, len(users)), replace=False)]
     candidates = [[items[item] for item in rng.choice(len(items), 200)] for _ in asked]
@@ -105,7 +106,7 @@ def measure(engine: Engine, users: list[str], items: list[str], repeats: int) ->
 
 
 def answered(engine: Engine, requests: list[AnyRequest]) -> None:
-    """Score requests, none of which may fail."""
+    """Score requests; raise the error of one that fails."""
     for one in engine.score(requests):
         if not isinstance(one, Scores):
             raise one
@@ -119,17 +120,17 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds of quantiles."""
+    """Median and 95% quantile in milliseconds."""
     return {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 2) for q in (50, 95)}
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident set size of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak() -> int:
-    """Bytes of this process at the most."""
+    """Peak of the resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,12 +1,12 @@
-"""CPU seconds of each step of a night beside the number of events that were there before it.
+"""CPU seconds of each step of a nightly job, by the number of events in the dataset before it.
 
     python scripts/bench/bench_nights.py [--quick] [--out FILE]
 
-A shop of always the same users and items has more and more history; each of three nights is one more day of 2,000
-pages. Its model is small (IDs and genres, one layer), trained from a published run with its optimizers.
-`night_<events>` is the time of a night after so many events / after the fewest; `day_<events>` that of a night without
-making the user store, which is of every user whatever happened. Seconds are the medians of CPU seconds of the process,
-because the machine may be shared.
+A synthetic shop has a fixed number of users and a history of several lengths; each of three nights adds one day of
+2,000 pages. The model is small (IDs and genres, one layer), and starts from a published run with its optimizer state.
+`night_<events>` is the time of a night after that number of events / after the smallest number. `day_<events>` is the
+same ratio without the step embed, which writes the vectors of all users. Seconds are medians of the CPU seconds of the
+process, because the machine may be shared.
 """
 
 import statistics
@@ -44,7 +44,7 @@ TRAINING: dict[str, Any] = {
 
 
 def night(folder: Path, history: int, pages: int, device: Any) -> dict[str, float]:
-    """CPU seconds of each step of the night after `history` days of `pages` pages; the number of events before it."""
+    """CPU seconds of each step of a night after `history` days of `pages` pages, and the number of events before it."""
     sizes = {"first_users": pages, "daily_users": 0, "daily_items": 4, "active": pages}
     days = list(shop.days(shop.Shop(days=history + 2 + NIGHTS, **sizes)))
     for day in days:
@@ -93,10 +93,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="hllm-nights-") as folder:
                 found.append(night(Path(folder), history, pages, device))
                 say(str(found[-1]))
-    whole = {one["events"]: sum(one[step] for step in STEPS) for one in found}
-    day = {events: one - all_of["embed"] for (events, one), all_of in zip(whole.items(), found, strict=True)}
+    total = {one["events"]: sum(one[step] for step in STEPS) for one in found}
+    day = {events: seconds - one["embed"] for (events, seconds), one in zip(total.items(), found, strict=True)}
     first = found[0]["events"]
-    ratios = {f"night_{events:.0f}": whole[events] / whole[first] for events in whole}
+    ratios = {f"night_{events:.0f}": total[events] / total[first] for events in total}
     ratios |= {f"day_{events:.0f}": day[events] / day[first] for events in day}
     nothing = {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": {}}
     shapes = {"pages": pages, "histories": list(histories)}

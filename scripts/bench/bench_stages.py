@@ -1,18 +1,19 @@
-"""A training step of stage I, end to end through the Item LLM, against one of stage II, from stored item embeddings.
+"""A training step of stage I (end to end through the Item LLM) against one of stage II (stored item embeddings).
 
     python scripts/bench/bench_stages.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
-Item LLM 576 wide x 6 layers, user encoder 576 wide x 2, late fusion with the generative loss (lambda 1, 512
-negatives), on MovieLens-100k's texts. A step is `Trainer.train_step`: forward, backward, optimizer, without the loader.
-`stage1_vs_stage2_step` is seconds of stage I / stage II on the same batch: 32 real users, history 50. `costs` has the
-seconds of further steps of 8 users on generated histories of 500 and 1,000 events (items by popularity, no repeats as
-far as the catalogue goes, the second half labelled, as in the pieces of a long user): of stage II and, without
-`--quick`, of stage I too (`stage1_vs_stage2_step_h<history>`).
+The Item LLM has width 576 and 6 layers, the user encoder width 576 and 2 layers; late fusion with the generative loss
+(lambda 1, 512 negatives), on texts of MovieLens-100k. A step is `Trainer.train_step`: forward, backward, optimizer,
+without the loader. `stage1_vs_stage2_step` is seconds of stage I / stage II on the same batch of 32 real users with
+history 50. `costs` also has the seconds of steps of 8 users with generated histories of 500 and 1,000 events: items are
+drawn by popularity, without repeats until the catalogue is exhausted, and the second half is labelled, as in the pieces
+of a long history. They are measured for stage II and, without `--quick`, for stage I
+(`stage1_vs_stage2_step_h<history>`).
 
-Stage I with more than 600 different items would not fit in memory beside the rest: its embeddings are then made
-beforehand without a graph (not timed), and forward and backward of each group of items run with the gradients found
-(see `bench_step.EncodedBeforehand`): the work of one step, nothing computed twice on the clock. The store's vectors are
-random; what a step costs does not depend on them.
+Stage I with more than 600 unique items would not fit in memory. Then the item embeddings are computed in advance
+without a graph, which is not timed, and each group of items runs forward and backward with the resulting gradients (see
+`bench_step.EncodedBeforehand`). So the timed work is that of one step. The store has random vectors; the cost of a step
+does not depend on them.
 """
 
 import argparse
@@ -68,7 +69,7 @@ ITEMS_AT_ONCE = 600
 
 @dataclass(frozen=True)
 class Row:
-    """One batch. generated: histories are drawn, not real; stages: which are timed."""
+    """One batch. generated: histories are random instead of real; stages: the stages that are timed."""
 
     history: int
     users: int
@@ -77,7 +78,7 @@ class Row:
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
-    """The first is the headline."""
+    """Rows to measure; the first one gives the main ratio."""
     if options.tiny:
         return [Row(5, 3, False), Row(12, 2, True)]
     long = ("stage2",) if options.quick else ("stage1", "stage2")
@@ -85,7 +86,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 def config_of(stage: str, options: argparse.Namespace, folder: str) -> Config:
-    """The experiment as a user would configure it; the stored one reads `folder`/store."""
+    """The experiment as a user would configure it; stage2 reads the store `folder`/store."""
     shapes = TINY_SHAPES if options.tiny else SHAPES
     stored = stage == "stage2"
     return Config(
@@ -104,14 +105,14 @@ def config_of(stage: str, options: argparse.Namespace, folder: str) -> Config:
             fusion="late",
             generative_weight=1.0,
             negatives=8 if options.tiny else 512,
-            collapse_above=1.0,  # random weights do collapse now and then; here that is no news
+            collapse_above=1.0,  # no collapse alarm: random weights may collapse, which does not matter here
         ),
         stages=(StageConfig(name=stage, item_embeddings="stored" if stored else "trained"),),
     )
 
 
 def fill_store(experiment: Experiment, path: Path) -> None:
-    """A store of random vectors for every item, which says that the experiment's Item LLM made it."""
+    """Write a store of random vectors for every item, marked as made by the experiment's Item LLM."""
     ids = experiment.dataset.items["raw_item_id"].cast("large_string").combine_chunks()
     assert experiment.hllm.item_llm is not None
     width = experiment.hllm.item_llm.width
@@ -122,7 +123,7 @@ def fill_store(experiment: Experiment, path: Path) -> None:
 
 
 def pieces_of(dataset: Dataset, row: Row) -> list[Piece]:
-    """Users of `history` + 1 real events, all labelled, or generated ones, their second half labelled."""
+    """Pieces of `history` + 1 events: real ones, all labelled, or generated ones, whose second half is labelled."""
     if not row.generated:
         return [labelled_piece(s.user_id, s.items, s.timestamps) for s in draw_samples(dataset, row.history, row.users)]
     rng = np.random.default_rng(0)
@@ -131,7 +132,7 @@ def pieces_of(dataset: Dataset, row: Row) -> list[Piece]:
     found = []
     for user in range(1, row.users + 1):
         drawn: list[np.ndarray] = []
-        while sum(map(len, drawn)) < row.history + 1:  # as many passes over the catalogue as it takes
+        while sum(map(len, drawn)) < row.history + 1:  # items repeat only after the catalogue is exhausted
             drawn.append(
                 1 + rng.choice(seen, min(seen.size, row.history + 1), replace=False, p=counts[seen] / counts.sum())
             )
@@ -152,14 +153,14 @@ class Stages:
         self.work = EncodingCounts()
 
     def batch(self, row: Row) -> HybridBatch:
-        """The row's batch, the same for both stages."""
+        """Batch of a row, which is the same for both stages."""
         experiment = self.trainers["stage1"].experiment
         return Collator(experiment.dataset, experiment.batch_spec, 0, training=True)(
             pieces_of(experiment.dataset, row), 0, 0
         )
 
     def step(self, stage: str, batch: HybridBatch) -> float:
-        """One step; its seconds."""
+        """Run one step; returns its seconds."""
         groups = -(-batch.unique_items.numel() // ITEMS_AT_ONCE) if stage == "stage1" else 1
         _, seconds, work = timed_step(self.trainers[stage], batch, groups)
         if stage == "stage1":
@@ -167,14 +168,14 @@ class Stages:
         return seconds
 
     def flops(self, stage: str, batch: HybridBatch) -> float:
-        """Matrix-product operations of the LLMs in the last step."""
+        """FLOPs of the matrix products of the LLMs in the last step."""
         hllm = self.trainers[stage].hllm
         users = 3 * backbone_flops(hllm.user.backbone, *user_token_counts(batch, queries=True))
         return users if stage == "stage2" else users + 3 * hllm.item_llm.flops(self.work)
 
 
 def measure(stages: Stages, row: Row, repeats: int) -> dict[str, Any]:
-    """Seconds and shapes of one row."""
+    """Measure one row: seconds and shapes."""
     batch = stages.batch(row)
     times = alternate({name: lambda name=name: stages.step(name, batch) for name in row.stages}, repeats, warmup=0)
     seconds = medians(times)
@@ -200,12 +201,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add_dataset(parser, tokenizer=True)
     options = parser.parse_args(argv)
     init_distributed()
-    Dataset.open(options.dataset)  # fails early and says what to do
+    Dataset.open(options.dataset)  # fails early, with a message that names the remedy
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     with tempfile.TemporaryDirectory() as folder:
         stages = Stages(options, folder)
         small = stages.batch(Row(5, 2, False))
-        for stage in stages.trainers:  # a small warm-up: a whole one would be most of a quick run
+        for stage in stages.trainers:  # warm-up with a small batch: a full one would take most of a quick run
             stages.step(stage, small)
         repeats = 1 if options.tiny else 2 if options.quick else 5
         costs = [

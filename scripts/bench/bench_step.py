@@ -1,17 +1,18 @@
-"""A training step against HLLM's published way, on MovieLens-100k: Llama 256 wide x 4 layers, vocabulary 49,152.
+"""A training step against that of HLLM's public code, on MovieLens-100k: Llama of width 256 x 4 layers, 49,152 words.
 
     python scripts/bench/bench_step.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
-A step is forward, backward and optimizer, without the loader. Ours is `Trainer.train_step`, generative loss, no ID
-or time features. The plain counterpart is `scripts/bench/plain_hllm.py`, fp32 in every row; both start from the same
-weights, see the same users, items and negatives, and the bench stops if their losses differ. Ratios are plain /
-ours: with the vocabulary head as published, and `_nohead` without. Items have 33.4 tokens on average (prompt, title,
-year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen for that length.
+A step is forward, backward and optimizer, without the loader. Our side is `Trainer.train_step` with the generative
+loss, without ID and time features. The plain side is `scripts/bench/plain_hllm.py`, in fp32 in every row. Both start
+from the same weights and have the same users, items and negatives; the bench stops if their losses differ. Ratios are
+plain / ours, with the vocabulary head of the public code, and without it (`_nohead`). Items have 33.4 tokens on average
+(prompt, title, year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen to get this
+length.
 
-Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), nor would ours of more than
-2,500 different ones (6,528 without repeats). They are timed in groups: the users' part from item embeddings made
-beforehand (not timed), then forward and backward of each group of items with the gradients found, then the
-optimizer: the work of one step, and nothing computed twice on the clock.
+Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), and neither would ours of more
+than 2,500 unique items (6,528 without repeats). Such batches are timed in groups of items. Item embeddings are computed
+in advance, which is not timed. Then the user part runs forward and backward from these embeddings, each group of items
+runs forward and backward with the resulting gradients, and the optimizer steps. So the timed work is that of one step.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 Encode = Callable[[Tensor], Tensor]
-"""item ids [U] -> embeddings [U, E]"""
+"""Function item ids [U] -> embeddings [U, E]."""
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -81,23 +82,23 @@ TEXT_KEYS = ("title", "year", "genres")
 SEPARATOR = ", and its "
 MAX_TEXT = 64
 ITEMS_AT_ONCE = 900
-"""Occurrences that the plain counterpart encodes with one graph."""
+"""Largest number of item occurrences that the plain side encodes in one graph."""
 UNIQUE_AT_ONCE = 2500
-"""Different items that ours encodes with one graph."""
+"""Largest number of unique items that our side encodes in one graph."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; its ratios are called step_<precision>_h<history>_b<users>[_norepeats][_nohead]."""
+    """One comparison; its ratios have the names step_<precision>_h<history>_b<users>[_norepeats][_nohead]."""
 
     history: int
     users: int
     repeats: bool = True
-    """False: every occurrence is an item of its own, as in a catalogue much larger than the batch."""
+    """False: every occurrence is a different item, as in a catalogue much larger than the batch."""
 
     @property
     def name(self) -> str:
-        """History and batch, for the ratios' names."""
+        """Part of the ratios' names that describes the history and the batch."""
         return f"h{self.history}_b{self.users}{'' if self.repeats else '_norepeats'}"
 
 
@@ -125,7 +126,7 @@ def config_of(row: Row, dataset: str, tokenizer: str, shape: dict[str, Any], pre
             fusion="none",
             negatives=row.users * (row.history + 1),
             positive_targets_only=False,
-            collapse_above=1.0,  # random weights do collapse now and then; here that is no news
+            collapse_above=1.0,  # no collapse alarm: random weights may collapse, which does not matter here
         ),
         optim=OptimConfig(lr=1e-4, item_llm_lr=1e-4),
         parallel=ParallelConfig(precision=precision),  # type: ignore[arg-type]
@@ -133,12 +134,12 @@ def config_of(row: Row, dataset: str, tokenizer: str, shape: dict[str, Any], pre
 
 
 class GivenNegatives(Collator):
-    """The trainer's collator with the negatives of the samples (a repeated one counts twice on both sides)."""
+    """The trainer's collator with the negatives of the samples (a repeated negative counts twice on both sides)."""
 
     given: Ints
 
     def negatives(self, epoch: int, step: int) -> Ints:
-        """[K], whatever the step."""
+        """[K], the same in every step."""
         return self.given
 
 
@@ -151,14 +152,14 @@ def hybrid_batch(trainer: Trainer, samples: list[Sample]) -> HybridBatch:
 
 
 def labelled_piece(user: int, items: Ints, timestamps: Ints, first: int = 0) -> Piece:
-    """Events of label 1 and action 1, exposures from `first` on."""
+    """Piece of events with label 1 and action 1; events from index `first` on are the exposures."""
     ones = np.ones(items.size)
     events = Events.at(timestamps, item_ids=items, labels=ones, actions=ones)
     return Piece(**events.columns, user_id=user, first_target=first)
 
 
 def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sample], TokenStore]:
-    """The same texts, but every occurrence an item of its own: ids count through, and so does a token store."""
+    """Samples with the same texts in which every occurrence is a different item, and the token store of these items."""
     ids, renamed, count = [], [], 0
     for sample in samples:
         new = {}
@@ -173,7 +174,7 @@ def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sam
 
 
 def plain_step(model: PlainHLLM, batch: PlainBatch, optimizer: torch.optim.Optimizer) -> float:
-    """One step; returns the loss."""
+    """Run one step; returns the loss."""
     loss = model(batch)
     loss.backward()
     optimizer.step()
@@ -184,7 +185,7 @@ def plain_step(model: PlainHLLM, batch: PlainBatch, optimizer: torch.optim.Optim
 def plain_step_in_groups(
     model: PlainHLLM, batch: PlainBatch, groups: list[PlainBatch], optimizer: torch.optim.Optimizer
 ) -> tuple[float, float]:
-    """One step, the items of `groups` at a time; returns the loss and the seconds (see the module's text)."""
+    """Run one step with items encoded in `groups`; returns the loss and the seconds (see the module's docstring)."""
     kinds = ("positives", "negatives")
     heads, model.heads = model.heads, torch.nn.ModuleList()
     with torch.no_grad():
@@ -205,17 +206,17 @@ def plain_step_in_groups(
 
 
 class EncodedBeforehand(torch.autograd.Function):
-    """Item embeddings [U, E] made earlier, without a graph; the backward pass encodes them again, in groups."""
+    """Item embeddings [U, E] computed without a graph; the backward pass encodes the items again, in groups."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, embedded: Tensor, encode: Encode, groups: list[Tensor]) -> Tensor:
-        """Return `embedded`; `anchor`, any tensor with a gradient, is what puts it into the graph."""
+        """Return `embedded`. `anchor` is any tensor that requires a gradient: it makes the result part of the graph."""
         ctx.encode, ctx.groups = encode, groups
         return embedded.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        """Forward and backward of each group of ids: the encoder's gradients."""
+        """Run forward and backward of each group of ids, which adds the gradients of the encoder's weights."""
         for ids, part in zip(ctx.groups, grad.split([len(ids) for ids in ctx.groups]), strict=True):
             with torch.enable_grad():
                 ctx.encode(ids).backward(part)
@@ -223,7 +224,7 @@ class EncodedBeforehand(torch.autograd.Function):
 
 
 def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[str, float], float, EncodingCounts]:
-    """One step, its items encoded in so many groups: its numbers, its seconds, what the encoder did in it."""
+    """Run one step with items encoded in `groups` groups; return its metrics, its seconds, and the encoder's counts."""
     hllm, encoder = trainer.hllm, trainer.experiment.item_encoder
     assert encoder is not None, "a model without an Item LLM encodes nothing"
     if groups > 1:
@@ -234,7 +235,7 @@ def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[
         anchor = torch.zeros((), requires_grad=True)
         hllm.item_source = LiveItems(hllm.item_llm, lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts))
     before, start = encoder.work, time.perf_counter()
-    # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
+    # DDP does not support backward passes within the backward pass. On one rank it has no gradients to reduce.
     with trainer._no_sync() if groups > 1 else nullcontext():
         numbers = trainer.train_step([batch])
     seconds = time.perf_counter() - start
@@ -244,7 +245,7 @@ def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[
 
 
 class Comparison:
-    """A row's two plain sides and ours, on one batch."""
+    """The two plain sides and our side of a row, on one batch."""
 
     def __init__(self, row: Row, options: argparse.Namespace, precision: str, output: str) -> None:
         self.row = row
@@ -274,7 +275,7 @@ class Comparison:
         self.padding = sum(sample.padding.size for sample in samples)
 
     def sides(self) -> dict[str, Callable[[], float | None]]:
-        """What to time, by side."""
+        """Side -> function to time."""
         return {side: lambda side=side: self._plain(side) for side in self.models} | {"ours": self._ours}
 
     def _plain(self, side: str) -> float | None:
@@ -293,14 +294,14 @@ class Comparison:
         return seconds
 
     def check_losses(self, tolerance: float) -> None:
-        """Stop if the first losses, from equal weights, are not the same."""
+        """Raise AssertionError if the first losses, which all sides compute with equal weights, differ."""
         ours = self.losses["ours"]
         for side, loss in self.losses.items():
             if abs(loss - ours) > tolerance * abs(ours):
                 raise AssertionError(f"{self.row.name}: loss {ours} of ours, {loss} of {side}: not the same step")
 
     def shapes(self) -> dict[str, Any]:
-        """Tokens and items of the step on both sides."""
+        """Numbers of tokens and items of the step on both sides."""
         occurrences = len(self.plain.positives.lengths) + len(self.plain.negatives.lengths)
         return {
             "history": self.row.history,
@@ -319,7 +320,7 @@ class Comparison:
         }
 
     def flops(self) -> dict[str, float]:
-        """Matrix-product operations of a step by side: forward and backward; padding of users not counted."""
+        """FLOPs of the matrix products of a step (forward and backward) by side, without the padding of users."""
         hllm = self.trainer.hllm
         assert hllm.item_llm is not None
         lengths = np.array(self.plain.positives.lengths + self.plain.negatives.lengths)
@@ -334,7 +335,7 @@ class Comparison:
 
 
 def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
-    """Seconds, ratios, shapes and shares of the peak of one row."""
+    """Measure one row: ratios, shares of the peak, shapes and seconds."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as output:
         comparison = Comparison(row, options, precision, f"{output}/run")
@@ -367,7 +368,7 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
 
 
 def precisions() -> Iterator[tuple[str, str | None]]:
-    """(precision of our side, why it is left out or None)."""
+    """Yield (precision of our side, reason to leave it out, or None)."""
     yield "fp32", None
     yield "bf16", why_no_bf16()
 
@@ -377,10 +378,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__)
     add_dataset(parser, tokenizer=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile our LLM layers (parallel.compile)")
-    parser.add_argument("--profile", action="store_true", help="also say what a step of ours spends its time on")
+    parser.add_argument("--profile", action="store_true", help="also print a profile of a step of our side")
     options = parser.parse_args(argv)
     init_distributed()
-    Dataset.open(options.dataset)  # fails early and says what to do
+    Dataset.open(options.dataset)  # fails early, with a message that names the remedy
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     say(f"matrix products: {peak / 1e9:.0f} GFLOP/s")
     rows = TINY if options.tiny else QUICK if options.quick else FULL

@@ -1,21 +1,25 @@
-"""The embedding store against plain files, and the embedding jobs against the Item LLM alone.
+"""The embedding store against plain files and Lance, and the embedding job against the Item LLM alone.
 
     python scripts/bench/bench_store.py [--quick] [--out FILE]
 
-- `store_write_vs_plain`: 10^6 x 576 in fp16 with string ids, in blocks; seconds of the plain way (the same bytes into
-  one file, then fsync) / seconds of a commit (the same, and checksums, ids, marks, index and manifest, each synced).
-- `store_gather_vs_memmap`: 4,096 random ids out of them; seconds of numpy's `memmap[ids]` / of `Snapshot.gather`, in a
-  store of int64 ids. `_strings`: string ids, the memory map is given rows; `_strings_dict`: it asks a dict. Both
-  sides hand out fp16 and both files are in the page cache; the bench stops if the vectors differ.
-- `store_write_vs_lance`, `store_gather_vs_lance`, `store_upsert_vs_lance`: seconds of Lance / of the store, where the
-  package pylance is installed: the same rows with int64 ids into a new dataset; 4,096 random rows (Lance is given row
-  numbers, the store looks ids up); 1,000 rows replaced in one commit (Lance with a B-tree of the ids, built before).
-- `refresh_vs_full`: seconds of `embed_items` for 1,000 items that the store lacks of 100,000 / for all 100,000: hash
-  of weights, marks of the whole catalogue, their look-up, encoding, commit; all that a job does once it has a model.
-- `embed_job_vs_forward`: items per second of a whole `embed_items` / of the Item LLM (576 wide, 6 layers) alone on the
-  same packed texts, nothing looked up or written.
+- `store_write_vs_plain`: writing 10^6 x 576 fp16 vectors with string ids, in blocks: seconds of a plain file (the bytes
+  of the vectors, then fsync) / seconds of a commit (the same bytes, and checksums, ids, content hashes, index and
+  manifest, each synced).
+- `store_gather_vs_memmap`: look-up of 4,096 random ids: seconds of numpy's `memmap[rows]` / seconds of
+  `Snapshot.gather`, in a store of int64 ids. `_strings`: the store has string ids, the memory map gets row numbers that
+  are known; `_strings_dict`: the memory map's side first finds the row numbers in a Python dict. Both sides return
+  fp16, and both files are in the page cache; the bench stops if the vectors differ.
+- `store_write_vs_lance`, `store_gather_vs_lance`, `store_upsert_vs_lance`: seconds of Lance / seconds of the store, if
+  the package pylance is installed: writing the same rows with int64 ids to a new dataset; gathering 4,096 random rows
+  (Lance gets row numbers, the store looks ids up); replacing 1,000 rows in one commit (Lance has a B-tree of the ids,
+  which is built before).
+- `refresh_vs_full`: seconds of `embed_items` when 1,000 of 100,000 items are missing in the store / seconds for all
+  100,000. Both include everything after the model is loaded: hash of the weights, content hashes of all items' texts,
+  their look-up in the store, encoding, commit.
+- `embed_job_vs_forward`: items per second of a complete `embed_items` / items per second of the Item LLM alone (width
+  576, 6 layers) on the same packed texts, without look-up and writing.
 
-Texts, ids and weights are invented. Files lie in the folder for temporary files ($TMPDIR); about 3.5 GB.
+Texts, ids and weights are synthetic. The files need about 3.5 GB in the folder for temporary files ($TMPDIR).
 """
 
 import argparse
@@ -54,12 +58,17 @@ ASKED = 4096
 BLOCK = 16_384
 ITEM_LLM = SMOLLM2 | {"vocab_size": 8192}
 REFRESHED = LLAMA | {"num_hidden_layers": 2, "vocab_size": 8192}
-"""256 wide: the smaller the Item LLM, the more weighs what a refresh does besides encoding."""
+"""Width 256: with a small Item LLM, the work of a refresh other than encoding is a larger share of its time."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """rows x width of the store; items of the catalogue, new ones among them, items of the job, mean tokens."""
+    """Sizes of the bench.
+
+    rows, width: of the store; items: catalogue of `bench_refresh`; new: number of items deleted before each refresh;
+    job_items: catalogue of `bench_job`; tokens: mean length of a text; repeats: timed rounds; asked: number of ids in
+    one gather; upserts: number of rows in one upsert.
+    """
 
     rows: int
     width: int
@@ -78,14 +87,14 @@ TINY = Sizes(500, 8, 300, 5, 60, 6, 1, 16, 20)
 
 
 LANCE_RATIOS = (("write", "write", "store_int64"), ("gather", "gather_int64", "store"), ("upsert", "upsert", "store"))
-"""(name, comparison, the store's side) of the ratios to Lance."""
+"""(name of the ratio, comparison, side of the store) of each ratio to Lance."""
 
 
 # --- the store ---------------------------------------------------------------------------------------------
 
 
 class Rows:
-    """Vectors [n, D] fp16, their ids and marks."""
+    """Vectors [n, D] fp16, their ids and content hashes (`marks`)."""
 
     def __init__(self, rows: int, width: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -99,11 +108,11 @@ class Rows:
         self.marks = np.arange(rows, dtype=np.uint64)
 
     def blocks(self) -> Iterator[slice]:
-        """What is written at a time."""
+        """Slices of the rows that are written at a time."""
         return (slice(at, at + BLOCK) for at in range(0, len(self.vectors), BLOCK))
 
     def write_plain(self, path: Path) -> None:
-        """The bytes alone."""
+        """Write only the bytes of the vectors."""
         with path.open("wb") as file:
             for block in self.blocks():
                 file.write(memoryview(self.vectors[block].numpy()).cast("B"))
@@ -111,7 +120,7 @@ class Rows:
             os.fsync(file.fileno())
 
     def write_store(self, path: Path, kind: Literal["string", "int64"]) -> None:
-        """One commit of a new store."""
+        """Write a new store in one commit."""
         store = EmbeddingStore.create(path, self.vectors.shape[1], "fp16", kind)
         with store.writer() as writer:
             for block in self.blocks():
@@ -120,22 +129,22 @@ class Rows:
             writer.commit()
 
     def write_lance(self, path: Path) -> None:
-        """A new Lance dataset."""
+        """Write a new Lance dataset."""
         table = LanceTable(path, self.vectors.shape[1])
         table.write(table.batch(np.arange(len(self.vectors))[at], self.vectors[at].numpy()) for at in self.blocks())
 
 
 def afresh(write: Callable[[Path], None], path: Path) -> float:
-    """Seconds of writing to `path`, where nothing is when it begins."""
+    """Delete `path`, then return the seconds of `write(path)`."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    os.sync()  # else one side pays for what the other left to be written
+    os.sync()  # else the time of one side would include writing back pages of the other side
     started = time.perf_counter()
     write(path)
     return time.perf_counter() - started
 
 
 def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way; the last files stay."""
+    """Seconds of writing with each method; the files of the last round are used by the other benchmarks."""
     sides = {
         "plain": lambda: afresh(rows.write_plain, folder / "plain.bin"),
         "store": lambda: afresh(lambda path: rows.write_store(path, "string"), folder / "string"),
@@ -166,7 +175,7 @@ def compare_upserts(rows: Rows, folder: Path, sizes: Sizes) -> dict[str, list[fl
 
 
 class Gathers:
-    """Random ids, gathered from a plain memory map by row and from a store by id."""
+    """Look-ups of random ids: in a plain memory map and a Lance table by row number, and in a store by id."""
 
     def __init__(self, rows: Rows, folder: Path, kind: Literal["string", "int64"], asked: int) -> None:
         self.plain = np.memmap(folder / "plain.bin", np.float16, mode="r").reshape(rows.vectors.shape)
@@ -187,24 +196,24 @@ class Gathers:
                 raise AssertionError("Lance's vectors are not those of the plain file")
 
     def lance(self) -> None:
-        """Lance's way, rows known."""
+        """Gather from Lance by known row numbers."""
         self.table.gather(next(self.turn["lance"])[0])
 
     def memmap(self) -> None:
-        """numpy's way, rows known."""
+        """Gather from the memory map by known row numbers."""
         self.plain[next(self.turn["memmap"])[0]]
 
     def by_dict(self) -> None:
-        """numpy's way, rows asked of a dict."""
+        """Gather from the memory map by row numbers that a dict returns for the ids."""
         self.plain[np.array([self.row_of[name] for name in next(self.name)])]
 
     def store(self) -> None:
-        """Ours, ids looked up."""
+        """Gather from the store by id."""
         self.snapshot.gather(next(self.turn["store"])[1], torch.float16)
 
 
 def bench_store(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Ratios and seconds of writing and gathering."""
+    """Measure writes, look-ups and upserts; return ratios and seconds."""
     rows = Rows(sizes.rows, sizes.width)
     seconds = {"write": compare_writes(rows, folder, sizes.repeats)}
     for kind in ("string", "int64"):
@@ -243,14 +252,14 @@ def bench_store(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 class InventedItems:
-    """What the embedding job asks of a dataset."""
+    """Replacement for a dataset, with the attributes that the embedding job reads."""
 
     def __init__(self, items: int) -> None:
         self.items = pa.table({"raw_item_id": [f"item-{item}" for item in range(items)]})
 
 
 def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
-    """An Item LLM of `shape` and a catalogue of texts of `tokens` / 2 to 3 `tokens` / 2 tokens."""
+    """Experiment with an Item LLM of `shape` and random texts of tokens // 2 to 3 * tokens // 2 tokens each."""
     config = Config(
         item_llm=ItemLLMConfig(shape=shape, tokenizer="none", max_text_length=2 * tokens),
         user=UserEncoderConfig(shape=SMALL | {"vocab_size": 8}),
@@ -272,7 +281,7 @@ def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
 
 
 def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int) -> dict[str, Any]:
-    """Seconds of embedding everything, and of embedding what has been taken away."""
+    """Seconds of embedding all items into an empty store, and of embedding the items that were deleted from it."""
     experiment, rng = invented(sizes.items, shape, sizes.tokens), np.random.default_rng(2)
     seconds: dict[str, list[float]] = {"full": [], "refresh": []}
 
@@ -297,7 +306,7 @@ def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int)
 
 
 class Forward:
-    """The Item LLM alone on the catalogue's texts, in the job's chunks, packed beforehand."""
+    """The Item LLM alone on the catalogue's texts, in the chunks of the job, which are packed in advance."""
 
     def __init__(self, experiment: Experiment) -> None:
         item_llm, encoder = experiment.hllm.item_llm, experiment.item_encoder
@@ -310,7 +319,7 @@ class Forward:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Every text once."""
+        """Encode every text once."""
         for token_ids, cu_seqlens in self.packed:
             self.item_llm(token_ids, cu_seqlens)
 

@@ -1,10 +1,11 @@
-"""Steps that train all of their items against steps that train a share of them, the others from an ageing cache.
+"""Steps that encode all items with gradients against steps that encode a share of them, and read the others from a
+cache (`item_llm.trained_share`).
 
     python scripts/bench/bench_subsample.py [--quick] [--out FILE] [--config configs/ml100k/trained.yaml] [--share 0.25]
 
-Two trainers of one configuration (its first stage, end to end) take turns on the same batches, after some steps that
-fill the cache. `subsample` is the median of the rounds' seconds of all / seconds of the share; `tokens` the tokens that
-the Item LLM encoded, all / share.
+Two trainers of one configuration (its first stage, end to end) alternate on the same batches, after some steps that
+fill the cache and are not timed. `subsample` is the median over the steps of seconds with all items / seconds with the
+share; `tokens` is the ratio of the numbers of tokens that the Item LLM encoded.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 
 def compare(config: Config, options: argparse.Namespace, steps: int, skipped: int) -> dict[str, Any]:
-    """Seconds of every counted step, and tokens, of both."""
-    whole = replace(config, stages=config.stages[:1], resume=False)
-    part = replace(whole, item_llm=replace(whole.item_llm, trained_share=options.share))
+    """Seconds of every timed step, and numbers of encoded tokens, by side."""
+    full = replace(config, stages=config.stages[:1], resume=False)
+    part = replace(full, item_llm=replace(full.item_llm, trained_share=options.share))
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"all": whole, "share": part}
+        sides = {"all": full, "share": part}
         trainers = {
             name: build_trainer(replace(one, output=f"{folder}/{name}"), init_distributed())
             for name, one in sides.items()

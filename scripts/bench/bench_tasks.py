@@ -1,11 +1,11 @@
-"""Cost of several tasks: training steps of three and of eight labels in one model against one label, and of MMoE.
+"""Cost of several tasks: training steps with three and eight labels, and with MMoE, against steps with one label.
 
     python scripts/bench/bench_tasks.py [--quick] [--out FILE]
 
-The trainer's own step on the same pages of an invented shop (late fusion, SASRec of width 64 with two layers, items by
-their IDs), alternately for one, three and eight binary tasks on a shared bottom, and for eight with MMoE.
-`tasks_three`, `tasks_eight` and `tasks_mmoe` are the times of a step as multiples of that of one task, medians of pairs
-measured one after the other.
+The bench times `Trainer.train_step` on the same pages of a synthetic shop (late fusion, SASRec of width 64 with two
+layers, item IDs only), alternately for one, three and eight binary tasks on a shared bottom, and for eight tasks with
+MMoE. `tasks_three`, `tasks_eight` and `tasks_mmoe` are the times of a step divided by those with one task: medians of
+the quotients of the same round.
 """
 
 import statistics
@@ -38,11 +38,11 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 LABELS = tuple(f"label{number}" for number in range(8))
 SIDES = {"one": 1, "three": 3, "eight": 8, "mmoe": 8}
-"""Number of tasks of each side; the last one with four experts in the place of the shared bottom."""
+"""Number of tasks of each side; the side mmoe has MMoE instead of a shared bottom."""
 
 
 def write_shop(folder: Path, users: int, pages: int, slots: int, items: int) -> Path:
-    """Prepare pages of `slots` items in a second with eight labels; returns the dataset's folder."""
+    """Prepare a dataset of pages: `slots` items shown in the same second, with eight labels; returns its folder."""
     rng = np.random.default_rng(0)
     number = users * pages
     columns: dict[str, Any] = {
@@ -65,7 +65,7 @@ def write_shop(folder: Path, users: int, pages: int, slots: int, items: int) -> 
 
 
 def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int, mixed: bool) -> Trainer:
-    """A trainer of the first `tasks` labels; mixed: with MMoE, not a shared bottom."""
+    """Trainer for the first `tasks` labels; mixed: with MMoE instead of a shared bottom."""
     named: dict[str, dict[str, Any]] = {name: {} for name in LABELS[:tasks]} if tasks > 1 else {}
     config = Config(
         output=str(output),
@@ -94,10 +94,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }
         batches = {side: next(iter(one._loader(one.config.stages[0]).batches(0))) for side, one in trainers.items()}
         for turn in range(rounds + 2):
-            for side in list(SIDES)[:: 1 if turn % 2 else -1]:  # alternately from both ends
+            for side in list(SIDES)[:: 1 if turn % 2 else -1]:  # every other round in reverse order
                 start = time.perf_counter()
                 trainers[side].train_step([batches[side]])
-                if turn >= 2:  # after warming up
+                if turn >= 2:  # the first two rounds are a warm-up
                     seconds[side].append(time.perf_counter() - start)
         exposures = batches["one"].num_exposures
     destroy_distributed()

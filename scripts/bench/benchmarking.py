@@ -1,7 +1,7 @@
-"""What the bench_*.py scripts share: arguments, alternating timing, the machine's peak, the JSON that they end with.
+"""Common functions of the bench_*.py scripts: arguments, alternating timing, the machine's peak, the final JSON.
 
-Rules of every bench: the compared sides run in one process under one allocator setting, in turn, after a warm-up;
-a ratio is that of their medians. Speeds are also given as a share of the machine's measured matrix-product peak.
+Rules of every bench: the compared sides run in one process with one allocator setting, alternately, after a warm-up; a
+ratio is the ratio of medians. Speeds are also given as a share of the machine's measured matrix-product peak.
 """
 
 import argparse
@@ -35,13 +35,13 @@ SMOLLM2: dict[str, Any] = {
 
 
 def keep_large_buffers() -> None:
-    """Start this script again under `LARGE_BUFFERS_KEPT`, which glibc reads when a process begins."""
+    """Restart this script with the environment `LARGE_BUFFERS_KEPT`, which glibc reads when a process starts."""
     if any(os.environ.get(name) != value for name, value in LARGE_BUFFERS_KEPT.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **LARGE_BUFFERS_KEPT})
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every bench takes."""
+    """Parser with the arguments of every bench."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores: few repeats, fewer shapes")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
@@ -50,26 +50,26 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_dataset(parser: argparse.ArgumentParser, tokenizer: bool = False) -> None:
-    """`--dataset`, and `--tokenizer` where that is wanted."""
+    """Add `--dataset` and, if `tokenizer` is true, `--tokenizer`."""
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
     if tokenizer:
         smollm2 = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
-        parser.add_argument("--tokenizer", type=Path, default=smollm2, help="of SmolLM2")
+        parser.add_argument("--tokenizer", type=Path, default=smollm2, help="directory with SmolLM2's tokenizer")
 
 
 def alternate(
     sides: Mapping[str, Callable[[], float | None]], repeats: int, warmup: int = 1, seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Call the sides in turn and time each call.
+    """Call the sides alternately and time each call.
 
     Args:
-        sides: name -> what to time; one that returns a number has timed itself (what it left out is not counted).
-        repeats: timed rounds, at least.
-        warmup: rounds before them.
-        seconds: go on with rounds until this much time has been measured (so that fast sides get many).
+        sides: name -> function to time. If a function returns a number, this is its time in seconds.
+        repeats: least number of timed rounds.
+        warmup: number of rounds before the timed ones.
+        seconds: continue with rounds until this many seconds have been measured in total (many rounds for fast sides).
 
     Returns:
-        Seconds of every timed call, by side.
+        Name -> seconds of every timed call.
     """
     for _ in range(warmup):
         for run in sides.values():
@@ -91,19 +91,19 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
-    """Operations per second of this machine's matrix products, on all threads that torch uses here."""
+    """Floating-point operations per second of matrix products on this machine, with all threads that torch uses."""
     return measured_matmul_peak("cpu", dtype, seconds=seconds)
 
 
 def why_no_bf16() -> str | None:
-    """Why bfloat16 rows are left out here; None where the processor multiplies bfloat16 matrices itself."""
+    """Reason to leave bfloat16 rows out; None if the processor has bfloat16 matrix instructions."""
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return None
     return "the processor has no bfloat16 matrix instructions (AVX512-BF16 or AMX): it would emulate them"
 
 
 def say(text: str) -> None:
-    """A line of progress, on stderr: stdout ends with the JSON."""
+    """Print a line of progress on stderr, because the last line of stdout is the JSON."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -112,9 +112,9 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
 
     Args:
         bench: name of the bench.
-        options: as parsed.
-        found: `ratios`, `shapes`, `matmul_peak` (operations/s), `matmul_share` by row and side (None: nothing was
-            multiplied), and whatever else there is to say.
+        options: the parsed arguments.
+        found: results: `ratios`, `shapes`, `matmul_peak` (operations/s), `matmul_share` by row and side (None: the
+            bench multiplies no matrices), and any further entries.
     """
     machine = machine_info()
     result = {

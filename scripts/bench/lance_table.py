@@ -1,4 +1,4 @@
-"""Lance (package pylance) as the other side of bench_store.py: the same vectors and int64 ids in its format."""
+"""The same vectors and int64 ids in Lance's format (package pylance), for the comparison in bench_store.py."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,25 +23,25 @@ class LanceTable:
         self.schema = pa.schema([("id", pa.int64()), ("vector", vector)])
 
     def batch(self, ids: Ints, vectors: np.ndarray) -> pa.RecordBatch:
-        """Rows, without a copy of `vectors` [n, D]."""
+        """Record batch of rows; `vectors` [n, D] are not copied."""
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         return pa.record_batch([pa.array(ids), values], schema=self.schema)
 
     def write(self, batches: Iterator[pa.RecordBatch]) -> None:
-        """A new dataset in place of any other."""
+        """Write a new dataset, replacing an existing one."""
         import lance
 
         shutil.rmtree(self.path, ignore_errors=True)
         lance.write_dataset(pa.RecordBatchReader.from_batches(self.schema, batches), str(self.path))
 
     def index_ids(self) -> None:
-        """A B-tree of the ids, which upserts find their rows by."""
+        """Build a B-tree of the ids, by which upserts find their rows."""
         import lance
 
         lance.dataset(str(self.path)).create_scalar_index("id", "BTREE")
 
     def gather(self, rows: Ints) -> np.ndarray:
-        """Vectors of rows by number [n, D]: no id is looked up."""
+        """Vectors [n, D] of rows by row number, without a look-up of ids."""
         if not hasattr(self, "_open"):
             import lance
 
@@ -50,7 +50,7 @@ class LanceTable:
         return values.to_numpy().reshape(len(rows), -1)
 
     def upsert(self, ids: Ints, vectors: np.ndarray) -> None:
-        """Replace the vectors of ids that are there, add the others; one new version."""
+        """Replace the vectors of existing ids and add those of new ids, as one new version."""
         import lance
 
         table = pa.Table.from_batches([self.batch(ids, vectors)])

@@ -1,11 +1,11 @@
-"""The plain counterpart of the training step: what HLLM's public code does, written for the benches.
+"""Plain implementation of the training step as in HLLM's public code, for comparison in the benches.
 
-Per user: the S + 1 items of a piece, filled up on the left with random items, and S + 1 negatives of its own. Every
-occurrence is encoded: its whole text, prompt included, packed one after the other with causal attention within each
-item (one call an item stands in for flash-attn's variable-length kernel), and the vocabulary head runs on every
-token though nothing uses it. The users' item embeddings go through a second Llama, padded on the left. Positives
-are compared with the negatives of all users. Masking is by id as in `hllm_torchrec.modules.losses.objectives`, so
-that both compute one loss.
+Each user has the S + 1 items of a piece, padded on the left with random items, and S + 1 separate negatives. Every
+occurrence of an item is encoded: the complete texts, with the prompt, are packed, with causal attention within each
+item (one attention call per item replaces flash-attn's variable-length kernel). The vocabulary head runs on every token
+although its output is not used. The users' item embeddings are input to a second Llama, padded on the left. Positives
+are compared with the negatives of all users. Masking is by id as in `hllm_torchrec.modules.losses.objectives`, so that
+both sides compute the same loss.
 
 Legend: B users, S history positions, n item occurrences, P tokens of all of them, D width.
 """
@@ -48,9 +48,9 @@ class Sample:
 
 
 def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]]:
-    """(user, items, timestamps) of the training part, cut from each user's end into pieces of history + 1 events.
+    """Yield (user, items, timestamps) of the training part: pieces of history + 1 events, cut from each user's end.
 
-    What is left at a user's beginning is a piece if it fills at least half of one.
+    The remaining events at a user's beginning are a piece if they are at least half of one.
     """
     size = history + 1
     for group in dataset.row_groups("train"):
@@ -63,7 +63,7 @@ def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]
 
 
 def draw_samples(dataset: Dataset, history: int, users: int, seed: int = 0) -> list[Sample]:
-    """Random pieces, each with padding and negatives drawn evenly from the items that it does not hold."""
+    """Random pieces, each with padding and negatives drawn uniformly from the items that are not in the piece."""
     rng = np.random.default_rng(seed)
     pieces = list(pieces_of(dataset, history))
     samples = []
@@ -77,14 +77,14 @@ def draw_samples(dataset: Dataset, history: int, users: int, seed: int = 0) -> l
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed texts of n items: token_ids [P], 0 in the place of [ITEM]; lengths [n] with [ITEM]."""
+    """Packed texts of n items: token_ids [P], with 0 for [ITEM]; lengths [n], including [ITEM]."""
 
     token_ids: Tensor
     lengths: list[int]
 
     @classmethod
     def of(cls, items: Ints, tokens: TokenStore) -> "Texts":
-        """The texts of `items`, repetitions and all."""
+        """The texts of `items`; a repeated item is repeated."""
         packed, cu_seqlens = tokens.gather(items)
         texts = [np.append(text, 0) for text in np.split(packed, cu_seqlens[1:-1])]
         return cls(torch.from_numpy(np.concatenate(texts)), [len(text) for text in texts])
@@ -92,7 +92,8 @@ class Texts:
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """What the published loader yields: texts of all positives [B x (S+1)] and negatives [B x (S+1)]; valid [B, S]."""
+    """Batch of the published loader: texts of all positives and negatives, B x (S + 1) each; valid: [B, S] bool, False
+    at padding."""
 
     positives: Texts
     negatives: Texts
@@ -103,20 +104,20 @@ class PlainBatch:
 
     @property
     def tokens(self) -> int:
-        """P of positives and negatives."""
+        """Number of tokens of positives and negatives."""
         return sum(self.positives.lengths) + sum(self.negatives.lengths)
 
 
 def plain_batch(samples: Sequence[Sample], tokens: TokenStore) -> PlainBatch:
-    """The batch of `samples`, with the same ids left out of the negatives as in a `HybridBatch`."""
+    """The batch of `samples`, with the same ids excluded from the negatives as in a `HybridBatch`."""
     inputs = [torch.from_numpy(sample.items[:-1]) for sample in samples]
     offsets = torch.tensor([0, *np.cumsum([len(ids) for ids in inputs])])
-    places = torch.arange(samples[0].negatives.size - 1)
+    positions = torch.arange(samples[0].negatives.size - 1)
     negatives = np.concatenate([sample.negatives for sample in samples])
     return PlainBatch(
         Texts.of(np.concatenate([sample.positives for sample in samples]), tokens),
         Texts.of(negatives, tokens),
-        torch.stack([places >= sample.padding.size for sample in samples]),
+        torch.stack([positions >= sample.padding.size for sample in samples]),
         torch.from_numpy(np.concatenate([sample.items[1:] for sample in samples])),
         torch.from_numpy(negatives),
         Exclusion(torch.cat(inputs), offsets, torch.repeat_interleave(torch.arange(len(samples)), offsets.diff())),
@@ -124,11 +125,11 @@ def plain_batch(samples: Sequence[Sample], tokens: TokenStore) -> PlainBatch:
 
 
 class PlainHLLM(nn.Module):
-    """Two Llamas as published.
+    """Item LLM and User LLM, two Llamas, as in the published code.
 
     Args:
         item_shape, user_shape: Hugging Face configs.
-        head: whether the vocabulary heads run.
+        head: whether the models have vocabulary heads, which then run on every token.
     """
 
     def __init__(self, item_shape: dict[str, Any], user_shape: dict[str, Any], head: bool) -> None:
@@ -144,7 +145,7 @@ class PlainHLLM(nn.Module):
         )
 
     def copy_weights(self, model: HLLM) -> None:
-        """Start from the weights of `model`, item and user width alike."""
+        """Copy the weights of `model`, whose item and user width are equal."""
         assert model.item_llm is not None
         self.item_llm.load_state_dict(model.item_llm.backbone.state_dict())
         self.user_llm.load_state_dict(model.user.backbone.state_dict())
@@ -168,7 +169,7 @@ class PlainHLLM(nn.Module):
         return hidden[0, item_rows]
 
     def loss(self, batch: PlainBatch, positives: Tensor, negatives: Tensor) -> Tensor:
-        """The rest of the step, from E of all occurrences."""
+        """Mean of Eq. (1) from the item embeddings E of all occurrences: 0-d."""
         users, steps = batch.valid.shape
         by_user = positives.view(users, steps + 1, -1)
         hidden = self.user_llm(
@@ -187,7 +188,7 @@ class PlainHLLM(nn.Module):
         return total / batch.next_ids.numel()
 
     def _vocabulary(self, which: int, hidden: Tensor) -> None:
-        """Compute the logits of every token, as published, and drop them."""
+        """Compute the logits of every token, as the published code does, and discard them."""
         if self.heads:
             self.heads[which](hidden)
 
@@ -203,7 +204,7 @@ def one_by_one(
     plain_lengths: list[int],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [1, H, P, d] -> [1, P, H, d], causal within each item."""
+    """Attention function for transformers: [1, H, P, d] -> [1, P, H, d], causal within each item."""
     parts = zip(*(x.split(plain_lengths, dim=2) for x in (query, key, value)), strict=True)
     done = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts]
     return torch.cat(done, dim=2).transpose(1, 2), None

@@ -1,11 +1,11 @@
-"""The ablation table of docs/results.md: every variant x seed is trained, evaluated and compared; done work is kept.
+"""The ablation table of docs/results.md: trains, evaluates and compares every variant with every seed.
 
     python scripts/experiments/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--jobs 2]
 
-A variant is a configuration of configs/ml100k, plain or with what a suffix adds: early_generative is early with the
-generative loss (lambda 0.1; it also gives Recall and NDCG). A question pairs two of them. Each run is a directory of
-its own, so the script can be stopped and started again. Differences are means over seeds of paired differences on
-the same exposures; their 95% intervals resample users (exposures of one user are not independent).
+A variant is a configuration of configs/ml100k, or one with the options of a suffix: early_generative is early with the
+generative loss (lambda 0.1), so that it also has Recall and NDCG. A question compares two variants. Each run has a
+separate directory, so the script can be stopped and started again. Differences are means over seeds of paired
+differences on the same exposures; their 95% intervals resample users (exposures of one user are not independent).
 """
 
 import argparse
@@ -42,7 +42,7 @@ QUESTIONS = {
 
 
 def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
-    """Run directory of one variant and seed, with predictions and metrics of the test part."""
+    """Train and evaluate one variant with one seed, if not done; return the run directory."""
     run = output / f"{variant}-{seed}"
     log, done = run / "output.log", run / "metrics.json"
     train = [*configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
@@ -60,10 +60,10 @@ def configuration(variant: str) -> list[str]:
 
 
 def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
-    """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
+    """AUC and retrieval metrics of every variant (mean and standard deviation over seeds), and answers to QUESTIONS."""
     variants = sorted({variant for variant, _ in runs})
     scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
-    first = next(iter(scored.values()))  # the labels and users of all
+    first = next(iter(scored.values()))  # labels and users are the same in all runs
     draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
     table, answers = {}, {}
     for variant in variants:
@@ -86,12 +86,12 @@ def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
 
 
 def has_auc(run: Path) -> bool:
-    """Whether the run ranks exposures (generative-only runs do not)."""
+    """True if the run scores exposures (generative-only runs do not)."""
     return (run / "predictions" / "test").is_dir()
 
 
 def pick(metrics: dict, name: str) -> float | None:
-    """The run's own figure: AUC, or a retrieval metric."""
+    """AUC or a retrieval metric of the run itself, not of the models it is compared with."""
     if name == "auc":
         models = metrics.get("models") or {}
         return models[metrics["reference"]]["auc"] if models else None
@@ -99,7 +99,7 @@ def pick(metrics: dict, name: str) -> float | None:
 
 
 def mean_and_deviation(values: list[float | None]) -> dict[str, float] | None:
-    """Mean and standard deviation over seeds; None where the variant has no such figure."""
+    """Mean and standard deviation over seeds; None if the variant does not have the metric."""
     known = [v for v in values if v is not None]
     if not known:
         return None
@@ -122,7 +122,7 @@ def markdown(summary: dict) -> str:
 
 
 def every_variant() -> list[str]:
-    """All configurations, those that classify and have an Item LLM also with the generative loss, and a quarter."""
+    """All variants: every configuration; with the suffix _generative those with a head and texts; the _quarter ones."""
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     both = [f"{name}_generative" for name in names if name not in ("generative", "no_text")]
     return [*names, *both, "trained_quarter", "trained_quarter_generative"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The ablation table of docs/results.md: trains what is missing and prints it; arguments as of scripts/experiments/ablation.py.
+# Trains the missing runs of the ablation table of docs/results.md and prints it; arguments: scripts/experiments/ablation.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash scripts/install.sh auto

@@ -1,9 +1,9 @@
-"""All datasets x models of docs/results.md, by one command for each task.
+"""Trains and evaluates the models of docs/results.md on all datasets, with one command for each task.
 
     python scripts/experiments/benchmark.py --task retrieval --sets data/steam data/office --output runs/benchmark
     python scripts/experiments/benchmark.py --task ranking --help
 
-The halves are `benchmark_retrieval.py` and `benchmark_ranking.py`; both resume what was stopped and write JSON.
+It calls `benchmark_retrieval.py` or `benchmark_ranking.py`; both continue an interrupted run and write JSON.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> int:
-    """Run the half of the task with the other arguments."""
+    """Run the script of the task with the other arguments."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--task", choices=("retrieval", "ranking"), required=True)
     options, rest = parser.parse_known_args()

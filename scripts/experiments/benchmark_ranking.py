@@ -1,14 +1,14 @@
-"""The ranking half of `benchmark.py`: the recipe as it is on every set, against the baselines on the same exposures.
+"""The ranking task of `benchmark.py`: the unchanged recipe on every dataset, against baselines on the same exposures.
 
     python scripts/experiments/benchmark_ranking.py --sets data/ml-100k data/ml_small --output runs/benchmark
 
-A set is a dataset with labels, of `hllm prepare` (splits time and leave_last). The models are
+A set is a dataset with labels, written by `hllm prepare` (splits time and leave_last). The models are
 configs/recipes/ranking.yaml (`hybrid`), the same without IDs, item factors and evidence (`text`), and all of
-`hllm baselines`; nothing is chosen here.
-Every job has a directory of its own, so the script can be stopped and started again; --done runs nothing.
+`hllm baselines`; no settings are tuned. Every job has a separate directory, so the script can be stopped and started
+again; with --done it runs no jobs.
 
-Writes OUTPUT/ranking.json: for each set and seed, AUC, GAUC and log loss of every model, the hybrid's difference of AUC
-from it with 95% intervals over users, and AUC by the number of training events of the item; prints the tables of
+Writes OUTPUT/ranking.json: for each set and seed the AUC, GAUC and log loss of every model, the hybrid's AUC minus the
+model's with a 95% interval over users, and AUC by the item's number of training events; prints the tables of
 docs/results.md.
 """
 
@@ -31,9 +31,9 @@ RECIPE = ROOT / "configs" / "recipes" / "ranking.yaml"
 BASELINES = ("item_mean", "running_bias", "gaussian", "dlrm")
 TEXT_ALONE = ("--data.evidence=[]", "--data.item_vectors=[]", "--features.item_id=false", "--evaluation.at_start=false")
 MODELS = {"hybrid": (), "text": TEXT_ALONE}
-"""Model -> options over the recipe."""
+"""Model -> options that differ from the recipe."""
 COUNTS = {"0": (0, 0), "1-5": (1, 5), "6-20": (6, 20), "> 20": (21, sys.maxsize)}
-"""Training events of the item, by the name of the group."""
+"""Name of a group of items -> range of their numbers of training events."""
 
 
 def run_set(
@@ -44,7 +44,7 @@ def run_set(
     seeds: Sequence[int],
     more: list[str],
 ) -> None:
-    """Train and evaluate what is missing; more: options of the training jobs."""
+    """Run the training and evaluation jobs that are not complete; more: options of the training jobs."""
     for name in baselines:
         options = ["--dataset", str(dataset), "--output", str(folder), "--only", name]
         run_job("baselines", options, folder / f"{name}.log", folder / name / "predictions" / "test")
@@ -61,7 +61,7 @@ def run_set(
 
 
 def figures(folder: Path, models: Sequence[str], seeds: Sequence[int], dataset: Dataset) -> dict[str, Any]:
-    """Model -> seed -> figures of the test part, of what is complete."""
+    """Model -> seed -> metrics of the test part, for the runs that are complete."""
     found: dict[str, Any] = {}
     for model in models:
         for seed in seeds:
@@ -98,7 +98,7 @@ def by_count(predictions: Path, dataset: Dataset) -> dict[str, dict[str, float |
 
 
 def markdown(name: str, found: dict[str, Any]) -> str:
-    """The table of a set: means over seeds; the difference is that of the first seed."""
+    """The table of a set: AUC and GAUC are means over seeds; all other columns are of the first seed."""
     groups = list(COUNTS)
     lines = [
         f"| {name} | seeds | AUC | GAUC | hybrid's AUC minus it | {' | '.join(f'items with {g}' for g in groups)} |",

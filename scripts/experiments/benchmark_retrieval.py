@@ -1,16 +1,17 @@
-"""The retrieval half of `benchmark.py`: datasets x models, chosen on half of the users, tested once with three seeds.
+"""The retrieval task of `benchmark.py`: models tuned on half of the users of each dataset, tested with three seeds.
 
     python scripts/experiments/benchmark_retrieval.py --sets data/steam data/office --output runs/benchmark
 
-A set is a directory of `hllm prepare --split leave_one_out`. Every model has at most four trials on a set
-(`MODELS`: options over configs/recipes/retrieval.yaml), each trained on half of the users and compared by validation
-NDCG@10; the best is trained on all users with every seed, and its test targets are ranked once. The models with text
-have one trial, the recipe as it is. Popularity, the Markov chain and EASE choose their settings on the validation part
-themselves. Every job has a directory of its own, so the script can be stopped and started again; --done runs nothing.
+A set is a directory written by `hllm prepare --split leave_one_out`. Every model has at most four settings ("trials",
+`MODELS`: options that differ from configs/recipes/retrieval.yaml). Each trial is trained on half of the users, and the
+one with the best validation NDCG@10 is trained on all users with every seed; its test targets are ranked once. The
+models with text have one setting, the unchanged recipe, and no trials. Popularity, the Markov chain and EASE tune their
+settings on the validation part. Every job has a separate directory, so the script can be stopped and started again;
+with --done it runs no jobs.
 
-Writes OUTPUT/retrieval.json: for each set, figures with 95% intervals over users, differences of NDCG@10 from the
-references, the trials, and Recall@10 by the item's number of training events and of the users without a tie at the
-last event; prints the tables of docs/results.md.
+Writes OUTPUT/retrieval.json: for each set, metrics with 95% intervals over users, differences of NDCG@10 from the
+references, the trials, and Recall@10 by the item's number of training events, and for the users whose last two events
+have different timestamps; prints the tables of docs/results.md.
 """
 
 import argparse
@@ -36,7 +37,7 @@ METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 CHOSEN_BY = "ndcg@10"
 HALF = "--data.train_users=0.5"
 COUNTS = {"0": (0, 0), "1-5": (1, 5), "6-20": (6, 20), "> 20": (21, sys.maxsize)}
-"""Training events of the target's item, by the name of the group."""
+"""Name of a group of targets -> range of the numbers of training events of their items."""
 IDS = ("--item_llm.enabled=false", "--objective.text_similarity=0", "--objective.transitions=0")
 
 
@@ -64,12 +65,12 @@ MODELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("--features.item_id=false",),),
     "text_id": ((),),
 }
-"""Model -> trials, each the options that differ from the recipe."""
+"""Model -> settings to try: the options that differ from the recipe."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A set and where its runs are."""
+    """A dataset and the folder of its runs."""
 
     dataset: Path
     folder: Path
@@ -80,7 +81,7 @@ class Place:
 
 
 def train(place: Place, run: Path, options: Sequence[str], seed: int, *, test: bool) -> None:
-    """Train a run unless it is complete; `test`: also rank its test targets."""
+    """Train a run, unless it is complete; test: also rank its test targets."""
     done = run / ("metrics.json" if test else "trained")
     arguments = ["--config", str(RECIPE), "--data.dataset", str(place.dataset), "--output", str(run)]
     log = run.with_suffix(".log")
@@ -92,14 +93,14 @@ def train(place: Place, run: Path, options: Sequence[str], seed: int, *, test: b
 
 
 def validation(run: Path) -> dict[str, float]:
-    """The best evaluation of a run on the validation part: epoch, NDCG@10, Recall@10."""
+    """The best evaluation of a run on the validation part: step, NDCG@10, Recall@10."""
     lines = [line for line in read_log(run) if line["event"] == "eval" and line.get(CHOSEN_BY) is not None]
     best = max(lines, key=lambda line: line[CHOSEN_BY])
     return {"step": best["step"], CHOSEN_BY: best[CHOSEN_BY], "recall@10": best["recall@10"]}
 
 
 def choose(place: Place, model: str, *, done: bool) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Options of the best trial of a model on half of the users, and all trials; a single one is not run."""
+    """Options of a model's best trial, and the results of all its trials; a model with one setting has no trials."""
     options = MODELS[model]
     if len(options) == 1:
         return options[0], []
@@ -115,7 +116,7 @@ def choose(place: Place, model: str, *, done: bool) -> tuple[tuple[str, ...], li
 
 
 def run_set(place: Place, models: Sequence[str], seeds: Sequence[int], *, done: bool) -> dict[str, Any]:
-    """Everything of a set: the trials of each model, and model -> directories of the test targets' ranks."""
+    """Run a set; return the trials of each model, and model -> directories of the test targets' ranks."""
     ranks = {name: [place.folder / name / "retrieval" / "test"] for name in BASELINES}
     if not done and not all(paths[0].is_dir() for paths in ranks.values()):
         run_job("retrieval", ["--dataset", str(place.dataset), "--output", str(place.folder)], place.folder / "b.log")
@@ -131,7 +132,7 @@ def run_set(place: Place, models: Sequence[str], seeds: Sequence[int], *, done: 
 
 
 def tie_at_the_end(dataset: Dataset) -> np.ndarray:
-    """Ids of the users whose last two events have the same second: their order is that of the file."""
+    """Ids of the users whose last two events are in the same second, so that the order of the file decides."""
     if not dataset.manifest.get("has_timestamps", True):
         return np.empty(0, np.int64)
     rows = dataset.sequences(dataset.row_groups("test"), ["user_id", "timestamps"])
@@ -140,7 +141,8 @@ def tie_at_the_end(dataset: Dataset) -> np.ndarray:
 
 
 def by_group(dataset: Dataset, paths: Sequence[Path]) -> dict[str, dict[str, float | int | None]]:
-    """Recall@10 and NDCG@10, mean over seeds, of the targets by their item's count, and of users without a tie."""
+    """Recall@10 and NDCG@10, mean over seeds, by the number of training events of the target's item, and for users
+    without a tie at the end."""
     tables = [pq.read_table(path, columns=["user_id", "item_id", "rank"]) for path in paths]
     users, items, rank = (
         np.concatenate([table[name].to_numpy() for table in tables]) for name in ("user_id", "item_id", "rank")

@@ -1,10 +1,11 @@
-"""Cold start on MovieLens-100k: a fifth of the items is held out of train, and models are compared on them.
+"""Cold start on MovieLens-100k: a fifth of the items is excluded from training, and models are compared on them.
 
     python scripts/experiments/cold_start.py --output runs/cold [--seeds 0 1 2] [--only dlrm hllm stage3 ...]
 
-The seed chooses the items (`hllm prepare --hold-out-items 0.2 --seed ...`) and seeds the models. AUC is on the test
-part's exposures of items without a training event (cold) and of the others (warm); Recall ranks the whole catalogue for
-the positive ones among them. Each job is a directory of its own, so the script can be stopped and started again.
+The seed chooses the items (`hllm prepare --hold-out-items 0.2 --seed ...`) and initializes the models. AUC is computed
+on the test exposures of items without training events (cold) and on those of the other items (warm). For Recall, the
+complete catalogue is ranked for the positive exposures of both kinds. Each job has a separate directory, so the script
+can be stopped and started again.
 """
 
 import argparse
@@ -43,7 +44,7 @@ SASREC = json.dumps({"width": 64, "layers": 2, "heads": 1, "max_positions": 128,
 
 @dataclass(frozen=True)
 class Job:
-    """A training: a configuration and what is changed of it."""
+    """A training job: a configuration and the options that override it."""
 
     config: str
     options: tuple[str, ...] = ()
@@ -65,13 +66,13 @@ TRAININGS = {
     ),
     "hllm_next": Job("ml100k/generative", (COLD_DROPOUT,)),
 }
-"""Name -> training. `*_next` predict the next item and have a Recall, the others rank exposures and have an AUC."""
+"""Model -> training job. `*_next` predict the next item (Recall); the others score exposures (AUC)."""
 NAMES = ("dlrm", *TRAININGS, "stage3")
 REFERENCE = "dlrm"
 
 
 def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Path:
-    """All jobs of a seed; returns its folder."""
+    """Run all jobs of a seed; returns its folder."""
     folder = output / f"seed-{seed}"
     data, log = folder / "data", folder / "output.log"
     prepare = [*source, "--output", str(data), "--hold-out-items", str(SHARE), "--seed", str(seed)]
@@ -99,15 +100,15 @@ def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Pa
 
 
 def predictions_of(folder: Path, split: str = "test") -> dict[str, Path]:
-    """Model -> directory of its predictions, the DLRM first."""
-    places = {"dlrm": "dlrm", "hstu_ids": "hstu_ids", "hllm_plain": "hllm_plain", "hllm": "hllm"}
-    places |= {"dlrm_items": "stage3/items", "dlrm_both": "stage3/both_nearline"}
-    found = {name: folder / place / "predictions" / split for name, place in places.items()}
-    return {name: path for name, path in found.items() if path.is_dir()}
+    """Model -> directory of its predictions; the DLRM comes first."""
+    runs = {"dlrm": "dlrm", "hstu_ids": "hstu_ids", "hllm_plain": "hllm_plain", "hllm": "hllm"}
+    runs |= {"dlrm_items": "stage3/items", "dlrm_both": "stage3/both_nearline"}
+    paths = {name: folder / run / "predictions" / split for name, run in runs.items()}
+    return {name: path for name, path in paths.items() if path.is_dir()}
 
 
 def measure_auc(folder: Path) -> dict[str, dict[str, Any]]:
-    """Model -> AUC on cold and warm items with DeLong's interval, and the paired difference to the DLRM."""
+    """Model -> AUC on cold and warm items with DeLong's interval, and the paired difference from the DLRM."""
     scored = {name: read_predictions(path) for name, path in predictions_of(folder).items()}
     reference = scored.get(REFERENCE)
     found: dict[str, dict[str, Any]] = {}
@@ -131,7 +132,7 @@ def _difference(one: Predictions, reference: Predictions, rows: np.ndarray) -> d
 
 
 def measure_recall(folder: Path, ks: tuple[int, ...] = (10, 50)) -> dict[str, dict[str, Any]]:
-    """Model -> Recall@K of cold and of warm targets, ranked among the whole catalogue."""
+    """Model -> Recall@K of cold and of warm targets, ranked among the complete catalogue."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*_next/retrieval/test")):
         counts = Dataset.open(folder / "data").training_item_counts()

@@ -1,15 +1,16 @@
-"""RecTools' SASRec on a leave-one-out dataset of ours, its ranks in the form that our own models' have.
+"""Trains RecTools' SASRec on a leave-one-out dataset of this library, and writes its ranks in this library's format.
 
-RecTools goes into an environment of its own, and this script runs in that:
+Install RecTools in a separate environment, and run this script there:
 
     python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "pyarrow<21"
     rectools/bin/python scripts/experiments/compare_rectools.py --dataset data/ml-100k-loo \\
         --output runs/retrieval/rectools_sasrec-0
-    python scripts/experiments/retrieval_table.py --others rectools_sasrec      # in our environment: into the table
+    python scripts/experiments/retrieval_table.py --others rectools_sasrec      # in this library's environment
 
-Same split, events in the same order, the user's whole history filtered, every item a candidate, and the checkpoint
-chosen by NDCG@10 on the validation part, as ours is. The test part is ranked once, by the chosen weights (not at all
-with --no-test). A target that RecTools does not know, because no training session holds it, gets the last place.
+The protocol is that of this library's models: the same split, the same order of events, all items are candidates except
+those of the user's complete history, and the checkpoint is chosen by NDCG@10 on the validation part. The test part is
+ranked once, with the chosen weights (not at all with --no-test). A target that RecTools does not know, because it
+occurs in no training sequence, gets the last rank.
 """
 
 import argparse
@@ -35,10 +36,10 @@ CHOSEN_BY = "ndcg@10"
 
 @dataclass(frozen=True)
 class Part:
-    """One part's targets, a user each, and what stands before them.
+    """Targets of a part, one per user, and the histories before them.
 
-    user_id, position, target: int64 [B], the position being the target's place in the user's whole sequence; histories:
-    B arrays of item ids, oldest first.
+    user_id, position, target: int64 [B]; position: index of the target in the user's complete sequence; histories: B
+    arrays of item ids, oldest first.
     """
 
     user_id: Ints
@@ -48,10 +49,10 @@ class Part:
 
 
 def read_part(dataset: Path, split: str) -> Part:
-    """The last event of every user of a part, as target.
+    """Read a part of a dataset; the last event of every user is the target.
 
     Raises:
-        ValueError: the dataset is not split leave-one-out, or the part is empty.
+        ValueError: the dataset's split is not leave_one_out, or the part is empty.
     """
     rule = json.loads((dataset / "manifest.json").read_text())["split"]["rule"]
     if rule != "leave_one_out":
@@ -70,22 +71,25 @@ def read_part(dataset: Path, split: str) -> Part:
 
 
 def interactions(part: Part) -> dict[str, Any]:
-    """The histories of a part in RecTools' columns. Time is the place in the sequence: events share seconds, and
-    their order must be the one that our models see."""
+    """The histories of a part as RecTools' columns.
+
+    The time of an event is its position in the sequence, so that events of the same second have the same order as for
+    this library's models.
+    """
     lengths = [history.size for history in part.histories]
-    places = np.concatenate([np.arange(length) for length in lengths])
+    positions = np.concatenate([np.arange(length) for length in lengths])
     return {
         "user_id": np.repeat(part.user_id, lengths),
         "item_id": np.concatenate(part.histories),
-        "weight": np.ones(places.size),
-        "datetime": places.astype("datetime64[s]").astype("datetime64[ns]"),
+        "weight": np.ones(positions.size),
+        "datetime": positions.astype("datetime64[s]").astype("datetime64[ns]"),
     }
 
 
 def ranks_of_targets(part: Part, users: Ints, items: Ints, ranks: Ints, candidates: int) -> Ints:
-    """Place of each target of `part` [B] among what was recommended; `candidates`, the last, where it is not there.
+    """Rank [B] of each target of `part` among the recommendations; `candidates`, the last rank, if it is not there.
 
-    users, items, ranks: [n] one row a recommendation; rank 1 is the best.
+    users, items, ranks: [n], one row per recommendation; rank 1 is the best.
     """
     row_of_user = {user: row for row, user in enumerate(part.user_id.tolist())}
     rows = np.array([row_of_user[user] for user in users.tolist()], np.int64)
@@ -105,14 +109,14 @@ def metrics_of(ranks: Ints) -> dict[str, float]:
 
 
 def write_ranks(part: Part, ranks: Ints, directory: Path) -> None:
-    """What `metrics.retrieval_table.read_ranks` reads."""
+    """Write the ranks in the format that `metrics.retrieval_table.read_ranks` reads."""
     directory.mkdir(parents=True, exist_ok=True)
     columns = {"user_id": part.user_id, "position": part.position, "item_id": part.target, "rank": ranks}
     pq.write_table(pa.table(columns), directory / "part-00000.parquet")
 
 
 def build_model(settings: Mapping[str, Any], history: int, seed: int) -> Any:
-    """RecTools' SASRecModel; settings are arguments of its constructor."""
+    """Build RecTools' SASRecModel; settings: arguments of its constructor."""
     import pytorch_lightning
     from rectools.models import SASRecModel
 
@@ -121,7 +125,7 @@ def build_model(settings: Mapping[str, Any], history: int, seed: int) -> Any:
 
 
 def rank_part(model: Any, part: Part, candidates: int) -> Ints:
-    """Ranks [B] of a part's targets by the model as it is."""
+    """Ranks [B] of a part's targets by the model with its current weights."""
     import pandas as pd
     from rectools.dataset import Dataset
 
@@ -132,7 +136,7 @@ def rank_part(model: Any, part: Part, candidates: int) -> Ints:
 
 
 def train(model: Any, dataset: Path, candidates: int, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Train until validation stops getting better; leaves the best weights in the model. Returns every evaluation.
+    """Train until the validation metric stops improving; return all evaluations. The model then has the best weights.
 
     options: `epochs`, `every`, `patience` and `minutes` of the command line.
     """
@@ -162,17 +166,17 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, required=True, help="prepared with --split leave_one_out")
-    parser.add_argument("--output", type=Path, required=True, help="of this run: ranks and metrics go there")
+    parser.add_argument("--output", type=Path, required=True, help="folder for this run's ranks and metrics")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--history", type=int, default=200, help="session_max_len")
-    parser.add_argument("--epochs", type=int, default=100, help="at most")
+    parser.add_argument("--epochs", type=int, default=100, help="largest number of epochs (default: 100)")
     parser.add_argument("--every", type=int, default=5, help="epochs between evaluations")
     parser.add_argument("--patience", type=int, default=4, help="evaluations without a better NDCG@10")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="training goes on after an evaluation only within these"
+        "--minutes", type=float, default=math.inf, help="stop after the first evaluation beyond this time"
     )
-    parser.add_argument("--settings", type=json.loads, default={}, help="of SASRecModel, as JSON")
-    parser.add_argument("--no-test", action="store_true", help="choose only: the test part is not looked at")
+    parser.add_argument("--settings", type=json.loads, default={}, help="arguments of SASRecModel, as JSON")
+    parser.add_argument("--no-test", action="store_true", help="do not rank the test part")
     return parser.parse_args()
 
 

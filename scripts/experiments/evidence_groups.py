@@ -1,11 +1,11 @@
-"""Groups of `data.evidence`: a logistic regression on their columns alone, on several datasets.
+"""Comparison of the groups of `data.evidence` by a logistic regression on their columns, on several datasets.
 
     python scripts/experiments/evidence_groups.py --sets data/ml-100k data/ml_small --output runs/evidence
 
-Fits `data.evidence` with each list of groups of VARIANTS, and prints AUC and GAUC of the validation exposures: of all,
-and those of random halves of the users, of the items, and of the earlier and later half of the time. Texts are encoded
-once by configs/recipes/ranking.yaml into OUTPUT/<set>.npy (`--option` changes it, such as item_llm.pretrained=DIR).
-`--part test --only "+ both"` measures the groups that were chosen on the test part.
+Fits `data.evidence` with each list of groups in VARIANTS, and prints AUC and GAUC of the validation exposures: of all
+of them, of random halves of the users and of the items, and of the earlier and the later half. Texts are encoded once
+by the encoder of configs/recipes/ranking.yaml into OUTPUT/<set>.npy (`--option item_llm.pretrained=DIR` selects another
+encoder). `--part test --only "+ both"` measures the chosen groups on the test part.
 """
 
 import argparse
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def encoded(path: Path, file: Path, options: list[str]) -> Floats:
-    """[N, E] embeddings of the set's texts by the recipe's encoder, from `file` or into it."""
+    """Embeddings [N, E] of the set's texts by the recipe's encoder; written to `file` once, then read from it."""
     if not file.exists():
         arguments = ["--config", str(RECIPE), "--data.dataset", str(path), *(f"--{option}" for option in options)]
         with distributed_device() as device:
@@ -51,7 +51,7 @@ def encoded(path: Path, file: Path, options: list[str]) -> Floats:
 
 
 def scores(dataset: Dataset, groups: tuple[str, ...], text: Floats, part: str) -> dict[str, np.ndarray]:
-    """User, item, second, label and score of every exposure of a part, by the regression on the groups alone."""
+    """User, item, second, label and score of every exposure of a part; the score is that of the regression."""
     model = fit_evidence(dataset, groups, text)
     evidence = Evidence(groups, model, ItemStatistics.of_dataset(dataset), dataset.action_values, text)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("user", "item", "second", "label", "score")}
@@ -67,7 +67,7 @@ def scores(dataset: Dataset, groups: tuple[str, ...], text: Floats, part: str) -
 
 
 def halves(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name of a half of the rows -> bool [n]; random ones are the same for every variant."""
+    """Name of a half of the rows -> bool [n]; random halves are the same for every variant."""
     found = {"all": np.ones(rows["label"].size, bool)}
     for name in ("user", "item"):
         ids = np.unique(rows[name])
@@ -93,8 +93,8 @@ def main() -> int:
         for name in options.only:
             rows = scores(dataset, VARIANTS[name], text, options.part)
             cells = []
-            for half, kept in halves(rows).items():
-                user, label, score = (rows[key][kept] for key in ("user", "label", "score"))
+            for half, chosen in halves(rows).items():
+                user, label, score = (rows[key][chosen] for key in ("user", "label", "score"))
                 cells.append(f"{half} {roc_auc(label, score):.4f}/{gauc(user, label, score):.4f}")
             print(f"{path.name} {name}: {', '.join(cells)}", flush=True)
     return 0

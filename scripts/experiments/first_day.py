@@ -1,20 +1,20 @@
-"""A new item on its first day, by its text alone, beside a model of IDs only and beside waiting until the night.
+"""New items on their first day, scored by their texts: against a model with IDs only, and after a night of training.
 
     python scripts/experiments/first_day.py --output runs/first-day --seeds 0
 
-Two models live through the days of the shop of `shop.py` by nightly increments, as in `fortnight.py`: `text` reads
-embeddings of the titles by all-MiniLM-L6-v2 (frozen, whitened), `ids` has no texts; both have item IDs (some read as
-unknown in training) and users' countries, and no features of items. On each day last night's model is
-scored on the exposures of
+Two models are trained by nightly increments on the days of the shop of `shop.py`, as in `fortnight.py`. `text` reads
+title embeddings of all-MiniLM-L6-v2 (frozen, whitened); `ids` has no texts. Both have item IDs (some of them are
+replaced by the unknown id in training) and users' countries, and no item features. On each day the model of the night
+before is scored on the exposures of
 
-    first     the day's new items, which no night has seen: what adding an item at noon gives
-    second    the new items of the day before, after one night of training on them: what waiting until the night gives
+    first     the day's new items, on which no model was trained: the result of adding an item during the day
+    second    the new items of the day before, after one night of training: the result of waiting until the night
     others    all other items
 
-AUC is within each kind, of all days together. Recall@20 is of the clicked items of each kind, with the whole catalogue
-ranked for the user at that second. An item that waits until the night is recommended to nobody on its first day: its
-Recall is then 0. Results are kept in OUTPUT/seed-N/WORLD, so that the script can be stopped and started again;
-OUTPUT/first_day.json has all.
+AUC is computed within each kind, over all days. Recall@20 is computed for the clicked items of the kinds first and
+second; the complete catalogue is ranked for the user at the second of the click. (If new items were added only in the
+night, nobody could be recommended them on their first day, and their Recall would be 0.) Results are written to
+OUTPUT/seed-N/MODEL, so that the script can be stopped and started again, and all of them to OUTPUT/first_day.json.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class FirstDays(Fortnight):
     """The nights of one model of one seed."""
 
     def run(self) -> None:
-        """All nights; what is done already is left out."""
+        """Run all nights; those that are complete are skipped."""
         first = self.periods[0]
         split = Split("date", train_until=first.cut, valid_until=int(first.seconds[-1]))
         prepare(table(first.mapping), self.data, split=split)
@@ -74,7 +74,7 @@ class FirstDays(Fortnight):
         for number, period in enumerate(self.periods[1:], start=1):
             split = Split("date", train_until=self.periods[number - 1].cut, valid_until=period.start)
             append_events(table(period.mapping), self.data, split=split)
-            if number > 1:  # nothing came since the first model before
+            if number > 1:  # in the first night there are no new events since the first model was trained
                 before = self.path(0 if number == 2 else number - 1, "nightly")
                 self.train(number, "nightly", self.increment(number, before))
                 self.score(number, "nightly", self.path(number, "nightly"))
@@ -87,7 +87,7 @@ class FirstDays(Fortnight):
         return super().increment(number, chain) | {"stages": stages}
 
     def score(self, number: int, arm: str, run: Path) -> None:
-        """Score a model on a day's exposures, and rank the catalogue for its clicks on new items, unless it is done."""
+        """Score a model on a day's exposures, and rank the catalogue for clicks on new items; skip if complete."""
         target = self.folder / f"day-{number:02d}.json"
         if target.is_file():
             return
@@ -104,7 +104,7 @@ class FirstDays(Fortnight):
         replace_file(target, json.dumps({"kind": kind.tolist(), "ranks": ranks, **facts}) + "\n")
 
     def _ranks(self, scorer: Scorer, columns: dict[str, np.ndarray], kind: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Kind and rank among all items, from 1 on, of each clicked item that is new on this day or the one before."""
+        """Yield kind and rank (from 1) among all items of each clicked item that is new today or was new yesterday."""
         dataset = scorer.experiment.dataset
         items = np.arange(1, dataset.num_items)
         for row in np.flatnonzero((columns["label"] == 1) & (kind != "others")):
@@ -117,7 +117,7 @@ class FirstDays(Fortnight):
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """AUC with its interval, Recall and numbers of each kind, of all days."""
+    """AUC with its interval, Recall and numbers of exposures and clicks of each kind, over all days."""
     label, score, kind = (np.concatenate([row[name] for row in rows]) for name in ("label", "score", "kind"))
     ranks = [rank for row in rows for rank in row["ranks"]]
     found: dict[str, Any] = {}

@@ -1,19 +1,21 @@
-"""Two weeks of nights: AUC of each next day for last night's model, a nightly increment, and training from scratch.
+"""Two weeks of nightly training: AUC of each day for a stale model, a nightly increment, and training from scratch.
 
     python scripts/experiments/fortnight.py --output runs/fortnight --seeds 0 1 2
     python scripts/experiments/fortnight.py --output runs/weeks --mapping ml-100k/table.yaml --seeds 0 1 2
 
-Without --mapping it is the shop of `shop.py` (a day each, after a week); with it the last fourteen weeks of a table
-source. At the start of each period its events are appended as a new version; models are scored on all of its exposures:
+Without --mapping the data are the shop of `shop.py` (periods of a day, after a week); with it they are the last
+fourteen weeks of a table source. The events of each period are appended as a new version, and these models are scored
+on all exposures of the period:
 
-    stale     the model of the night before, as it is: it was not trained on the last period
-    nightly   one epoch more over what is new since then, from that model with its optimizers (`start_from`)
-    scratch   trained on everything to its best validation epoch
-    frozen    the first model, never trained again
+    stale     the nightly model of the night before, which was not trained on the last period
+    nightly   one more epoch over the events since then, from that model with its optimizer state (`start_from`)
+    scratch   trained on all events, to its best validation epoch
+    frozen    the first model, without further training
 
-All train until the same moment of the period before; the rest of that period is validation. Costs are CPU seconds of
-training (all of `build_trainer` and `run`) and samples, i.e. exposures times epochs. Results are kept in
-OUTPUT/seed-N/results.jsonl, so that the script can be stopped and started again; OUTPUT/fortnight.json has all.
+All models use training events until the same time in the previous period; the rest of that period is the validation
+part. Costs are CPU seconds of training (`build_trainer` and `run`) and samples, i.e. exposures times epochs. Results
+are written to OUTPUT/seed-N/results.jsonl, so that the script can be stopped and started again, and all of them to
+OUTPUT/fortnight.json.
 """
 
 import argparse
@@ -44,10 +46,10 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, PERIODS = 6, 14
-"""Days of the shop that the first model is of, and periods that are scored: after one more, of which the first night
-is."""
+"""Number of days of the shop on which the first model is trained, and number of periods that are scored. One period
+lies between them, on which the first night is trained."""
 HELD = 0.2
-"""Share of a period, the last by number of events, that is validation."""
+"""Share of a period's events, the last ones, that is the validation part."""
 ARMS = ("stale", "nightly", "scratch", "frozen")
 
 COMMON: dict[str, Any] = {
@@ -82,7 +84,7 @@ INCREMENT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Period:
-    """A period's mapping for `hllm prepare --source table`, and its sorted seconds of events."""
+    """A period: its mapping for `hllm prepare --source table`, and the sorted seconds of its events."""
 
     mapping: Path
     seconds: np.ndarray
@@ -99,7 +101,7 @@ class Period:
 
 
 def shop_periods(folder: Path, seed: int, sizes: Mapping[str, int]) -> list[Period]:
-    """The shop's first days as one period, then each day."""
+    """Periods of the shop: the first days as one period, then each day."""
     found, begun = [], []
     for day in shop.days(shop.Shop(seed=seed, **sizes)):
         shop.write_day(day, folder)
@@ -116,13 +118,13 @@ def shop_periods(folder: Path, seed: int, sizes: Mapping[str, int]) -> list[Peri
 
 
 def table_periods(folder: Path, mapping_file: Path, length: int, count: int) -> list[Period]:
-    """Everything before the last `count` periods of `length` seconds of a table source, then each of them."""
+    """Periods of a table source: all events before the last `count` periods of `length` seconds, then each of these."""
     mapping = yaml.safe_load(mapping_file.read_text())
     events = pyarrow.csv.read_csv(mapping_file.parent / mapping["events"]["path"])
     events = events.sort_by(mapping["events"]["time"])
     seconds = events[mapping["events"]["time"]].to_numpy()
     bounds = seconds[-1] + 1 - length * np.arange(count + 1, -1, -1)
-    starts = np.searchsorted(seconds, [0, *bounds[1:]])  # the first one has all that came before
+    starts = np.searchsorted(seconds, [0, *bounds[1:]])  # the first period has all earlier events
     for kind in ("items", "users"):
         if kind in mapping:
             mapping[kind]["path"] = str((mapping_file.parent / mapping[kind]["path"]).resolve())
@@ -135,13 +137,13 @@ def table_periods(folder: Path, mapping_file: Path, length: int, count: int) -> 
             yaml.safe_dump({**mapping, "events": {**mapping["events"], "path": f"{name}.csv"}})
         )
         own = seconds[start:end]
-        # Of what came first, the validation part is of its last period only, as in the others.
+        # The validation part of the first period is chosen from its last `length` seconds only, as in the others.
         found.append(Period(folder / f"{name}.yaml", own[own >= bounds[0]] if number == 0 else own))
     return found
 
 
 class Fortnight:
-    """The nights of one seed in its folder; `results` has what was measured, by (period, arm)."""
+    """The nights of one seed in its folder; results: (period, arm) -> measured values."""
 
     def __init__(self, folder: Path, world: str, seed: int, periods: list[Period], device: torch.device) -> None:
         self.folder, self.world, self.seed, self.periods, self.device = folder, world, seed, periods, device
@@ -152,8 +154,8 @@ class Fortnight:
         (folder / "common.yaml").write_text(yaml.safe_dump(COMMON | WORLDS[world]))
 
     def run(self) -> None:
-        """All nights; what is done already is left out."""
-        # The first model is trained on all of the first period but its last part; the period itself is scored by it.
+        """Run all nights; complete trainings and scores are skipped."""
+        # The first model is trained on the first period without its validation part.
         first = self.periods[0]
         split = Split("date", train_until=first.cut, valid_until=int(first.seconds[-1]))
         prepare(table(first.mapping), self.data, split=split)
@@ -162,7 +164,7 @@ class Fortnight:
             before = self.periods[number - 1]
             split = Split("date", train_until=before.cut, valid_until=period.start)
             append_events(table(period.mapping), self.data, split=split)
-            if number == 1:  # nothing came since the first model
+            if number == 1:  # no events since the first model was trained
                 continue
             chain = self.path(0, "scratch") if number == 2 else self.path(number - 1, "nightly")
             for arm, run in (("frozen", self.path(0, "scratch")), ("stale", chain)):
@@ -172,7 +174,7 @@ class Fortnight:
                 self.score(number, arm, self.path(number, arm))
 
     def increment(self, number: int, chain: Path) -> dict[str, Any]:
-        """Options of a night's increment: what came since the run of the night before was trained."""
+        """Options of a night's increment: training on the events since the previous night's training."""
         return {**INCREMENT, "start_from": str(chain), "data.train_since": self.periods[number - 2].cut}
 
     def path(self, number: int, arm: str) -> Path:
@@ -180,7 +182,7 @@ class Fortnight:
         return self.folder / f"{arm}-{number:02d}"
 
     def train(self, number: int, arm: str, options: Mapping[str, Any]) -> None:
-        """Train a model, unless it is done."""
+        """Train a model, unless that is done."""
         if (number, f"train {arm}") in self.results:
             return
         given = {"output": str(self.path(number, arm)), "seed": self.seed, "resume": True} | options
@@ -202,7 +204,7 @@ class Fortnight:
         return load_config(["--config", str(self.folder / "common.yaml"), *words])
 
     def score(self, number: int, arm: str, run: Path) -> None:
-        """Score a model on the period's exposures, unless it is done."""
+        """Score a model on the period's exposures, unless that is done."""
         if (number, arm) in self.results:
             return
         loaded = load_run(run, "best", self.device, run_config(run, self.data))
@@ -217,7 +219,7 @@ class Fortnight:
         self.record(number, arm, **{name: round(float(value), 5) for name, value in found.items()}, cold_auc=cold_auc)
 
     def record(self, number: int, arm: str, **facts: Any) -> None:
-        """Keep and print a result."""
+        """Store and print a result."""
         row = {"period": number, "arm": arm, **facts}
         self.results[number, arm] = row
         with self.log.open("a") as file:
@@ -226,7 +228,8 @@ class Fortnight:
 
 
 def summary(results: Mapping[tuple[int, str], Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the periods: AUC of each arm, and the nightly arm's difference to scratch and share of its cost."""
+    """Means over the periods: AUC of each arm, differences of nightly from scratch and stale, and the cost of nightly
+    as a share of that of scratch."""
     periods = sorted({number for number, arm in results if arm == "scratch"})
     auc = {arm: [results[number, arm]["auc"] for number in periods] for arm in ARMS}
     cost = {
@@ -254,14 +257,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mapping", type=Path, help="mapping of a table source with times in seconds, instead of the shop"
     )
-    parser.add_argument("--period", type=int, default=7 * shop.DAY, help="seconds of a period of it (default: a week)")
+    period_help = "length of a period of the table source in seconds (default: a week)"
+    parser.add_argument("--period", type=int, default=7 * shop.DAY, help=period_help)
     parser.add_argument("--periods", type=int, default=PERIODS, help=f"periods to score (default: {PERIODS})")
     parser.add_argument("--tiny", action="store_true", help="a tiny shop, for tests")
     return parser.parse_args()
 
 
 def periods_of(options: argparse.Namespace, folder: Path, seed: int) -> Iterator[Period]:
-    """The periods of a seed, whose files are written."""
+    """Write the files of a seed's periods; yield the periods."""
     if options.mapping is not None:
         yield from table_periods(folder / "files", options.mapping, options.period, options.periods + 1)
         return

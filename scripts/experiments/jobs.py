@@ -1,4 +1,5 @@
-"""hllm's jobs as the scripts run them that train many models: each a process of one thread, its output in a log."""
+"""Runs jobs of hllm for the scripts that train many models: each job is a process, with one thread unless
+OMP_NUM_THREADS is set, and its output goes to a log file."""
 
 import os
 import subprocess
@@ -11,14 +12,14 @@ from hllm_torchrec.common.machine import LARGE_BUFFERS_KEPT
 ROOT = Path(__file__).resolve().parents[2]
 
 DEFAULTS = {"OMP_NUM_THREADS": "1", **LARGE_BUFFERS_KEPT}
-"""Of the environment, where it says nothing else."""
+"""Environment variables of a job; those that are already set are not overridden."""
 
 
 def run_job(job: str, arguments: Sequence[str], log: Path, done: Path | None = None) -> None:
-    """Run a job, unless what it makes in the end, `done`, is there.
+    """Run a job, unless the file or folder `done`, which the job writes last, exists. Output is appended to `log`.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the job failed.
     """
     if done is not None and done.exists():
         return

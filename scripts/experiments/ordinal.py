@@ -1,15 +1,15 @@
-"""Ratings as an ordinal label beside the binary one, against the binary label alone, on MovieLens-100k.
+"""Ratings as an additional ordinal label, against the binary label alone, on MovieLens-100k.
 
     python scripts/experiments/ordinal.py --output runs/ordinal [--seeds 0 1 2] [--arms binary ordinal] [--path FOLDER]
 
-No choice is left to make. Arms, each of `configs/ml100k/no_text.yaml` with the same seeds:
+All settings are fixed. Each arm is `configs/ml100k/no_text.yaml` with the same seeds and these labels:
 
-    binary     the label rating >= 4 alone
-    value      the same, with the rating's squared error (objective.value_weight), as the configuration has it
+    binary     only the label rating >= 4
+    value      the same, and the squared error of the rating (objective.value_weight 0.5), as in the configuration
     ordinal    two tasks on a shared bottom: the label, and a softmax over the five stars with weight 0.5
 
-OUTPUT/ordinal.json: AUC of the test part by seed, MAE of the expected stars, and paired differences from the first arm
-by seed, and of the mean score of all seeds with its interval over users. What is done is kept.
+OUTPUT/ordinal.json has the test AUC by seed, the MAE of the expected stars, the paired differences from the first arm
+by seed, and those of the mean score over all seeds with their intervals over users. Complete runs are reused.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ARMS: dict[str, list[str]] = {
 
 
 def run_arm(output: Path, arm: str, seed: int, dataset: Path, options: Sequence[str]) -> Path:
-    """Train and score an arm, unless it is done; returns its run."""
+    """Train and score an arm, unless it is complete; returns its run directory."""
     run = output / f"{arm}-{seed}"
     named = ["--output", str(run), "--data.dataset", str(dataset), "--seed", str(seed), "--resume", "true"]
     config = ["--config", str(ROOT / "configs" / "ml100k" / "no_text.yaml")]
@@ -45,7 +45,7 @@ def run_arm(output: Path, arm: str, seed: int, dataset: Path, options: Sequence[
 
 
 def mean_of_seeds(predictions: Sequence[Path], target: Path) -> Path:
-    """Predictions with the mean score of the seeds of an arm."""
+    """Write predictions with the mean score over the seeds of an arm; returns their folder."""
     order = [("user_id", "ascending"), ("position", "ascending")]
     tables = [pq.read_table(path).sort_by(order) for path in predictions]
     columns = {name: tables[0][name].to_numpy() for name in ("user_id", "position", "item_id", "label", "timestamp")}
@@ -58,8 +58,8 @@ def results(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
     """Metrics and differences of the arms."""
     runs = {arm: [output / f"{arm}-{seed}" / "predictions" / "test" for seed in seeds] for arm in arms}
     found: dict[str, Any] = {"seeds": {}}
-    for place, seed in enumerate(seeds):
-        one = compare({arm: own[place] for arm, own in runs.items()}, draws=0)
+    for index, seed in enumerate(seeds):
+        one = compare({arm: paths[index] for arm, paths in runs.items()}, draws=0)
         found["seeds"][seed] = {arm: model["auc"] for arm, model in one["models"].items()} | {
             f"{arm} - {arms[0]}": pair["difference"] for arm, pair in one["paired"].items()
         }
@@ -76,7 +76,7 @@ def results(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the arms that are not done, and write the comparison; further options are those of `hllm train`."""
+    """Run the arms that are not complete, and write the comparison; other options are passed to `hllm train`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

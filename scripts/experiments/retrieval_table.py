@@ -1,13 +1,12 @@
-"""The retrieval table of docs/results.md: every configuration x seed is trained and evaluated once; done work is kept.
+"""The retrieval table of docs/results.md: trains and evaluates every configuration with every seed once.
 
     python scripts/experiments/retrieval_table.py --output runs/retrieval [--only sasrec hstu] [--seeds 0 1 2]
 
-Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain come from
-`hllm retrieval`; --others names models that were trained elsewhere into OUTPUT/NAME-SEED (see
-`scripts/experiments/compare_rectools.py`). Each run is a directory of its own, so the script can be stopped and
-started again;
---done trains nothing and tabulates the runs that are complete. A second table has
-the paired differences of NDCG@10 from each of the --references. Options after `--` go to every training
+Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain are computed
+by `hllm retrieval`; --others names models that another program has trained into OUTPUT/NAME-SEED (see
+`scripts/experiments/compare_rectools.py`). Each run has a separate directory, so the script can be stopped and started
+again; with --done it trains nothing and tabulates the runs that are complete. A second table has the paired differences
+of NDCG@10 from each of the --references. Options after `--` are passed to every training
 (`-- --data.dataset elsewhere`).
 """
 
@@ -40,7 +39,7 @@ METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@2
 
 
 def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
-    """Ranks of the test targets of one model and seed."""
+    """Train and evaluate one model with one seed, if not done; return the folder of the test targets' ranks."""
     run = output / f"{name}-{seed}"
     log, done = run / "output.log", run / "metrics.json"
     train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
@@ -50,14 +49,14 @@ def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
 
 
 def run_baselines(output: Path, dataset: str) -> dict[str, list[Path]]:
-    """Ranks of the test targets of the baselines."""
+    """Run the baselines, if not done; return the folders of the test targets' ranks."""
     if not all((output / name / "metrics.json").is_file() for name in BASELINES):
         run_job("retrieval", ["--dataset", dataset, "--output", str(output)], output / "baselines.log")
     return {name: [output / name / "retrieval" / "test"] for name in BASELINES}
 
 
 def finished(output: Path, names: list[str], seeds: list[int]) -> dict[str, list[Path]]:
-    """Ranks of the runs that were evaluated, by model; models without any are left out."""
+    """Model -> folders of the ranks of its complete runs; models without complete runs are left out."""
     paths = {name: [output / f"{name}-{seed}" for seed in seeds] for name in names}
     found = {
         name: [run / "retrieval" / "test" for run in runs if (run / "metrics.json").is_file()]
@@ -67,7 +66,7 @@ def finished(output: Path, names: list[str], seeds: list[int]) -> dict[str, list
 
 
 def as_json(figures: Mapping[str, MetricEstimate]) -> dict[str, dict[str, float | None]]:
-    """Metric -> what its figure is made of."""
+    """Metric -> the fields of its estimate."""
     return {metric: dataclasses.asdict(figure) for metric, figure in figures.items()}
 
 

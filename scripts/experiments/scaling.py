@@ -1,18 +1,18 @@
-"""How the loss falls with the size of the user encoder, of the Item LLM and of the data: a grid, a power law, a plot.
+"""Loss by size of the user encoder, of the Item LLM and of the training data: two grids, a power law, a plot.
 
     python scripts/experiments/scaling.py --output runs/scaling [--seeds 0] [--jobs 2] [--only user item] [--done]
 
-Two grids on a leave-one-out dataset (data/ml-100k-loo), every point a run of its own directory, so that the script can
-be stopped and started again:
+Two grids on a leave-one-out dataset (data/ml-100k-loo). Every point is a run in a separate directory, so that the
+script can be stopped and started again:
 
     user   a Llama over item IDs, four widths x four shares of the users to train on (`data.train_users`)
-    item   the first 1, 2, 4 and 8 layers of a pretrained Item LLM x two widths of the user encoder, text alone
+    item   the first 1, 2, 4 and 8 layers of a pretrained Item LLM x two widths of the user encoder, without item IDs
 
-L is the cross-entropy (nats) of the next item over the whole catalogue on the validation part, of all users, at the
-checkpoint that validation NDCG@10 chose and the temperature that suits these targets best. N counts the user encoder's
-parameters without tables, D the events trained on. To the first grid L = E + A / N^a + B / D^b is fitted (least
-squares; errors by leaving out one point at a time). Writes scaling.json and scaling.svg; each point has its
-matrix-product operations and its seconds.
+L is the cross-entropy (nats) of the next item over the complete catalogue, on the validation targets of all users, for
+the checkpoint with the best validation NDCG@10 and the temperature with the lowest loss on these targets. N is the
+number of the user encoder's parameters without tables, D the number of training events. L = E + A / N^a + B / D^b is
+fitted to the first grid (least squares; errors by leaving out one point at a time). Writes scaling.json and
+scaling.svg; each point has the FLOPs of its matrix products and its seconds.
 """
 
 import argparse
@@ -48,16 +48,17 @@ WIDTHS_OF_TEXT = (32, 128)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 LAYERS = (1, 2, 4, 8)
 SCALES = [2 ** (power / 4) for power in range(29)]
-"""Of the cosines: 1 to 128."""
+"""Logit scales (1 / temperature) that are tried: 1 to 128."""
 EVALUATIONS = 8
-"""In each run; patience is the configuration's."""
+"""Number of evaluations in each run."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One training: a configuration of configs/retrieval and what is changed of it.
+    """One training: a configuration of configs/retrieval and the options that override it.
 
-    layers: of the Item LLM, 0 without one; width: of the user encoder; share: of the users who are trained on.
+    layers: number of layers of the Item LLM, 0 without one; width: of the user encoder; share: share of the users who
+    are trained on.
     """
 
     config: str
@@ -68,19 +69,19 @@ class Variant:
 
     @property
     def grid(self) -> str:
-        """user or item."""
+        """Name of the grid, user or item."""
         return "item" if self.layers else "user"
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the run's directory, without the seed."""
         size = f"{self.layers}x{self.width}" if self.layers else f"{self.width}"
         return f"{self.grid}-{size}-{self.share:g}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a variant came to. flops: of matrix products, forward and backward; seconds: of training steps."""
+    """Result of a variant. flops: of all matrix products, forward and backward; seconds: sum over training steps."""
 
     layers: int
     width: int
@@ -97,7 +98,8 @@ class Point:
 
 
 def variants(epochs: float) -> list[Variant]:
-    """Both grids. A smaller share of the users has as many more epochs: no point has fewer steps than another."""
+    """Both grids. With a smaller share of the users the number of epochs is larger, so that all points of the user grid
+    have about the same number of steps."""
     found = []
     for width, share in product(WIDTHS, SHARES):
         more = epochs / share
@@ -119,7 +121,7 @@ def of_width(width: int) -> list[str]:
 
 
 def train(variant: Variant, seed: int, output: Path, more: list[str]) -> Path:
-    """The run directory of a variant, trained to its end."""
+    """Train a variant, if not done; return its run directory."""
     run = output / f"{variant.name}-{seed}"
     arguments = ["--config", str(CONFIGS / f"{variant.config}.yaml"), "--seed", str(seed), "--output", str(run)]
     run_job("train", [*arguments, "--resume", "true", *variant.options, *more], run / "output.log", run / "trained")
@@ -128,10 +130,10 @@ def train(variant: Variant, seed: int, output: Path, more: list[str]) -> Path:
 
 
 def measure(variant: Variant, seed: int, run: Path, device: torch.device) -> Point:
-    """The point of a trained run; kept beside it."""
-    kept = run / "point.json"
-    if kept.is_file():
-        return Point(**json.loads(kept.read_text()))
+    """Measure a trained run; the result is written to its directory and read from there the next time."""
+    file = run / "point.json"
+    if file.is_file():
+        return Point(**json.loads(file.read_text()))
     loaded, log = load_run(run, "best", device), read_log(run)
     hllm = loaded.experiment.hllm
     steps = [line for line in log if line["event"] == "step"]
@@ -147,21 +149,22 @@ def measure(variant: Variant, seed: int, run: Path, device: torch.device) -> Poi
         flops=sum(line["mfu"] * line["seconds"] * peak for line in steps),
         seconds=sum(line["seconds"] for line in steps),
     )
-    kept.write_text(json.dumps(asdict(point)))
+    file.write_text(json.dumps(asdict(point)))
     return point
 
 
 def events_of(loaded: LoadedRun) -> int:
-    """Events of the users that are trained on."""
+    """Number of training events of the users who are trained on."""
     pieces = loaded.experiment.loader("train", 1, training=True).pieces
     return int((pieces.end - pieces.first_target).sum())
 
 
 @torch.no_grad()
 def cross_entropy(loaded: LoadedRun) -> float:
-    """Mean of -log softmax(scale x cosine) [target] over the whole catalogue, of the validation part's targets.
+    """Mean of -log softmax(scale x cosine)[target] over the complete catalogue, for the validation targets.
 
-    The scale is the best of SCALES for these targets: how sure a model is of itself depends on how long it was trained.
+    The scale is the one of SCALES with the lowest loss on these targets, because the best scale depends on how long the
+    model was trained.
     """
     experiment, total, rows = loaded.experiment, torch.zeros(len(SCALES), dtype=torch.float64), 0
     experiment.model.eval()
@@ -182,7 +185,7 @@ def cross_entropy(loaded: LoadedRun) -> float:
 
 
 def fit(points: Sequence[Point]) -> dict[str, Any]:
-    """E, A, a, B, b of L = E + A / N^a + B / D^b with jackknife errors, and the share of variance explained."""
+    """Fit E, A, a, B, b of L = E + A / N^a + B / D^b; return them, jackknife errors, and the explained variance."""
     n, d, loss = (np.array([getattr(point, name) for point in points], float) for name in FITTED)
     best = _fit(n, d, loss)
     every = np.arange(len(points))
@@ -203,13 +206,13 @@ FITTED = ("parameters", "events", "loss")
 
 
 def law(constants: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """E + A / N^a + B / D^b, with A and B in units of the losses at N = 10^4 and D = 10^4."""
+    """E + A / N^a + B / D^b with N and D in units of 10^4, so that A and B are the terms at N = 10^4 and D = 10^4."""
     floor, by_size, a, by_data, b = constants
     return floor + by_size * (n / 1e4) ** -a + by_data * (d / 1e4) ** -b
 
 
 def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """The constants [5], none below 0: the best of several starts."""
+    """Least-squares estimate of the constants [5], all >= 0: the best result of several starting points."""
     starts = [[loss.min() * share, 0.5, a, 0.5, b] for share in (0.2, 0.9) for a in (0.1, 0.5) for b in (0.1, 0.5)]
     upper = [loss.min(), np.inf, 3.0, np.inf, 3.0]
     found = [least_squares(lambda x: law(x, n, d) - loss, start, bounds=(0, upper)) for start in starts]
@@ -218,7 +221,7 @@ def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def plot(points: Sequence[Point], fitted: dict[str, Any] | None, file: Path) -> None:
-    """Loss by encoder size (a line for each share of the data), by data (for each width), by Item LLM layers."""
+    """Plot the loss by encoder size (a line per share of the data), by data (a line per width), by Item LLM layers."""
     users = [point for point in points if not point.layers]
     items = [point for point in points if point.layers]
     with rc_context(STYLE):
@@ -240,7 +243,7 @@ def plot(points: Sequence[Point], fitted: dict[str, Any] | None, file: Path) -> 
 
 
 def _lines(axes: Axes, points: list[Point], x: str, kind: str, fitted: dict[str, Any] | None) -> None:
-    """The points by `x`, a colour for each `kind`, with the law as lines."""
+    """Plot the points by `x`, with a color for each value of `kind`, and the fitted law as lines."""
     for colour, value in zip(PALETTE, sorted({getattr(point, kind) for point in points}), strict=False):
         own = sorted((p for p in points if getattr(p, kind) == value), key=lambda p: getattr(p, x))
         axes.plot([getattr(p, x) for p in own], [p.loss for p in own], "o", color=colour, label=f"{value:g}", ms=4)
@@ -268,7 +271,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "scaling")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=float, default=16.0, help="over all users")
+    parser.add_argument("--epochs", type=float, default=16.0, help="epochs if all users are trained on (default: 16)")
     parser.add_argument("--only", nargs="+", choices=("user", "item"), default=["user", "item"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     parser.add_argument("--done", action="store_true", help="train nothing, use what is complete")

@@ -1,19 +1,20 @@
-"""A shop that lives: days of impressions with new items and users every day, as one CSV of each table and day.
+"""Synthetic shop: days of impressions with new items and users every day, as one CSV per table and day.
 
     python scripts/experiments/shop.py --output data/shop-files [--days 14] [--seed 0] [--active 430] [--signals]
 
-Every day some users see a page: up to `slots` items in one second, of which some are clicked, of these some liked, and
-all clicked ones watched. A click depends on the item's genres (which its title tells), on what the user likes, on the
-item's own quality and on the position on the page; likes and watch seconds depend on the quality and the match. Half of
-the pages show an item of the day. `mapping` is what `hllm prepare --source table` reads.
+Every day some users see a page: up to `slots` items in one second. Some items are clicked; all clicked items are
+watched, and some of them are liked. A click depends on the item's genres (its title has words of them), on the genres
+that the user likes, on the item's quality and on its position on the page. Likes and watch seconds depend on the
+quality and on the match of genres. Half of the pages show a new item of the day. `mapping` returns the mapping for
+`hllm prepare --source table`.
 
 Columns of events: user, item, second, click (0 or 1), action (click or skip), like (0 or 1), watch_seconds (0 without a
 click), position (from 1).
 
-With signals (`--signals`, `scripts/experiments/tasks.py`) a page has a device and an hour, on which clicks depend; a
-click needs that the position was examined, with the known probability position^-EXAMINED; pages are sorted by a noisy
-quality, so that positions and items depend on each other; and likes and watch time follow tastes of their own. Further
-columns: device, hour, and relevance, the probability of a click at a position that is examined for certain.
+With signals (`--signals`, `scripts/experiments/tasks.py`) a page has a device and an hour, on which clicks depend. An
+item can only be clicked if its position was examined, which has the known probability position^-EXAMINED. Pages are
+sorted by a noisy quality, so that positions and items are correlated. Likes and watch time depend on separate tastes.
+Further columns: device, hour, and relevance, the probability of a click if the position is examined.
 """
 
 import argparse
@@ -46,7 +47,7 @@ DEVICES = ("phone", "desk")
 EXAMINED = 0.7
 """Exponent of the probability that a position is examined, position^-EXAMINED."""
 MATCH, OFFSET, POSITION = 1.6, -1.3, 0.1
-"""Logits of a click: of a liked genre, of an item without one, and per position on the page (subtracted)."""
+"""Terms of the logit of a click: for a liked genre, the constant, and for each position on the page (subtracted)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Shop:
     first_users: int = 1350
     daily_users: int = 50
     active: int = 430
-    """Users of a page each day, besides the day's new ones."""
+    """Number of random users who see a page each day, in addition to the day's new users."""
     slots: int = 6
     seed: int = 0
     signals: bool = False
@@ -68,7 +69,7 @@ class Shop:
 
 @dataclass(frozen=True)
 class ShopDay:
-    """What a day adds: its events (sorted by second), its new items and its new users."""
+    """Tables of one day: its events (sorted by second), its new items and its new users."""
 
     number: int
     events: pa.Table
@@ -82,7 +83,7 @@ class ShopDay:
 
 
 def days(shop: Shop) -> Iterator[ShopDay]:
-    """The days of a shop, from 1 on: a function of its sizes and seed."""
+    """Yield the days of a shop, numbered from 1; they depend only on its sizes and seed."""
     rng = np.random.default_rng(shop.seed)
     has_genre, likes = np.empty((0, len(NAMES)), bool), np.empty((0, len(NAMES)), bool)
     quality = np.empty(0)
@@ -228,7 +229,7 @@ SIGNALS: dict[str, Any] = {
 
 
 def mapping(events: str, items: str, users: str, signals: bool = False) -> dict[str, Any]:
-    """Mapping of the columns for `hllm prepare --source table`, of files relative to it."""
+    """Mapping of the columns for `hllm prepare --source table`; file names are relative to the mapping."""
     return {
         "name": "shop",
         "events": {

@@ -1,11 +1,12 @@
-"""Two reports on stage II: AUC against the length of histories, and what frozen item embeddings keep of full training.
+"""Two comparisons for stage II: AUC by length of histories, and frozen item embeddings against full training.
 
     python scripts/experiments/stage_two.py --stage-one runs/stages/seed-0 --output runs/stage-two [--epochs 3]
 
-Every variant starts from the same stage I (`--stage-one` has 1/ and item-embeddings/ as
-scripts/experiments/three_stages.sh leaves them) and sees as many exposures a step and as many epochs. `full` trains
-the Item LLM on (a tenth of a step's items have gradients), `stored` has its embeddings from the store, `adapter` a
-trained bottleneck on top of them. Each run is a directory of its own, so the script can be stopped and started again.
+Every variant starts from the same stage I (`--stage-one` has 1/ and item-embeddings/, as written by
+scripts/experiments/three_stages.sh), with about the same number of exposures per step and the same number of epochs.
+`full` continues to train the Item LLM (a tenth of a step's items have gradients), `stored` reads its embeddings from
+the store, and `adapter` adds a trained bottleneck to them. Each run has a separate directory, so the script can be
+stopped and started again.
 """
 
 import argparse
@@ -28,19 +29,19 @@ VARIANTS = {
     "adapter": ["--item_llm.adapter=64"],
     "full": ["--item_llm.store=null", "--item_llm.trained_share=0.1"],
 }
-"""Name -> what is changed of configs/stages/2.yaml. batch_users keeps the exposures of a step alike."""
+"""Name -> options that override configs/stages/2.yaml; batch_users makes the numbers of exposures per step similar."""
 REFERENCE = "stored"
 
 
 def options_of(name: str, epochs: float) -> list[str]:
-    """Options of a variant, trained for so many epochs."""
+    """Options of a variant that is trained for `epochs` epochs."""
     source = "trained" if name == "full" else "stored"
     stages = json.dumps([{"name": name, "epochs": epochs, "item_embeddings": source}])
     return [*VARIANTS[name], f"--stages={stages}"]
 
 
 def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
-    """The run directory of a variant, with predictions of the test part."""
+    """Train and evaluate a variant, if not done; return its run directory, with predictions of the test part."""
     run = output / name
     log, done = run / "output.log", run / "metrics.json"
     train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]

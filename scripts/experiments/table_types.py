@@ -1,4 +1,4 @@
-"""What quantised tables cost a trained run: bytes, score differences and AUC on its validation part, as JSON.
+"""Effect of quantized tables on a trained run: bytes, score differences and AUC of the validation part, as JSON.
 
 python scripts/experiments/table_types.py --run runs/quickstart --out benchmarks/DATE-table_types.json
 """

@@ -1,11 +1,11 @@
-"""Table of the text models of transformers: how the Item LLM reads each, and whether it can be a User LLM.
+"""Table of the text models of transformers: how the Item LLM reads each of them, and which can be a User LLM.
 
-    python scripts/experiments/text_models.py --write docs/support.md      # replaces the table between its two marks
-    python scripts/experiments/text_models.py --only llama bert            # prints the rows of these
-    python scripts/experiments/text_models.py --rows rows.jsonl            # goes on where it was stopped
+    python scripts/experiments/text_models.py --write docs/support.md      # replaces the table between two comments
+    python scripts/experiments/text_models.py --only llama bert            # prints the rows of these types
+    python scripts/experiments/text_models.py --rows rows.jsonl            # continues after an interruption
 
-For every model type of AutoModel a small model is built from its default config (with the fields of `FIELDS`), and
-checked as a model is checked before training. Types with several parts (images, sound, two stacks) are left out.
+For every model type of AutoModel, the script builds a small model from the default config (with the fields of `FIELDS`)
+and does the checks that precede training. Types with several parts (images, sound, two stacks) are left out.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FIELDS: dict[str, Any] = {
     "cls_token_id": 4,
     "sep_token_id": 5,
 }
-"""Fields that are set where a config has them."""
+"""Values of fields, set in the configs that have the field."""
 SECONDS = 120
 BEGIN, END = "<!-- text models: scripts/experiments/text_models.py -->", "<!-- end of text models -->"
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def small(kind: str) -> Any:
-    """A small config of a model type. Raises ValueError for one with several parts, and for one that reads no text."""
+    """Small config of a model type. Raises ValueError if the type has several parts or does not read text."""
     default = AutoConfig.for_model(kind)
     if getattr(default, "is_encoder_decoder", False):
         raise ValueError("has two stacks")
@@ -63,7 +63,7 @@ def small(kind: str) -> Any:
         raise ValueError("has no vocabulary")
     chosen = {names.get(name, name): value for name, value in FIELDS.items() if names.get(name, name) in facts}
     layers = facts.get(names.get("num_hidden_layers", "num_hidden_layers"))
-    for name, value in facts.items():  # lists with an entry for each layer: one of each kind
+    for name, value in facts.items():  # a list with an entry for each layer: use the first two different entries
         if isinstance(value, list) and layers and len(value) == layers:
             kinds = list(dict.fromkeys(map(str, value)))[:2]
             first = [value[[str(each) for each in value].index(text)] for text in kinds]
@@ -72,12 +72,12 @@ def small(kind: str) -> Any:
         chosen["num_key_value_heads"] = 4
     try:
         return AutoConfig.for_model(kind, **chosen)
-    except Exception:  # sizes that do not fit this type: its own are reduced by the check
+    except Exception:  # FIELDS do not fit this type: use its default sizes, which the check reduces
         return default
 
 
 def rows(kinds: list[str]) -> Iterator[Row | tuple[str, str]]:
-    """Yield the row of each type, or (type, why it is not read)."""
+    """Yield the row of each type, or (type, reason why it cannot be read)."""
     for kind in kinds:
         signal.alarm(SECONDS)
         try:
@@ -86,7 +86,7 @@ def rows(kinds: list[str]) -> Iterator[Row | tuple[str, str]]:
             yield Row(kind, reading.arrangement, reading.causal, _user_problem(config))
         except TimeoutError:
             yield kind, f"no answer in {SECONDS} s"
-        except Exception as error:  # a type whose default config is none of a text model
+        except Exception as error:  # the default config of this type is not that of a text model
             yield kind, str(error).splitlines()[0] if str(error) else type(error).__name__
         finally:
             signal.alarm(0)
@@ -101,7 +101,7 @@ def _user_problem(config: Any) -> str | None:
 
 
 def table(found: list[Row | tuple[str, str]]) -> str:
-    """The table in Markdown, and the types that are not read."""
+    """The tables of Item LLMs and of User LLMs in Markdown."""
     read = [row for row in found if isinstance(row, Row)]
     lines = [
         f"transformers {transformers.__version__}; {len(read)} model types.",
@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these model types")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines of the rows: each type once, then kept")
+    rows_help = "file of JSON lines with the rows; types that are in it are not checked again"
+    parser.add_argument("--rows", type=Path, metavar="FILE", help=rows_help)
     parser.add_argument("--write", type=Path, metavar="FILE", help="page whose table is replaced")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")

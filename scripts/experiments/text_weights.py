@@ -1,11 +1,12 @@
-"""Weights of `objective.text_similarity` and `transitions`, by validation NDCG@10 of trained runs; nothing is trained.
+"""Validation NDCG@10 of trained runs by the weights of `objective.text_similarity` and `transitions`, without training.
 
     python scripts/experiments/text_weights.py --runs runs/benchmark/steam/text_id/seed-0 runs/...
 
-For every run a table over decay and weight: 0 is the learned similarity alone, inf the texts alone, that is the nearest
-texts of the history without any training. Then, for a run with transitions, their weights beside those of the texts,
-with and without the learned similarity. Then the texts alone by the treatment of their embeddings: as the encoder gives
-them, centered, standardised, and whitened with several shrinkages.
+For every run the script prints a table by decay and weight of the texts: with weight 0 items are ranked by the learned
+similarity alone, with weight inf by the similarity to the texts of the history alone, which needs no training. For a
+run with transitions it also prints a table by the weights of texts and transitions, with and without the learned
+similarity. Finally it prints the result of texts alone by the treatment of their embeddings: unchanged, centered,
+standardized, and whitened with several shrinkages.
 """
 
 import argparse
@@ -36,7 +37,7 @@ TEXTS, TRANSITIONS = (0.0, 0.3, 0.6, 1.0), (0.0, 0.2, 0.4, 0.7, 1.2)
 
 @dataclass(frozen=True)
 class Targets:
-    """Validation targets [n] of a batch, its history, and what each target's user has seen (jagged)."""
+    """Validation targets [n] of a batch, its histories, and the items that each target's user has seen (jagged)."""
 
     learned: Tensor
     item_ids: Tensor
@@ -72,7 +73,7 @@ def texts_of(parts: list[Targets], unit_items: Tensor, decay: float) -> list[Ten
 
 
 def ndcg(parts: list[Targets], scores: Callable[[int], Tensor]) -> float:
-    """NDCG@10 of the scores [n, N] of each part; seen items and item 0 are no candidates."""
+    """NDCG@10 of the scores [n, N] of each part; seen items and item 0 are not candidates."""
     ranks = []
     for number, part in enumerate(parts):
         score = scores(number)
@@ -88,7 +89,7 @@ def ndcg(parts: list[Targets], scores: Callable[[int], Tensor]) -> float:
 def print_transitions(
     parts: list[Targets], learned: Tensor, unit_items: Tensor, transitions: TransitionSimilarity
 ) -> None:
-    """Print NDCG@10 by the weights of texts (rows) and transitions (columns), with the learned similarity and without.
+    """Print NDCG@10 by the weights of texts (rows) and transitions (columns), with and without the learned similarity.
 
     learned: [N, D] and unit_items: [N, E] of all items.
     """

@@ -1,11 +1,12 @@
-"""The table of three_stages.sh: AUC and NE of every row of stage III, and differences to the DLRM alone.
+"""The table of three_stages.sh: AUC and NE of every row of stage III, and differences from the DLRM alone.
 
     python scripts/experiments/three_stages.py --output runs/stages --seeds 0 1 2 [--splits test] [--covered]
 
-Figures are means over seeds, ± their standard deviation. Intervals (95%) resample users, the same draws for every row
-and seed; of a difference they are those of the mean over seeds of paired differences. DeLong's test is paired on the
-same exposures, seed by seed; the largest of the seeds' p is shown. `--fallback` adds rows in which the DLRM alone
-scores the exposures without a daily user vector; `--covered` adds tables of those that have one, and of the others.
+Values are means over seeds, ± the standard deviation. Intervals (95%) resample users, with the same draws for every row
+and seed; the interval of a difference is that of the mean over seeds of paired differences. DeLong's test is paired on
+the same exposures for each seed; the table shows the largest p of the seeds. `--fallback` adds rows in which the DLRM
+alone scores the exposures without a daily user vector; `--covered` adds tables of the exposures with a daily user
+vector, and of those without.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Scored = dict[tuple[str, int], Predictions]
 
 
 def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Row -> its figures, and its differences to the first row. scored: (row, seed) -> predictions, paired."""
+    """Row -> its metrics, and its differences from the first row. scored: (row, seed) -> predictions, paired."""
     first = scored[rows[0], seeds[0]]
     labels, users = first.label, first.user_id
     for predictions in scored.values():
@@ -62,12 +63,12 @@ def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 10
 
 
 def auc(predictions: Predictions) -> float:
-    """Exact, with ties."""
+    """Exact AUC; a tie counts half."""
     return roc_auc(predictions.label, predictions.score)
 
 
 def entropy_draws(predictions: Predictions, draws: int, seed: int) -> np.ndarray:
-    """Normalised entropy [1 + draws]: of all rows, then of resampled users (the draws of `user_bootstrap`)."""
+    """Normalized entropy [1 + draws]: of all rows, then of resampled users (the same draws as `user_bootstrap`)."""
     assert predictions.probability is not None
     is_positive = predictions.label == 1
     p = np.clip(predictions.probability, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
@@ -111,10 +112,10 @@ def bounds(interval: tuple[float, float], sign: str = "") -> str:
 
 
 def read_rows(output: Path, seeds: list[int], split: str) -> tuple[Scored, list[str]]:
-    """All predictions below `output`/seed-<seed>/3, and the rows, the DLRM alone first.
+    """All predictions below `output`/seed-<seed>/3, and the names of the rows, of which the DLRM alone is the first.
 
     Raises:
-        ValueError: there are none, or the seeds have different rows.
+        ValueError: there are no predictions, or the seeds have different rows.
     """
     folders = [output / f"seed-{seed}" / "3" for seed in seeds]
     names = [sorted(path.parents[1].name for path in folder.glob(f"*/predictions/{split}")) for folder in folders]
@@ -132,7 +133,7 @@ def read_rows(output: Path, seeds: list[int], split: str) -> tuple[Scored, list[
 
 
 def fall_back(output: Path, scored: Scored, rows: list[str], seeds: list[int]) -> list[str]:
-    """Adds `<row>_else_alone` for the rows of daily vectors to `scored`; returns their names."""
+    """Add a row `<row>_else_alone` to `scored` for each row with daily vectors; returns the names of the new rows."""
     added = []
     for row in (name for name in rows if name.endswith("_daily")):
         added.append(f"{row}_else_{ALONE}")
@@ -149,7 +150,7 @@ def fall_back(output: Path, scored: Scored, rows: list[str], seeds: list[int]) -
 
 
 def has_daily_vector(output: Path, seed: int, scored: Predictions) -> np.ndarray:
-    """Whether each exposure [n] has a user vector of the night before."""
+    """Mask [n] of the exposures that have a user vector of the night before."""
     store = EmbeddingStore.open(output / f"seed-{seed}" / "users" / "daily")
     return store.snapshot().content_hashes(exposure_keys(scored.user_id, scored.position))[1]
 
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.fallback:
             rows += fall_back(options.output, scored, rows, options.seeds)
         parts = {split: scored}
-        if options.covered:  # whether there is a vector depends on the history alone, not on the seed
+        if options.covered:  # the mask depends on the histories only, so it is the same for all seeds
             known = has_daily_vector(options.output, options.seeds[0], scored[rows[0], options.seeds[0]])
             parts |= {f"{split} covered": restrict(scored, known), f"{split} uncovered": restrict(scored, ~known)}
         for name, part in parts.items():

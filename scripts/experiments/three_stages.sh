@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The three stages on MovieLens-100k through TorchX, and what the vectors give a DLRM that is there already.
+# Runs the three stages on MovieLens-100k through TorchX, and measures the gain of the vectors in an existing DLRM.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash scripts/experiments/three_stages.sh [OPTIONS]
 
-Per seed: stage I (end to end), item store, stage II (stored items), user vectors of every exposure (near-line and
+For each seed: stage I (end to end), item store, stage II (stored items), user vectors of every exposure (near-line and
 daily), then the same tuned DLRM alone, with item vectors, with user vectors, and with both. Prints AUC and NE with
-intervals, and DeLong's test. What is there already is reused; an interrupted run continues.
+intervals, and DeLong's test. Existing results are reused; an interrupted run continues.
 
   --output DIR     folder of the runs (default: runs/stages)
-  --dataset DIR    default: data/ml-100k, prepared if it is not there
+  --dataset DIR    default: data/ml-100k, prepared if it does not exist
   --seeds "0 1 2"  default: 0 1 2
   --nproc N        processes of each job (default: 2)
   --help           this text
@@ -46,7 +46,7 @@ PATH=$(dirname "$(command -v "$python")"):$PATH
 export PATH PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-train() { # ARGUMENTS, --config first (what follows overrides it): a training through TorchX
+train() { # ARGUMENTS, --config first (later arguments override it): a training job through TorchX
     torchx run dist.ddp -j "1x$processes" train.py "$@" --data.dataset "$dataset" \
         --data.batch_users $((8 / processes)) --resume true
 }

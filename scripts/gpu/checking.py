@@ -1,4 +1,4 @@
-"""What the checks of gpu_check.py share: their registry, comparing, timing, and the process that each runs in."""
+"""Common functions of the checks of gpu_check.py: registry, comparison, timing, and the processes that run them."""
 
 import importlib
 import multiprocessing
@@ -18,37 +18,38 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # a machine that was only lent may have the libraries, and this checkout uninstalled
+if str(ROOT) not in sys.path:  # a machine may have the dependencies, while this checkout is not installed
     sys.path.insert(0, str(ROOT))
 MODULES = ("gpu_check_kernels", "gpu_check_training", "gpu_check_speed")
 """Modules beside this one whose checks `load_checks` registers, in this order."""
 
 
 class Skipped(Exception):
-    """A check that has no business on this machine; says why."""
+    """Raised by a check that cannot run on this machine; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """device: what is checked. tiny: shapes for a CPU and for tests."""
+    """device: device to check. tiny: use tiny shapes, for a CPU and for tests."""
 
     device: torch.device
     tiny: bool
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the device is a GPU."""
+        """True if the device is a GPU."""
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check. seconds: at most; run: returns what was found, raises `Skipped`, or any other error where it fails."""
+    """A check. seconds: time limit; run: function that returns the results, raises `Skipped`, or raises another error
+    if the check fails."""
 
     name: str
     run: Callable[[Where], dict[str, Any]]
@@ -56,7 +57,7 @@ class Check:
 
     @property
     def about(self) -> str:
-        """Its docstring's first line."""
+        """First line of the docstring of `run`."""
         return (self.run.__doc__ or "").split("\n")[0]
 
 
@@ -64,7 +65,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(seconds: float) -> Callable[[Callable[[Where], dict[str, Any]]], Callable[[Where], dict[str, Any]]]:
-    """Register a function as a check of its name."""
+    """Decorator that registers a function as a check under its name, with a time limit."""
 
     def register(run: Callable[[Where], dict[str, Any]]) -> Callable[[Where], dict[str, Any]]:
         CHECKS[run.__name__] = Check(run.__name__, run, seconds)
@@ -81,10 +82,10 @@ def load_checks(modules: Sequence[str] = MODULES) -> dict[str, Check]:
 
 
 def close(ours: Sequence[Tensor], theirs: Sequence[Tensor], rtol: float, atol: float) -> float:
-    """Compare on the CPU in float32; the largest difference.
+    """Compare tensors on the CPU in float32; return the largest difference.
 
     Raises:
-        AssertionError: they differ by more, or have other shapes.
+        AssertionError: tensors differ by more than `rtol` and `atol` allow, or their shapes differ.
     """
     pairs = [(a.detach().float().cpu(), b.detach().float().cpu()) for a, b in zip(ours, theirs, strict=True)]
     for a, b in pairs:
@@ -93,10 +94,10 @@ def close(ours: Sequence[Tensor], theirs: Sequence[Tensor], rtol: float, atol: f
 
 
 def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], share: float) -> float:
-    """Compare tensors of low precision by the largest number in each; the largest difference as a share of it.
+    """Compare tensors of low precision; return the largest difference, divided by the tensor's largest absolute value.
 
     Raises:
-        AssertionError: a difference above `share`, or a number that is not finite.
+        AssertionError: this quotient is above `share`, or a value is not finite.
     """
     worst = 0.0
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -107,7 +108,7 @@ def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], share: float) -> floa
 
 
 def seconds_of(where: Where, run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds of a call, after two to warm up; one call where shapes are tiny."""
+    """Median seconds of a call, after two warm-up calls; a single timed call if shapes are tiny."""
     if where.tiny:
         repeats = 1
     times = []
@@ -122,7 +123,7 @@ def seconds_of(where: Where, run: Callable[[], Any], repeats: int = 10) -> float
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """What the device is; run in a process of its own, as it begins to use it."""
+    """Description of the device. Called in a separate process, because it initializes the device."""
     if device != "cuda":
         return {"device": "cpu"}
     found = torch.cuda.get_device_properties(0)
@@ -138,9 +139,9 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str, answer: Connection) -> None:
-    """In the child: run one check, describe the device or name the checks; send (state, what was found or why).
+    """Child process: run a check, describe the device or list the checks; send (state, results or reason).
 
-    said: file that takes what it prints.
+    said: file for the process's stdout and stderr.
     """
     with open(said, "wb") as file:
         for stream in (1, 2):
@@ -162,10 +163,10 @@ def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str
 
 
 class Processes:
-    """Starts a process for every check: a kernel that crashes or hangs takes nothing along but its own check.
+    """Starts a process for every check, so that a kernel that crashes or hangs affects only its check.
 
-    They are forked from a server that has imported the heavy libraries but has not touched the GPU; where that cannot
-    use the GPU after all, each imports for itself.
+    The processes are forked from a server that has imported the large libraries but has not initialized the GPU. If the
+    forked processes cannot use the GPU, `probe` switches to spawned ones, which import the libraries themselves.
     """
 
     def __init__(self, device: str, tiny: bool, modules: Sequence[str] = MODULES) -> None:
@@ -177,7 +178,7 @@ class Processes:
         self.context.set_forkserver_preload(["checking", *modules])
 
     def checks(self) -> dict[str, tuple[float, str]]:
-        """Seconds and first line of every check, by name; the parent itself imports none of the heavy libraries.
+        """Name -> time limit and first line of every check; read in a child, so that this process does not import them.
 
         Raises:
             RuntimeError: a module of checks cannot be imported.
@@ -188,7 +189,7 @@ class Processes:
         return {name: (seconds, about) for name, seconds, about in found}
 
     def probe(self) -> dict[str, Any]:
-        """The device's description; settles how processes are started.
+        """Describe the device, and choose the start method of the processes.
 
         Raises:
             RuntimeError: the device cannot be used.
@@ -202,7 +203,7 @@ class Processes:
         return {**found, "processes": self.context.get_start_method()}
 
     def run(self, name: str, seconds: float) -> tuple[str, Any]:
-        """(state, what was found, or why it failed or was skipped) of one check."""
+        """Run one check; return its state, and its results or the reason why it failed or was skipped."""
         with tempfile.NamedTemporaryFile() as said:
             state, found = self._answer(name, seconds, said.name)
             tail = said.read()[-2000:].decode(errors="replace")
@@ -218,11 +219,11 @@ class Processes:
             if not ours.poll(seconds):
                 return "failed", f"took more than {seconds:.0f} s"
             answer: tuple[str, Any] = ours.recv()
-            process.join(10)  # let it close what it opened
+            process.join(10)  # time to close its resources
             return answer
         except EOFError:
             process.join()
-            return "failed", f"the process ended with exit code {process.exitcode}, without a word"
+            return "failed", f"the process ended with exit code {process.exitcode}, without an answer"
         finally:
             process.kill()
             process.join()

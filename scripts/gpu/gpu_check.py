@@ -1,11 +1,11 @@
-"""Everything that runs on CUDA, checked and timed in one call of at most nine minutes; JSON with what was found.
+"""Checks and times all code that runs on CUDA, in at most nine minutes; writes the results as JSON.
 
     python scripts/gpu/gpu_check.py [--out FILE] [--only NAME ...]     on a machine with a GPU
-    python scripts/gpu/gpu_check.py --cpu                              what a CPU can run of it, with tiny shapes
+    python scripts/gpu/gpu_check.py --cpu                              the checks that a CPU can run, with tiny shapes
 
-Each check runs in a process of its own, has so many seconds, and is ok, failed (with the error) or skipped (with the
-reason); the others go on. Results go to benchmarks/<date>-gpu_check.json unless --out names another file. Exit status:
-0, 1 where a check failed, 2 where there is no GPU (or the arguments are wrong).
+Each check runs in a separate process with a time limit, and its result is ok, failed (with the error) or skipped (with
+the reason); a failed check does not stop the others. Results are written to benchmarks/<date>-gpu_check.json unless
+--out names another file. Exit status: 0; 1 if a check failed; 2 if there is no GPU (or the arguments are wrong).
 """
 
 import argparse
@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start using it
+# torch.cuda.is_available() must not initialize CUDA in this process, from which the checks are forked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if "--cpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
@@ -26,17 +27,19 @@ import torch  # noqa: E402
 from checking import MODULES, ROOT, Processes  # noqa: E402
 
 LIMIT = 540.0
-"""Seconds for all checks together."""
+"""Time limit in seconds for all checks together."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU what can run there, with tiny shapes")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
-    parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for all checks together (default: {LIMIT:.0f})")
-    parser.add_argument("--list", action="store_true", help="name the checks")
+    parser.add_argument("--cpu", action="store_true", help="run the checks that a CPU can run, with tiny shapes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the JSON")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these checks")
+    parser.add_argument(
+        "--seconds", type=float, default=LIMIT, help=f"time limit for all checks together (default: {LIMIT:.0f})"
+    )
+    parser.add_argument("--list", action="store_true", help="list the checks")
     return parser
 
 
@@ -69,9 +72,9 @@ def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int
 
 
 def run_all(processes: Processes, chosen: dict[str, float], deadline: float) -> dict[str, dict[str, Any]]:
-    """Each check's state, seconds, and what it found or why it did not; one line on stderr for each.
+    """Run the checks; return name -> state, seconds, and its results or the reason. Prints a line for each on stderr.
 
-    chosen: name -> seconds at most.
+    chosen: name -> time limit in seconds; deadline: of all checks, by `time.monotonic`.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, most in chosen.items():
@@ -89,7 +92,7 @@ def run_all(processes: Processes, chosen: dict[str, float], deadline: float) -> 
 
 
 def report(device: dict[str, Any], results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The JSON."""
+    """Content of the JSON file."""
     from hllm_torchrec.common.machine import machine_info
 
     machine = machine_info()

@@ -29,7 +29,7 @@ LR, EPS, BETAS = 0.1, 1e-6, (0.9, 0.999)
 
 
 def _step(kind: EmbOptimType, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-    """Rows after a step of an optimizer, from its definition. state: by name, changed in place."""
+    """Rows after a step of an optimizer, computed from its definition. state: name -> tensor, changed in place."""
     if kind == EmbOptimType.EXACT_SGD:
         return weight - LR * gradient
     row_wise = kind in (EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.PARTIAL_ROWWISE_ADAM)
@@ -61,7 +61,7 @@ def _fused(where: Where, kind: EmbOptimType, rows: int, width: int) -> SplitTabl
 
 
 def _table_differences(where: Where, kind: EmbOptimType) -> float:
-    """Two steps of FBGEMM's fused table and of its definition on the CPU; the largest difference of any number."""
+    """Do two steps with FBGEMM's fused table and with plain torch on the CPU; return the largest difference."""
     rows, width, bags = 200, 16 if where.tiny else 64, 50
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
@@ -88,7 +88,7 @@ def _table_differences(where: Where, kind: EmbOptimType) -> float:
 
 @check(60)
 def table_kernels(where: Where) -> dict[str, Any]:
-    """FBGEMM's fused lookup and optimizers against their definitions, two steps; seconds of a large step."""
+    """FBGEMM's fused lookup and optimizers against their definitions, for two steps; seconds of a large step."""
     kinds = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
     found: dict[str, Any] = {kind.value: _table_differences(where, kind) for kind in kinds}
     rows, width, bags = (1000, 16, 64) if where.tiny else (2_000_000, 128, 65_536)
@@ -101,7 +101,7 @@ def table_kernels(where: Where) -> dict[str, Any]:
 
 @check(40)
 def adam_tables(where: Where) -> dict[str, Any]:
-    """The optimizers of tables that run on CUDA alone, `adam` and `partial_rowwise_adam`, against their definitions."""
+    """The table optimizers that exist only on CUDA, `adam` and `partial_rowwise_adam`, against their definitions."""
     if not where.on_cuda:
         raise Skipped("FBGEMM has them on CUDA only")
     return {
@@ -111,20 +111,23 @@ def adam_tables(where: Where) -> dict[str, Any]:
 
 @check(40)
 def int8_tables(where: Where) -> dict[str, Any]:
-    """TorchRec's quantised tables on the device against the same on the CPU; seconds of a lookup."""
+    """TorchRec's quantized tables on the device against those on the CPU; seconds of a lookup."""
     rows, width, bags = (100, 16, 8) if where.tiny else (1_000_000, 128, 65_536)
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(0, rows, (bags,))
     features = KeyedJaggedTensor(keys=["t"], values=ids, lengths=torch.ones(bags, dtype=torch.int64))
     expected = quantize_collection({"t": weight}, {"t": torch.qint8})(features)["t"]
-    table, asked = quantize_collection({"t": weight.to(where.device)}, {"t": torch.qint8}), features.to(where.device)
-    difference = close([table(asked)["t"]], [expected], 1e-3, 1e-3)
+    table, on_device = (
+        quantize_collection({"t": weight.to(where.device)}, {"t": torch.qint8}),
+        features.to(where.device),
+    )
+    difference = close([table(on_device)["t"]], [expected], 1e-3, 1e-3)
     error = float((expected - weight[ids]).abs().max())
     assert error < float(weight.max() - weight.min()) / 255, f"int8 rows are off by {error}"
     return {
         "difference": difference,
         "rounding": error,
-        "lookup_seconds": seconds_of(where, lambda: table(asked)),
+        "lookup_seconds": seconds_of(where, lambda: table(on_device)),
         "rows": rows,
         "bags": bags,
     }
@@ -140,7 +143,8 @@ def _text_layout(where: Where, texts: int) -> TextLayout:
 
 
 def _runnable(where: Where, found: dict[str, Any]) -> Iterator[str]:
-    """Backends of the Item LLM's attention that run here in bfloat16; why the others do not goes into `found`."""
+    """Yield the backends of the Item LLM's attention that run here in bfloat16; write the reason for each other backend
+    into `found`."""
     for name, backend in TEXT_BACKENDS.items():
         problem = backend.unavailable_reason(where.device, torch.bfloat16)
         if problem is None:
@@ -152,15 +156,15 @@ def _runnable(where: Where, found: dict[str, Any]) -> Iterator[str]:
 @check(120)
 def text_attention(where: Where) -> dict[str, Any]:
     """Every backend of the Item LLM's attention in bfloat16 against padded buckets in float32; rows per second."""
-    heads, shared, width = (4, 2, 16) if where.tiny else (9, 3, 64)
+    heads, kv_heads, width = (4, 2, 16) if where.tiny else (9, 3, 64)
     layout, found = _text_layout(where, 5 if where.tiny else 300), dict[str, Any]()
     rows = layout.prefix + sum(layout.lengths)
     generator = torch.Generator().manual_seed(1)
-    whole = [torch.randn(rows, h, width, generator=generator).to(where.device) for h in (heads, shared, shared)]
+    qkv = [torch.randn(rows, h, width, generator=generator).to(where.device) for h in (heads, kv_heads, kv_heads)]
     weights = torch.randn(rows, heads, width, generator=generator).to(where.device)
 
     def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (x.to(dtype).requires_grad_() for x in whole)
+        q, k, v = (x.to(dtype).requires_grad_() for x in qkv)
         out = plan_text(layout, TEXT_BACKENDS[backend], where.device).attend(q, k, v, width**-0.5, 0.0)
         return [out, *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
 
@@ -174,7 +178,7 @@ def text_attention(where: Where) -> dict[str, Any]:
 
 MASKS = {
     "causal, bias": AttentionRules(None, 0, 100, 0.7, 128),
-    "own length": AttentionRules(None, 0, None, 0.7, None),
+    "causal, divided by number of keys": AttentionRules(None, 0, None, 0.7, None),
     "window": AttentionRules(7, 0, None, 0.7, 9),
     "prefix": AttentionRules(None, 3, None, 0.7, 9),
     "prefix and window": AttentionRules(4, 18, None, 0.7, None),
@@ -182,7 +186,7 @@ MASKS = {
 
 
 def _hstu_rows(where: Where) -> PackedRows:
-    """Three histories, one empty, with queries."""
+    """Three (tiny) or four histories, one of them empty, with four queries."""
     lengths = [5, 0, 17] if where.tiny else [300, 0, 77, 513]
     generator = torch.Generator().manual_seed(1)
     times = torch.randint(0, 10**6, (sum(lengths),), generator=generator).sort().values + 10**12
@@ -196,7 +200,7 @@ def _hstu_rows(where: Where) -> PackedRows:
 
 
 def _pointwise(where: Where, rules: AttentionRules, backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """HSTU's sums and the gradients of q, k, v and the bias tables."""
+    """Outputs of HSTU's attention, and the gradients of q, k, v and the bias tables."""
     torch.manual_seed(0)
     rows, (heads, width) = _hstu_rows(where), (1, 5) if where.tiny else (2, 64)
     bias = None
@@ -232,7 +236,7 @@ def hstu_kernels(where: Where) -> dict[str, Any]:
 
 @check(60)
 def infonce(where: Where) -> dict[str, Any]:
-    """The chunked InfoNCE against plain logits, values and gradients; seconds and peak memory at a large size."""
+    """The chunked InfoNCE against plain logits: values and gradients."""
     rows, negatives, width = (7, 9, 8) if where.tiny else (512, 2048, 128)
     torch.manual_seed(0)
     parts = [torch.randn(n, width) for n in (rows, rows, negatives)]
@@ -253,7 +257,7 @@ def infonce(where: Where) -> dict[str, Any]:
 
 
 def make_item_llm(where: Where) -> tuple[ItemLLM, Tensor, Tensor]:
-    """An Item LLM with random weights, and the packed tokens of some items."""
+    """Item LLM with random weights, and packed tokens and offsets of random texts."""
     wide = (32, 48, 2, 2, 1, 50, 6) if where.tiny else (576, 1536, 6, 9, 3, 49_152, 512)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     shape = {"model_type": "llama", **dict(zip((*names, "vocab_size"), wide[:6], strict=True))}
@@ -266,7 +270,7 @@ def make_item_llm(where: Where) -> tuple[ItemLLM, Tensor, Tensor]:
 
 @check(90)
 def item_llm_packed(where: Where) -> dict[str, Any]:
-    """Items packed into one row against each item alone, in bfloat16, with every attention that runs here."""
+    """Items packed into one sequence against each item alone, in bfloat16, with every attention that runs here."""
     model, tokens, offsets = make_item_llm(where)
     few = min(24, offsets.numel() - 1)
     tokens, offsets = tokens[: int(offsets[few])], offsets[: few + 1]

@@ -1,4 +1,4 @@
-"""What a GPU is fast at: times of kernels and of the Item LLM, and what compiling brings; see gpu_check.py."""
+"""Timings on a GPU: kernels, the Item LLM, and the effect of torch.compile; see gpu_check.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from hllm_torchrec.modules.losses.objectives import info_nce
 
 @check(60)
 def infonce_speed(where: Where) -> dict[str, Any]:
-    """Seconds and peak memory of the InfoNCE at the paper's 28,672 negatives, 2,048 wide, forward and backward."""
+    """Seconds and peak memory of InfoNCE, forward and backward, with the paper's 28,672 negatives, at width 2,048."""
     if not where.on_cuda:
         raise Skipped("scripts/bench/bench_loss.py times it on a CPU")
     rows, negatives, width = 2560, 28_672, 2048
@@ -36,7 +36,7 @@ def infonce_speed(where: Where) -> dict[str, Any]:
 
 @check(120)
 def item_llm_speed(where: Where) -> dict[str, Any]:
-    """Tokens per second of the Item LLM, 576 wide x 6 layers, forward and backward; share of the measured peak."""
+    """Tokens per second of the Item LLM (width 576, 6 layers), forward and backward; share of the measured peak."""
     if not where.on_cuda:
         raise Skipped("scripts/bench/bench_item_llm.py times it on a CPU")
     model, tokens, offsets = make_item_llm(where)
@@ -76,9 +76,10 @@ def _speed(
 
 @check(150)
 def hstu_speed(where: Where) -> dict[str, Any]:
-    """Seconds of HSTU's backends (triton, eager, compiled), 512 wide, bfloat16, 32 users by a power law and alike."""
+    """Seconds of HSTU's backends (triton, eager, compiled) at width 512 in bfloat16: 32 users with lengths by a power
+    law, and 16 users of equal length."""
     if not where.on_cuda:
-        raise Skipped("times of the interpreter say nothing")
+        raise Skipped("times in Triton's interpreter are meaningless")
     from bench_hstu import on_cuda
 
     return {
@@ -89,7 +90,7 @@ def hstu_speed(where: Where) -> dict[str, Any]:
 
 @check(120)
 def compiled_step(where: Where) -> dict[str, Any]:
-    """`parallel.compile` changes losses by rounding alone."""
+    """`parallel.compile` changes losses only by rounding."""
     if not where.on_cuda:
         raise Skipped("scripts/bench/bench_item_llm.py compares it on a CPU")
     init_distributed()

@@ -1,6 +1,6 @@
-"""Checks of whole training steps on the GPU against the CPU and against one another; see gpu_check.py.
+"""Checks of complete training steps on the GPU, against the CPU and against each other; see gpu_check.py.
 
-They run on the generated shop of the tests: 40 items, a tiny tokeniser, two Llamas of one and two layers.
+They use the generated shop of the tests: 40 items, a tiny tokenizer, two Llamas of one and two layers.
 """
 
 import importlib.util
@@ -29,11 +29,12 @@ from tests.helpers.training_fixtures import config, lines
 
 STEPS = 6
 CLOSE = {"rtol": 5e-3, "atol": 1e-3}
-"""float32 losses after some steps of AdamW, which makes much of gradients near zero; the first agree to 1e-4."""
+"""Tolerance of float32 losses after some steps of AdamW, which amplifies differences of gradients near zero; the first
+losses agree to 1e-4."""
 
 
 def losses_of(device: torch.device, **settings: Any) -> tuple[torch.Tensor, float]:
-    """Losses [STEPS] of a short run, and the median seconds of a step (the first two left out)."""
+    """Losses [STEPS] of a short run, and the median seconds of a step, without the first two steps."""
     with tempfile.TemporaryDirectory() as folder:
         chosen = {"max_steps": STEPS, "objective__generative_weight": 0.5, "stages": [{"name": "only", "epochs": 3}]}
         chosen |= {"optim__lr": 1e-3, "optim__item_llm_lr": 1e-3}
@@ -45,7 +46,7 @@ def losses_of(device: torch.device, **settings: Any) -> tuple[torch.Tensor, floa
 
 
 def _same_as_cpu(where: Where, **settings: Any) -> dict[str, Any]:
-    """The same run on the CPU and on the device."""
+    """Compare the losses of the same run on the CPU and on the device."""
     init_distributed()
     expected, _ = losses_of(torch.device("cpu"), **settings)
     found, seconds = losses_of(where.device, **settings)
@@ -56,13 +57,13 @@ def _same_as_cpu(where: Where, **settings: Any) -> dict[str, Any]:
 
 @check(90)
 def step_as_on_cpu(where: Where) -> dict[str, Any]:
-    """Training steps of the whole model in float32: losses on the device equal those on the CPU."""
+    """Training steps of the complete model in float32: losses on the device equal those on the CPU."""
     return _same_as_cpu(where)
 
 
 @check(60)
 def hstu_step_as_on_cpu(where: Where) -> dict[str, Any]:
-    """The same with HSTU as user encoder, by the backend that `auto` takes (triton on CUDA, else eager)."""
+    """As step_as_on_cpu, with HSTU as user encoder and the backend that `auto` selects (triton on CUDA, else eager)."""
     if not where.on_cuda:
         raise Skipped("in Triton's interpreter a training step takes minutes")
     shape = {"width": 32, "layers": 2, "heads": 2, "divide_by": 32, "backend": "auto"}
@@ -71,7 +72,7 @@ def hstu_step_as_on_cpu(where: Where) -> dict[str, Any]:
 
 @check(60)
 def lora_step_as_on_cpu(where: Where) -> dict[str, Any]:
-    """The same with adapters (LoRA) on both LLMs."""
+    """As step_as_on_cpu, with adapters (LoRA) on both LLMs."""
     if importlib.util.find_spec("peft") is None:
         raise Skipped("peft is not installed")
     return _same_as_cpu(where, item_llm__lora={"rank": 4}, user__lora={"rank": 4})
@@ -79,7 +80,7 @@ def lora_step_as_on_cpu(where: Where) -> dict[str, Any]:
 
 @check(60)
 def bf16_step(where: Where) -> dict[str, Any]:
-    """Training steps under bfloat16 autocast stay near those in float32."""
+    """Losses of training steps under bfloat16 autocast are close to those in float32."""
     init_distributed()
     exact, _ = losses_of(where.device)
     found, seconds = losses_of(where.device, parallel__precision="bf16")
@@ -89,7 +90,7 @@ def bf16_step(where: Where) -> dict[str, Any]:
 
 @check(60)
 def fsdp_as_ddp(where: Where) -> dict[str, Any]:
-    """FSDP2 around the dense parts, with DMP's tables, gives DDP's losses; one rank (NCCL on CUDA)."""
+    """FSDP2 for the dense parts, with DMP's tables, gives the same losses as DDP; one rank (NCCL on CUDA)."""
     init_distributed()
     expected, ddp = losses_of(where.device)
     found, fsdp = losses_of(where.device, parallel__dense="fsdp")
@@ -100,7 +101,7 @@ def fsdp_as_ddp(where: Where) -> dict[str, Any]:
 
 @check(60)
 def tables_ahead(where: Where) -> dict[str, Any]:
-    """`parallel.overlap_tables` changes no loss."""
+    """`parallel.overlap_tables` does not change the losses."""
     init_distributed()
     expected, without = losses_of(where.device)
     found, ahead = losses_of(where.device, parallel__overlap_tables=True)
@@ -112,7 +113,7 @@ def tables_ahead(where: Where) -> dict[str, Any]:
 
 @check(60)
 def sharding_on_cuda(where: Where) -> dict[str, Any]:
-    """What tables do on CUDA alone: row-wise sharding, and the in-backward optimizers adam and partial_rowwise_adam."""
+    """Options of tables that exist only on CUDA: row-wise sharding, the optimizers adam and partial_rowwise_adam."""
     if not where.on_cuda:
         raise Skipped("TorchRec's CPU tables have neither")
     init_distributed()
@@ -167,7 +168,7 @@ def _dlrm(where: Where) -> DistributedModelParallel:
 
 @check(60)
 def sparse_dist_pipeline(where: Where) -> dict[str, Any]:
-    """TorchRec's TrainPipelineSparseDist over a DLRM, as the plug-in's example trains, against steps one by one."""
+    """TorchRec's TrainPipelineSparseDist with a DLRM, as in the plug-in's example, against steps without a pipeline."""
     init_distributed()
     batches, models = _clicks(where, 5), [_dlrm(where), _dlrm(where)]
     models[1].load_state_dict(models[0].state_dict())

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Break the code in thirty-two places, one at a time, and see that the tests notice.
+"""Mutation test: breaks the code in thirty-two places, one at a time, and checks that a test fails.
 
-    python scripts/reliability/breaks.py                     # all of them, about a quarter of an hour
-    python scripts/reliability/breaks.py attention gate      # those whose names hold one of the words
-    python scripts/reliability/breaks.py --fast              # by what scripts/test.sh --fast runs alone
+    python scripts/reliability/breaks.py                     # all breaks, about a quarter of an hour
+    python scripts/reliability/breaks.py attention gate      # the breaks whose names contain one of the words
+    python scripts/reliability/breaks.py --fast              # only with the tests that scripts/test.sh --fast runs
 
 Each break is made in a copy of the tree, and the tests that cover the file are run there until one fails. The tests
-that failed are then run in the copy without a break: a test that always fails notices nothing. Exit status: 0, all
-were caught; 1, one was not, or its text does not stand in the code exactly once.
+that failed are then run in the copy without a break, because a test that always fails detects nothing. Exit status: 0
+if all breaks were caught; 1 if one was not, or if its text does not occur in the code exactly once.
 """
 
 import argparse
@@ -25,12 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("hllm_torchrec", "modules", "launch")
 NOT_COPIED = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__", "runs", "data-*")
 SECONDS = 900
-"""A run of tests that takes longer hangs: a break of collectives may do that, and is then caught by the hang."""
+"""Time limit of a run of tests. A break of a collective may make the tests hang; it is then counted as caught."""
 
 
 @dataclass(frozen=True)
 class Break:
-    """`old`, which stands in the code exactly once, becomes `new`; `tests`: pytest's arguments, -k included."""
+    """A change of the code: `old`, which occurs in the code exactly once, is replaced by `new`.
+
+    tests: arguments of pytest that select the tests, such as paths and -k.
+    """
 
     name: str
     old: str
@@ -241,10 +244,10 @@ BREAKS = (
 
 
 def place_of(text: str, root: Path) -> Path:
-    """The file of the code in which `text` stands.
+    """The file of the code that contains `text`.
 
     Raises:
-        ValueError: it stands there twice, or not at all.
+        ValueError: the code contains `text` several times, or not at all.
     """
     files = [path for folder in CODE for path in sorted((root / folder).rglob("*.py"))]
     found = [(path, path.read_text(encoding="utf-8").count(text)) for path in files]
@@ -256,7 +259,7 @@ def place_of(text: str, root: Path) -> Path:
 
 
 def run_tests(arguments: list[str], root: Path, marks: str, stop: bool = True) -> tuple[int | None, str]:
-    """pytest's exit status (None: it hung) and what it printed."""
+    """Run pytest; return its exit status (None: it hung) and its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *["-x"] * stop, "-m", marks, *arguments]
     try:
@@ -267,7 +270,11 @@ def run_tests(arguments: list[str], root: Path, marks: str, stop: bool = True) -
 
 
 def try_break(broken: Break, root: Path, marks: str) -> tuple[bool, str]:
-    """Whether the tests notice a break in the copy at `root`, and the test that does, or what went wrong."""
+    """Make a break in the copy at `root` and run its tests.
+
+    Returns:
+        True and the name of the first test that fails, or False and the reason.
+    """
     path = place_of(broken.old, root)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(broken.old, broken.new), encoding="utf-8")
@@ -286,9 +293,9 @@ def try_break(broken: Break, root: Path, marks: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Try the breaks; the exit status."""
+    """Try the breaks; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("words", nargs="*", help="of the breaks' names; none: all breaks")
+    parser.add_argument("words", nargs="*", help="words that the names of the breaks contain (default: all breaks)")
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     options = parser.parse_args()
     marks = "not slow and not long" if options.fast else "not long"
@@ -310,7 +317,7 @@ def main() -> int:
             sys.stdout.flush()
         status, said = run_tests(sorted(set(caught_by)), root, marks, stop=False) if caught_by else (0, "")
     if status != 0:
-        print(f"the tests that noticed must pass without a break, and do not:\n{said[-2000:]}")
+        print(f"the tests that caught a break must pass without it, and do not:\n{said[-2000:]}")
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return int(missed > 0 or status != 0)
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Kill the writers of a dataset at random file accesses, and see that nothing is lost and nothing is there twice.
+"""Kills the writers of a dataset at random file accesses, and checks that nothing is lost or duplicated.
 
     python scripts/reliability/kills.py                               # 50 kills: some ten minutes
     python scripts/reliability/kills.py --kills 8 --only append forget
     python scripts/reliability/kills.py --seed 1
 
-Writers: an append, one that first makes a base of appends that have outgrown theirs, a compaction, `hllm forget
---erase` (of a user and an item, with a store and predictions), and a night. Each kill ends a process before a file
-access of a random number, without any clean-up. Then every version of the dataset must be whole, as before or as after;
-and the same call, repeated (half of the time killed once more), must end as one that nothing has disturbed: the same
-events in the same order in every version, the same counts, no leftover.
+The writers are an append, an append that first merges appends into a new base because these are large, a compaction,
+`hllm forget --erase` (of a user and an item, with a store and predictions), and a night. Each kill ends the process
+before a random file access, without any cleanup. Afterwards every version of the dataset must be complete, in its state
+before or after the call. Then the same call is repeated (half of the time it is killed once more), and its result must
+equal that of an undisturbed call: the same events in the same order in every version, the same counts, no leftover
+files.
 
-Prints a JSON line. Exit status: 0, all held; 1, one did not.
+Prints a JSON line. Exit status: 0 if all checks passed, else 1.
 """
 
 import argparse
@@ -52,13 +53,14 @@ from tests.helpers.source_files import ITEMS, PARTS, memory_source, random_event
 KILLED = 9
 USER, ITEM = "u3", "i4"
 SHARES = {"append": 10, "outgrown": 8, "compact": 10, "forget": 14, "nightly": 8}
-"""Kills of each writer, of 50."""
+"""Writer -> its number of kills if the total is 50."""
 NIGHT = "day-04"
 
 
 @dataclass(frozen=True)
 class Writer:
-    """begin: makes the folder in which `act` writes; dataset: the dataset in it; state: what it must be in the end."""
+    """A writer to kill. begin: makes the folder in which `act` writes; dataset: folder -> its dataset; state: folder ->
+    the state that is compared with that of an undisturbed call."""
 
     begin: Callable[[Path], None]
     act: Callable[[Path], None]
@@ -70,7 +72,7 @@ class Writer:
 
 
 def begin_shop(folder: Path) -> None:
-    """A dataset of a base and two appends, a store of users, and predictions of its exposures."""
+    """Make a dataset with a base and two appends, a store of users, and predictions of its exposures."""
     events = list({(e[0], e[1], e[3]): e for e in random_events(240)}.values())
     root = prepare(memory_source(folder / "0", events[:120], ITEMS), folder / "data")
     for number, some in enumerate((events[120:160], events[160:200]), 1):
@@ -93,20 +95,20 @@ def append(folder: Path) -> None:
 
 
 def outgrown(folder: Path) -> None:
-    """Append the day to a dataset whose appends have outgrown their base."""
+    """Append the day to a dataset whose appends are so large that they become a new base first."""
     with patch.multiple(folding, LEAST_EVENTS=50, OUTGROWN=0.5):
         append(folder)
 
 
 def forget(folder: Path) -> None:
-    """Erase a user and an item everywhere."""
+    """Erase a user and an item from the dataset, the store and the predictions."""
     made = folder / "made"
     report = forget_everywhere(folder / "data", Names([USER], [ITEM]), [made], [made / "predictions"], erase=True)
     assert not report.remaining, report.remaining
 
 
 def shop_state(folder: Path) -> Any:
-    """Every version of the dataset, the store and the predictions."""
+    """Content of every version of the dataset, of the store and of the predictions."""
     snapshot = EmbeddingStore.open(folder / "made" / "users").snapshot()
     pairs = ((keys.to_pylist(), vectors.tolist()) for keys, vectors, _ in snapshot.rows())
     rows = sorted(row for keys, vectors in pairs for row in zip(keys, vectors))
@@ -114,7 +116,7 @@ def shop_state(folder: Path) -> Any:
 
 
 def begin_nights(folder: Path) -> None:
-    """A world after its first night."""
+    """Make the folder of nightly training, after its first night."""
     from tests.lifecycle import conftest as worlds
 
     worlds.begin(folder)
@@ -123,7 +125,7 @@ def begin_nights(folder: Path) -> None:
 
 
 def night(folder: Path) -> None:
-    """The next night."""
+    """Run the next night."""
     from tests.lifecycle import conftest as worlds
 
     worlds.World(folder).configure()
@@ -131,7 +133,7 @@ def night(folder: Path) -> None:
 
 
 def night_state(folder: Path) -> Any:
-    """What the night has done, and the dataset."""
+    """State of the night, and the versions of the dataset."""
     from tests.lifecycle.conftest import World
     from tests.lifecycle.test_nightly import comparable
 
@@ -139,7 +141,7 @@ def night_state(folder: Path) -> Any:
 
 
 def versions_of(root: Path) -> dict[int, Any]:
-    """Events in order and counts of each version."""
+    """Version -> its events in order, and its counts."""
     found = {}
     for version in kept_versions(root):
         dataset = Dataset.open(root, version)
@@ -171,7 +173,7 @@ def in_process(work: Callable[[], None]) -> None:
 
 
 def run_and_die(name: str, folder: str, access: int) -> None:
-    """Run a writer in this process, which dies before its file access of this number."""
+    """Run a writer in this process, which ends before its `access`-th file access."""
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         with acting_before(access, lambda: os._exit(KILLED), Path(folder)):
@@ -182,7 +184,7 @@ def run_and_die(name: str, folder: str, access: int) -> None:
 
 
 def killed(name: str, folder: Path, access: int) -> bool:
-    """True if the writer was killed; False if it was done before."""
+    """Run a writer in a child process; return True if it was killed, False if it ended before."""
     if name == "nightly":  # training does not survive a plain fork
         process = forks().Process(target=run_and_die, args=(name, str(folder), access))
         process.start()
@@ -198,14 +200,18 @@ def killed(name: str, folder: Path, access: int) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Files that only a killed process leaves."""
-    kept = (".lock", ".metadata")
-    hidden = [path for path in folder.rglob(".*") if path.name not in kept and not path.is_dir()]
+    """Files that should not exist after a completed call: temporary files of a killed process."""
+    permanent = (".lock", ".metadata")
+    hidden = [path for path in folder.rglob(".*") if path.name not in permanent and not path.is_dir()]
     return [str(path) for path in (*hidden, *folder.rglob("*.forgetting"), *folder.rglob("*.erasing"))]
 
 
 def try_kills(name: str, number: int, rng: np.random.Generator, work: Path) -> Counter[str]:
-    """Kill a writer `number` times; returns kills and what was seen after them. Raises AssertionError if it fails."""
+    """Kill a writer `number` times; return the counts of kills and of the versions' states after them.
+
+    Raises:
+        AssertionError: a check failed.
+    """
     writer, saved, done = WRITERS[name], work / "saved", work / "done"
     writer.begin(saved)
     shutil.copytree(saved, done, symlinks=True)
@@ -218,7 +224,7 @@ def try_kills(name: str, number: int, rng: np.random.Generator, work: Path) -> C
         shutil.copytree(saved, folder, symlinks=True)
         access = int(rng.integers(1, most + 1))
         if not killed(name, folder, access):
-            most = min(most, access)  # it has fewer accesses
+            most = min(most, access)  # the writer has fewer accesses than `access`
             continue
         found["kills"] += 1
         for version, state in versions_of(writer.dataset(folder)).items():
@@ -242,11 +248,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Kill the writers, and print what held."""
+    """Kill the writers, and print the counts."""
     args = build_parser().parse_args(argv)
     rng, found = np.random.default_rng(args.seed), {}
-    whole = sum(SHARES[name] for name in args.only)
-    shares = {name: max(1, args.kills * SHARES[name] // whole) for name in args.only}
+    share_sum = sum(SHARES[name] for name in args.only)
+    shares = {name: max(1, args.kills * SHARES[name] // share_sum) for name in args.only}
     shares[args.only[0]] += max(0, args.kills - sum(shares.values()))
     for name, number in shares.items():
         with tempfile.TemporaryDirectory(prefix="hllm-kills-") as work:

@@ -1,14 +1,15 @@
-"""Kill ranks of a training job with SIGKILL, again and again, and see whether anything was lost.
+"""Kills ranks of a training job with SIGKILL, many times, and checks that training has lost nothing.
 
     python scripts/reliability/soak.py [--launcher torchrun|torchx|fork] [--kills 50] [--steps 500] [--out FILE]
 
-A tiny model trains on a generated shop, saving after every step, on two gloo ranks (`--world`), which are all started
-again when one has died: by torchrun, by TorchX, or (cheap, as nothing is imported again) by this script. Kills
-hit a random rank: a fifth of them at a random moment after the ranks have started, while they are still building the
-model; half of the others at a random moment of the steps, half while a checkpoint is being written. At the end the
-losses in the run's log must be those of a run that was left alone, bit for bit, each step once. Prints JSON: kills
-injected, those that hit inside a write, recovered (restarts that went on), lost (steps whose loss differs or is
-missing), seconds from a kill to the next step. Exit status 1 if anything was lost. Needs a checkout and Linux.
+A tiny model trains on a generated shop, and saves a checkpoint after every step, on two gloo ranks (`--world`). When
+one rank has died, all ranks are started again: by torchrun, by TorchX, or by this script (fast, because nothing is
+imported again). Each kill hits a random rank: a fifth of the kills comes at a random time after the start of the ranks,
+while they build the model; half of the others come at a random time during the steps, half while a checkpoint is being
+written. At the end the run's log must have every step once, with bitwise the same losses as those of an undisturbed
+run. Prints JSON: numbers of kills, of kills during a write, and of restarts that completed a step (recovered), lost
+(steps whose loss differs or is missing), seconds from a kill to the next step. Exit status 1 if anything was lost.
+Needs a checkout and Linux.
 """
 
 import argparse
@@ -40,12 +41,12 @@ from tests.helpers.training_fixtures import arguments  # noqa: E402
 
 T = TypeVar("T")
 GIVE_UP_AFTER = 300.0
-"""Seconds without a step."""
+"""Seconds without progress after which the job is considered to hang."""
 
 
 @dataclass
 class Tally:
-    """What was done to a job and what became of it."""
+    """Counts of the kills of a job, and of its restarts."""
 
     injected: int = 0
     in_a_write: int = 0
@@ -55,7 +56,7 @@ class Tally:
 
 
 def command(launcher: str, world: int, restarts: int, options: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The launcher's command line, and the environment to run it in."""
+    """Command line of the launcher, and its environment."""
     programs = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env["OMP_NUM_THREADS"] = "1"
@@ -90,10 +91,12 @@ def ranks_of(output: Path) -> dict[int, int]:
 
 
 def wait_until(found: Callable[[], T | None], running: Callable[[], bool], what: str) -> T | None:
-    """What `found` gives, as soon as it gives something; None once the job does not run any longer.
+    """Wait until `found` returns a value other than None, and return it; return None if the job ends before.
+
+    what: name of the awaited value, for the error.
 
     Raises:
-        TimeoutError: neither in GIVE_UP_AFTER seconds: it hangs.
+        TimeoutError: neither happened within GIVE_UP_AFTER seconds: the job hangs.
     """
     deadline = time.monotonic() + GIVE_UP_AFTER
     while running():
@@ -107,7 +110,7 @@ def wait_until(found: Callable[[], T | None], running: Callable[[], bool], what:
 
 
 def events(output: Path, name: str) -> list[dict]:
-    """The log's lines of one kind."""
+    """Lines of the log with the event `name`."""
     return [line for line in read_log(output) if line["event"] == name] if (output / "log.jsonl").exists() else []
 
 
@@ -121,25 +124,26 @@ class LaunchedJob:
             self._process = subprocess.Popen(words, env=env, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """True while the job is running."""
         return self._process.poll() is None
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id, of those that there are at the moment."""
+        """Rank -> process id, of the ranks that are running."""
         return ranks_of(self.output)
 
     def wait(self) -> int:
-        """Wait for its end; its exit status."""
+        """Wait until the job ends; return its exit status."""
         return self._process.wait()
 
     def stop(self) -> None:
-        """End it, if it has not."""
+        """End the job, if it is running."""
         self._process.terminate()
         self._process.wait()
 
 
 class ForkedJob:
-    """The same without a launcher: ranks are forked from a process that has imported everything, restarts are cheap."""
+    """A training job without a launcher: ranks are forked from a process that has imported everything, so that restarts
+    are fast."""
 
     def __init__(self, world: int, restarts: int, output: Path, options: list[str]) -> None:
         self.world, self.output, self._restarts, self._options = world, output, restarts, options
@@ -167,7 +171,7 @@ class ForkedJob:
             while None in codes and not any(codes):
                 time.sleep(0.01)
                 codes = [process.exitcode for process in processes]
-            for process in processes:  # as torchrun does
+            for process in processes:  # end the other ranks, as torchrun does
                 process.terminate()
             for process in processes:
                 process.join(30)
@@ -180,20 +184,20 @@ class ForkedJob:
         self._status = max(map(abs, codes))
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """True while the job is running."""
         return self._status is None
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id, of those that there are at the moment."""
+        """Rank -> process id, of the ranks that are running."""
         return self._pids
 
     def wait(self) -> int:
-        """Wait for its end; its exit status."""
+        """Wait until the job ends; return its exit status."""
         self._supervisor.join()
         return self._status or 0
 
     def stop(self) -> None:
-        """End it, if it has not."""
+        """End the job, if it is running."""
         self._stopped = True
         for pid in self._pids.values():
             with suppress(ProcessLookupError):
@@ -222,7 +226,7 @@ class Victim:
         self.job, self._dead = job, set[int]()
 
     def new_ranks(self) -> dict[int, int]:
-        """Wait until all ranks run that came after the last kill; nothing if the job has ended."""
+        """Wait until all ranks of the restart after the last kill run; return them, or {} if the job has ended."""
         while self.job.running():
             found = self.job.ranks()
             if len(found) == self.job.world and not self._dead & set(found.values()):
@@ -231,7 +235,7 @@ class Victim:
         return {}
 
     def next_step(self, after: float) -> dict | None:
-        """Wait for the first step of a start later than `after`; None if the job has ended."""
+        """Wait for the first step of a start later than `after`; return its line, or None if the job has ended."""
 
         def first_step() -> dict | None:
             starts = [line["time"] for line in events(self.job.output, "start") if line["time"] > after]
@@ -241,7 +245,7 @@ class Victim:
         return wait_until(first_step, self.job.running, f"step in {self.job.output}")
 
     def writing(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return bool(list((self.job.output / "checkpoints").glob("*.tmp-*")))
 
     def wait_for_a_write(self) -> None:
@@ -250,15 +254,15 @@ class Victim:
             time.sleep(0.0005)
 
     def kill(self, rank: int, ranks: dict[int, int]) -> None:
-        """SIGKILL for one rank; all of this generation count as dead."""
+        """Send SIGKILL to one rank; all ranks of this start then count as dead."""
         os.kill(ranks[rank], signal.SIGKILL)
         self._dead |= set(ranks.values())
 
 
 def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> Tally:
-    """Kill ranks of a job until enough were killed or it has ended, then wait for its end.
+    """Kill ranks of a job until there were `kills` kills or the job has ended, then wait for its end.
 
-    seconds: kills come so long after the first step of a restart at most.
+    seconds: longest time from the first step of a restart to the kill.
     """
     tally, killed_at, job = Tally(), 0.0, victim.job
     while ranks := victim.new_ranks():
@@ -279,7 +283,7 @@ def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> T
         try:
             victim.kill(rng.randrange(job.world), ranks)
         except ProcessLookupError:
-            break  # it has just ended
+            break  # the rank has just ended
         killed_at = time.time()
         tally.injected, tally.in_a_write = tally.injected + 1, tally.in_a_write + writing
         tally.at_the_start += early
@@ -289,7 +293,8 @@ def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> T
 
 
 def lost_steps(alone: Path, harmed: Path) -> int:
-    """Steps that are missing in the log of a harmed run, are there twice, or have another loss; 0 is bit for bit."""
+    """Number of steps that are missing or repeated in the log of the disturbed run `harmed`, or have another loss; 0
+    means that the losses are bitwise equal to those of the undisturbed run `alone`."""
     found: dict[int, list[float]] = {}
     for line in events(harmed, "step"):
         found.setdefault(line["step"], []).append(line["loss"])
@@ -306,14 +311,14 @@ def add_row(found: dict, out: Path | None) -> None:
 
 
 def start(launcher: str, world: int, restarts: int, output: Path, options: list[str]) -> LaunchedJob | ForkedJob:
-    """A job that trains into `output`."""
+    """Start a job that trains into `output`."""
     if launcher == "fork":
         return ForkedJob(world, restarts, output, options)
     return LaunchedJob(launcher, world, restarts, output, options)
 
 
 def job_options(steps: int, batch_users: int, timeout: float) -> dict:
-    """What both runs of a soak train: a checkpoint after every step, dropout, and everything that must be resumed."""
+    """Options of both runs of a soak: a checkpoint after every step, dropout, and all state that must be resumed."""
     options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": steps, "resume": True}
     options |= {"data__batch_users": batch_users, "evaluation__every": 1000, "evaluation__checkpoint_every": 1}
     options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9}
@@ -321,12 +326,15 @@ def job_options(steps: int, batch_users: int, timeout: float) -> dict:
 
 
 def seconds_of(resumed: list[float]) -> dict[str, float] | None:
-    """Median and most of the seconds to resume; None without any."""
+    """Median and maximum of the seconds to resume; None if there are none."""
     return {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None
 
 
 def soak(folder: Path, wanted: argparse.Namespace) -> dict:
-    """A run that is left alone and one that is not, in `folder`; the report. wanted: the script's options."""
+    """Run an undisturbed job and one whose ranks are killed, in `folder`; return the report.
+
+    wanted: the script's options.
+    """
     launcher, world = wanted.launcher, wanted.world
     options = job_options(wanted.steps, 4 // world or 1, timeout=60)
     options |= {"reliability__asynchronous_checkpoints": wanted.asynchronous}
@@ -356,15 +364,15 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The script's options."""
+    """Parse the script's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
-    parser.add_argument("--kills", type=int, default=50, help="how many")
-    parser.add_argument("--seconds", type=float, default=1, help="from a restart's first step to a kill, at most")
-    parser.add_argument("--steps", type=int, default=500, help="of the job; it may end before the last kill")
-    parser.add_argument("--world", type=int, default=2, help="ranks")
-    parser.add_argument("--asynchronous", action="store_true", help="checkpoints in the background")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+    parser.add_argument("--seconds", type=float, default=1, help="longest time from a restart's first step to a kill")
+    parser.add_argument("--steps", type=int, default=500, help="steps of the job, which may end before the last kill")
+    parser.add_argument("--world", type=int, default=2, help="number of ranks")
+    parser.add_argument("--asynchronous", action="store_true", help="write checkpoints in the background")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the times and ranks of kills")
     parser.add_argument("--out", type=Path, help="add the JSON to the list in this file")
     wanted = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
@@ -374,8 +382,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def soak_and_report(soak: Callable[[Path, argparse.Namespace], dict], wanted: argparse.Namespace) -> int:
-    """Soak in a folder in memory, and report; the exit status."""
-    memory = Path("/dev/shm")  # a disk would be most of the time
+    """Call `soak` with a temporary folder in memory, print and store its report; return the exit status."""
+    memory = Path("/dev/shm")  # on a disk, most of the time would be that of the disk
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         found = soak(Path(folder), wanted)
     add_row(found, wanted.out)

@@ -1,19 +1,20 @@
-"""Cut one of two nodes off, let it rejoin, again and again, and see whether anything was lost.
+"""Disconnects one of two nodes and reconnects it, many times, and checks that training has lost nothing.
 
     bash scripts/reliability/soak_two_nodes.sh [--cuts 8] [--steps 150] [--timeout 10] [--out FILE]
 
-The shell script makes the nodes: network namespaces with an address each, and a switch between them. On each runs an
-agent (torchrun, rendezvous c10d on node 1) with one rank; an agent that ends with an error is started again, as a
-scheduler does. A tiny model trains on a generated shop, saving after every step. Node 2's cable is taken out
+The shell script creates the nodes: network namespaces with one address each, and a switch between them. Each node runs
+an agent (torchrun, rendezvous c10d on node 1) with one rank; an agent that ends with an error is started again, as a
+scheduler would do. A tiny model trains on a generated shop, and saves a checkpoint after every step. The cable of node
+2 is disconnected
 
-- shortly, for less than `parallel.timeout`: nothing may come of it but a pause;
-- for longer: each rank must end with a line that names it and the step, and both must start anew together;
-- for longer while the ranks of a restart are still coming together;
-- for so long that the agents, too, give each other up.
+- for less than `parallel.timeout`: training may only pause;
+- for longer: each rank must end with a line that names the rank and the step, and both must restart together;
+- for longer, while the ranks of a restart are still connecting;
+- for so long that the agents lose each other, too.
 
-At the end the losses in the log must be those of a run that was left alone, bit for bit, each step once. Prints JSON:
-cuts, recovered (a step was done after the cable was back), lost (steps whose loss differs or is missing), lines that
-named rank and step, seconds from the cable's return to the next step. Exit status 1 if anything was lost.
+At the end the log must have every step once, with bitwise the same losses as those of an undisturbed run. Prints JSON:
+cuts, recovered (cuts after which a step was completed), lost (steps whose loss differs or is missing), lines that name
+rank and step, seconds from the reconnection to the next step. Exit status 1 if anything was lost.
 """
 
 import argparse
@@ -49,12 +50,12 @@ from tests.helpers.training_fixtures import arguments  # noqa: E402
 
 STOPPED = re.compile(r"train: rank (\d+) stops after step (\d+) because of another rank")
 LASTS = {"short": (0.1, 0.5), "long": (1.3, 2.5), "at the start": (1.3, 2.5), "very long": (7, 9)}
-"""Kind of cut -> least and most of `--timeout`; agents give up after 60 seconds."""
+"""Kind of cut -> smallest and largest duration in units of `--timeout`; agents give up after 60 seconds."""
 ADDRESS = "10.86.0.1"
 
 
 class Agent:
-    """torchrun on one node, started again whenever it ends with an error."""
+    """torchrun on one node; it is started again whenever it ends with an error."""
 
     def __init__(self, space: str, number: int, output: Path, options: list[str]) -> None:
         conf = f"is_host={int(number == 0)},join_timeout=300,last_call_timeout=1"
@@ -79,11 +80,11 @@ class Agent:
             self.status = self._process.wait()
 
     def running(self) -> bool:
-        """Whether it has still to end well."""
+        """True until torchrun has ended without an error."""
         return self._supervisor.is_alive()
 
     def stop(self) -> None:
-        """End it and its ranks, if they have not."""
+        """End the agent and its ranks, if they are still running."""
         self._stopped = True
         for process in processes_of(self.printed.parent):
             if process.name != str(os.getpid()):
@@ -93,13 +94,13 @@ class Agent:
 
 
 class Cable:
-    """Node 2's, between the switch and it; the nodes see silence, not an error."""
+    """The cable between node 2 and the switch. When it is disconnected, the nodes get no packets and no errors."""
 
     def __init__(self, switch: str) -> None:
         self._port = ["ip", "-n", switch, "link", "set", "port2"]
 
     def out_for(self, seconds: float) -> float:
-        """Take it out for so long; when it was back."""
+        """Disconnect the cable for `seconds`; return the time at which it was connected again."""
         subprocess.run([*self._port, "down"], check=True)
         time.sleep(seconds)
         subprocess.run([*self._port, "up"], check=True)
@@ -116,14 +117,14 @@ def next_step(output: Path, agents: list[Agent], after: float) -> dict | None:
 
 
 def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Namespace) -> dict:
-    """Cut and rejoin until there were enough cuts or the job has ended; wait for its end."""
+    """Disconnect and reconnect node 2 until there were enough cuts or the job has ended; wait for the job's end."""
     rng, back = random.Random(wanted.seed), 0.0
     cuts, resumed = dict.fromkeys(LASTS, 0), {kind: [] for kind in LASTS}
     for kind in islice(cycle(LASTS), wanted.cuts):
         if next_step(output, agents, back) is None:
             break
         time.sleep(rng.uniform(0, 1))
-        if kind == "at the start":  # the cut before it makes the ranks start
+        if kind == "at the start":  # an additional cut first, which makes the ranks restart
             cable.out_for(1.5 * wanted.timeout)
             time.sleep(rng.uniform(0, wanted.timeout))
         seconds = rng.uniform(*LASTS[kind]) * wanted.timeout
@@ -142,7 +143,7 @@ def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Na
 
 
 def soak(folder: Path, wanted: argparse.Namespace) -> dict:
-    """A run that is left alone and one whose nodes lose each other, in `folder`; the report."""
+    """Run an undisturbed job and one whose nodes are disconnected, in `folder`; return the report."""
     options = job_options(wanted.steps, batch_users=2, timeout=wanted.timeout)
     begun = time.monotonic()
     if ForkedJob(2, 0, folder / "alone", arguments(folder / "alone", **options)).wait() != 0:
@@ -178,13 +179,13 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The script's options."""
+    """Parse the script's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spaces", nargs=3, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--cuts", type=int, default=8, help="how many, the kinds in turn")
-    parser.add_argument("--steps", type=int, default=150, help="of the job; it may end before the last cut")
-    parser.add_argument("--timeout", type=float, default=10, help="seconds: parallel.timeout")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--cuts", type=int, default=8, help="number of cuts, which are of each kind in turn")
+    parser.add_argument("--steps", type=int, default=150, help="steps of the job, which may end before the last cut")
+    parser.add_argument("--timeout", type=float, default=10, help="parallel.timeout in seconds")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of times and durations")
     parser.add_argument("--out", type=Path, help="add the JSON to the list in this file")
     wanted = parser.parse_args(arguments)
     given = {name: getattr(wanted, name) for name in ("cuts", "steps", "timeout", "seed")}

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Two nodes on this machine, one of which is cut off from the network and rejoins; needs root. See soak_two_nodes.py.
+# Makes two nodes on this machine, and disconnects and reconnects one of them; needs root. See soak_two_nodes.py.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash scripts/reliability/soak_two_nodes.sh [--cuts N] [--steps N] [--timeout SECONDS] [--seed N] [--out FILE]
 
-Makes two network namespaces with addresses of their own (10.86.0.1 and .2), joined by a bridge in a third one, starts
-an agent (torchrun) with one rank in each, takes the second node's cable out again and again, and compares the losses
-with those of a run that was left alone. Ends with one JSON object; status 1 if anything was lost.
+Makes two network namespaces with the addresses 10.86.0.1 and 10.86.0.2, connected by a bridge in a third one, starts an
+agent (torchrun) with one rank in each, disconnects the second node many times, and compares the losses with those of an
+undisturbed run. Prints one JSON object; exit status 1 if anything was lost.
 
-Needs root, `ip` (Debian: apt-get install iproute2) and a kernel that grants network namespaces: without, it says so in
-one line and ends with status 77. $PYTHON names the Python to use (default: .venv's, or python3).
+Needs root, `ip` (Debian: apt-get install iproute2) and a kernel that permits network namespaces; if one is missing, it
+prints one line and ends with status 77. $PYTHON names the Python to use (default: .venv's, or python3).
 TEXT
 }
 

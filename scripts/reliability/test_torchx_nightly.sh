@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs the tests of components and launching with TorchX's nightly build, in an environment of its own.
+# Runs the tests of components and launching with TorchX's nightly build, in a separate environment.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash scripts/reliability/test_torchx_nightly.sh [--version VERSION] [PYTEST ARGUMENTS ...]
 
-Makes build/torchx-nightly: an environment that has everything of .venv (scripts/install.sh --dev makes it), but
-TorchX's nightly build in place of the release; .venv stays as it is. $PYTHON names another Python to build upon.
+Makes build/torchx-nightly, an environment with all packages of .venv (made by scripts/install.sh --dev) except that
+TorchX's nightly build replaces the release; .venv is not changed. $PYTHON names another Python whose packages are used.
 
-  --version VERSION  which nightly build, such as 2026.10.26 (default: the newest)
+  --version VERSION  nightly build to use, such as 2026.10.26 (default: the newest)
   --help             this text
 TEXT
 }
@@ -28,7 +28,7 @@ folder=$PWD/build/torchx-nightly
     exit 1
 }
 "$base" -m venv --clear --without-pip "$folder"
-# What is installed here comes first, everything else from the environment that is built upon.
+# Packages installed here take precedence; all others are imported from the base environment.
 "$base" - "$folder" <<'TEXT'
 import pathlib, sys, sysconfig
 
@@ -39,6 +39,6 @@ lines = [f"import site; site.addsitedir({path!r})" for path in dict.fromkeys(oth
 TEXT
 "$base" -m pip --python "$folder/bin/python" install --quiet --disable-pip-version-check \
     --no-deps --ignore-installed "torchx-nightly$version"
-export PATH="$folder/bin:$(dirname "$base"):$PATH" OMP_NUM_THREADS=1 # torchrun is that of the base
+export PATH="$folder/bin:$(dirname "$base"):$PATH" OMP_NUM_THREADS=1 # torchrun comes from the base environment
 "$folder/bin/python" -c 'import torchx; print("torchx", torchx.__version__, "of", torchx.__file__)'
 exec "$folder/bin/python" -m pytest -q tests/launch/test_components.py tests/launch/test_torchx.py "$@"

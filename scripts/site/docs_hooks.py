@@ -1,7 +1,7 @@
-"""What `mkdocs` does not do by itself for this repository (see mkdocs.yml).
+"""Hooks of `mkdocs` for this repository (see mkdocs.yml).
 
-- CHANGELOG.md and CONTRIBUTING.md of the root are pages of the site, their links into docs/ mended.
-- The API reference is read from a tree laid out like the wheel, where modules/ is hllm_torchrec/modules.
+- CHANGELOG.md and CONTRIBUTING.md of the root become pages of the site, and their links into docs/ are rewritten.
+- The API reference is read from a tree with the layout of the wheel, where modules/ is hllm_torchrec/modules.
 """
 
 import re
@@ -17,7 +17,7 @@ PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
 def on_startup(**_: object) -> None:
-    """Lay the packages out where the reference looks for them, before it does."""
+    """Copy the packages to build/api, in the layout of the wheel, from which the API reference is built."""
     package = ROOT / "build" / "api" / "hllm_torchrec"
     shutil.rmtree(package.parent, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__")
@@ -27,7 +27,7 @@ def on_startup(**_: object) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the root's pages."""
+    """Add the pages of the root."""
     for page, name in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=re.sub(r"\]\(docs/", "](", text)))
@@ -35,7 +35,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Links from docs/ to the root's pages, which are one folder up in the repository and beside them on the site."""
+    """Rewrite links from docs/ to the pages of the root: these are in the parent folder in the repository, and in the
+    same folder on the site."""
     return re.sub(
         r"\]\(\.\./((?:\.\./)*)(CHANGELOG|CONTRIBUTING)\.md", lambda m: f"]({m[1]}{m[2].lower()}.md", markdown
     )

@@ -69,7 +69,7 @@ def test_an_encoder_of_ones_own_stands_in_the_user_llms_place(module: str) -> No
     expected = encoder.layers[1](encoder.layers[0](x_TD))
     torch.testing.assert_close(h_TD, expected)
     assert q_QD.shape == (0, 8)
-    with pytest.raises(ValueError, match=r"^encoder: Linear keeps no keys and values of a history"):
+    with pytest.raises(ValueError, match=r"^encoder: Linear cannot cache the keys and values of a history"):
         check_encoder(encoder.eval())
 
 

@@ -167,7 +167,7 @@ def test_positions_from_the_end_are_those_from_the_start_turned_round(name: str)
             turned.positions.weight[: end - start] = model.positions.weight[: end - start].flip(0)
         alone = turned(x[start:end], torch.tensor([0, end - start]))[0]
         torch.testing.assert_close(alone, model(x, offsets)[0][start:end], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="^count_from: .end.: positions count from the end.* write start"):
+    with pytest.raises(ValueError, match="^count_from: .end.: positions are counted from the end.* write start"):
         turned(x, offsets, None, queries)
 
 
