@@ -36,7 +36,7 @@ REQUIREMENTS = [
     "transformers>=5.23,<6",
 ]
 PEFT = "peft>=0.21,<1"
-CALIBRATE = "scikit-learn>=1.9,<2"  # `hllm calibrate` fits with it; tests and scripts compare with it
+SCIKIT_LEARN = "scikit-learn>=1.9,<2"  # `hllm calibrate` and `hllm cluster` fit with it; tests compare with it
 RAY = "ray[serve]>=2.60,<3"  # a cluster of `serving.ray_serve`; tested by scripts/test.sh --extras
 S3 = ["s3fs>=2026.9,<2027"]
 SERVE = ["fastapi>=0.165,<1", "prometheus_client>=0.26,<1", "uvicorn>=0.54,<1"]
@@ -60,7 +60,7 @@ DEV = [
     "moto[s3]>=5.2,<6",
     "mypy>=2.4,<3",
     "pandas>=3.1,<4",  # writes the tables of tests
-    CALIBRATE,
+    SCIKIT_LEARN,
     PEFT,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
@@ -112,7 +112,8 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "bench": BENCH,
-        "calibrate": [CALIBRATE],
+        "calibrate": [SCIKIT_LEARN],
+        "cluster": [SCIKIT_LEARN],
         "dev": DEV,
         "docs": DOCS,
         "faiss": ["faiss-cpu>=1.15,<2"],

@@ -1,7 +1,7 @@
 """Hybrid recommenders from two LLMs (HLLM) and TorchRec's tables, sequences and ranking models.
 
-Importing the package is cheap: it checks that torch, torchrec and fbgemm belong together, by their metadata,
-and imports none of them.
+Importing the package is cheap: it checks by their package metadata that the installed torch, torchrec and fbgemm
+are compatible, and imports none of them.
 """
 
 from hllm_torchrec import _moved, _source_layout, _versions

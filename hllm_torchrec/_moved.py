@@ -1,6 +1,6 @@
-"""Names of version 0.1 and where they are now, so that old imports end in one line that says so.
+"""Modules and symbols of version 0.1 and their new modules; importing an old one raises an error with the new name.
 
-docs/migration.md has the same as tables; a test compares the two.
+docs/migration.md contains the same tables; a test compares the two.
 """
 
 import sys
@@ -162,7 +162,7 @@ MODULES = {
     "yaml_files": "common.yaml_files",
 }
 
-#: Old module -> its names that have another new module than the rest.
+#: Old module -> {symbol: new module} for the symbols that did not move to the module in `MODULES`.
 SYMBOLS = {
     "remote": {"datasets": "data.remote_datasets", "runs": "checkpoint.remote_runs"},
     "baselines.config": {
@@ -268,15 +268,15 @@ SYMBOLS = {
 
 
 class MovedFinder(MetaPathFinder):
-    """Stands behind the finder of `sys.path`, and names the successor of a module that has moved."""
+    """Meta path finder, placed after the finder of `sys.path`: raises an error for a module that has moved."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return None, as a module that is not ours is not found.
+        """Return None for every name that is not a module of version 0.1, so that the import continues as usual.
 
         Raises:
-            ModuleNotFoundError: a module of version 0.1, naming the new one.
+            ModuleNotFoundError: `fullname` is a module of version 0.1; the message names the new module.
         """
         old = fullname.removeprefix(f"{PACKAGE}.")
         if old != fullname and old in MODULES:
@@ -285,7 +285,7 @@ class MovedFinder(MetaPathFinder):
 
 
 def refuse(old: str) -> NoReturn:
-    """Raise the ImportError for a module of version 0.1."""
+    """Raise the ModuleNotFoundError for a module of version 0.1."""
     others = sorted({f"{PACKAGE}.{new}" for new in SYMBOLS.get(old, {}).values()})
     also = f", some of its names {', '.join(others)}" if others else ""
     raise ModuleNotFoundError(
@@ -295,6 +295,6 @@ def refuse(old: str) -> NoReturn:
 
 
 def install_finder() -> None:
-    """Install the finder, once."""
+    """Install the finder unless it is installed already."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, MovedFinder())

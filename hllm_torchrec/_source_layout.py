@@ -1,11 +1,12 @@
 """Imports in a checkout, where `hllm_torchrec.modules`, `.launch` and `.configs` are folders beside the package.
 
-The wheel puts them in place (`package_dir` in setup.py). Adding the root to `hllm_torchrec.__path__` would serve as
-well, but it would make everything in the root a submodule too, `hllm_torchrec.setup` among them. So a finder answers
-for exactly these three names. It comes first, because the finder of an editable install may know another checkout.
+In an installed wheel they are inside the package (`package_dir` in setup.py). In a checkout, adding the root to
+`hllm_torchrec.__path__` would also make every other file of the root a submodule, such as `hllm_torchrec.setup`.
+Therefore a meta path finder resolves exactly these three names. It is the first finder, because the finder of an
+editable install may point to another checkout.
 
-With two checkouts on a machine, a program of one must never import some modules of the other, nor run entirely from the
-other unnoticed: either case is refused.
+If a machine has two checkouts, a program of one of them must not import modules of the other, whether some or all:
+both cases raise an ImportError.
 """
 
 import importlib.util
@@ -21,11 +22,11 @@ TOP_LEVEL = ("modules", "launch", "configs")
 
 
 class CheckoutFinder(MetaPathFinder):
-    """Finds the three subpackages in the root of a checkout; what is inside them is found as usual.
+    """Finds the three subpackages in the root of a checkout; their submodules are found by Python's own finder.
 
     Args:
-        package: name of the package they belong to.
-        root: folder in which they stand.
+        package: name of the parent package.
+        root: root of the checkout, which contains the three folders.
     """
 
     def __init__(self, package: str, root: Path) -> None:
@@ -46,7 +47,10 @@ class CheckoutFinder(MetaPathFinder):
 
 
 class OtherCheckouts(MetaPathFinder):
-    """Stands behind the finder of `sys.path` and refuses modules that only an installed other checkout has."""
+    """Meta path finder, placed after the finder of `sys.path`: refuses modules that only another checkout has.
+
+    The other checkout is found by the finders that follow: those of its editable install.
+    """
 
     def __init__(self, package: str, root: Path) -> None:
         self.package = package
@@ -55,10 +59,10 @@ class OtherCheckouts(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return None: a module that this checkout lacks is not found.
+        """Return None, because this checkout does not have the module.
 
         Raises:
-            ImportError: another checkout has it.
+            ImportError: another, installed checkout has the module.
         """
         if not fullname.startswith(f"{self.package}."):
             return None
@@ -76,8 +80,8 @@ def install_finder() -> None:
     """Install the finders if this package runs from a checkout.
 
     Raises:
-        ImportError: the program or the current directory belongs to another checkout, or modules of another one are
-            loaded already.
+        ImportError: the program or the current directory belongs to another checkout, or modules of another checkout
+            are loaded already.
     """
     package = Path(__file__).resolve().parent
     root = package.parent
@@ -96,7 +100,7 @@ def is_checkout(folder: Path) -> bool:
 
 
 def refuse_other_checkouts(package: str, root: Path) -> None:
-    """Raise an ImportError if program, current directory or a loaded module is of another checkout than `root`."""
+    """Raise an ImportError if the program, the current directory or a loaded module is in another checkout."""
     for what, folder in [*_program_folders(), ("the current directory", _current_directory())]:
         if folder is not None and folder != root and is_checkout(folder):
             raise ImportError(
@@ -107,18 +111,21 @@ def refuse_other_checkouts(package: str, root: Path) -> None:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name.startswith(f"{package}.") and file and not Path(file).resolve().is_relative_to(root):
-            raise ImportError(f"{name} was loaded from {file}, but {package} is imported from {root}: start anew")
+            raise ImportError(f"{name} was loaded from {file}, but {package} is imported from {root}: restart Python")
 
 
 def _program_folders() -> Iterator[tuple[str, Path]]:
-    """The folders above the program that runs, unless it is the environment's (pytest, torchrun, hllm)."""
+    """Yield (program, folder) for the folders above the running program, unless the environment has installed it.
+
+    Programs of the environment (pytest, torchrun, hllm) belong to no checkout.
+    """
     program = getattr(sys.modules.get("__main__"), "__file__", None)
     if program and not Path(program).absolute().is_relative_to(sys.prefix):
         yield from ((program, folder) for folder in Path(program).resolve().parents)
 
 
 def _current_directory() -> Path | None:
-    """The current directory; None where it has been removed."""
+    """Return the current directory, or None if it has been removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:

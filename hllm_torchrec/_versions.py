@@ -1,8 +1,8 @@
-"""Supported combinations of torch, torchrec and fbgemm, and the check of the installed one.
+"""Supported combinations of torch, torchrec and fbgemm, and the check of the installed combination.
 
-A wrong pair fails deep inside a shared library ("undefined symbol"), so it is refused at import, from the
-packages' metadata alone: nothing heavy is imported here. Run as a program, this file tells
-`scripts/install.sh` what to install: `python hllm_torchrec/_versions.py 2.13` prints `2.13.0 1.8.0 1.8.0 3.7.1`.
+Incompatible versions fail deep inside a shared library ("undefined symbol"), so importing the package refuses them.
+The check reads only package metadata and imports none of the libraries. As a program, this file prints the versions
+for `scripts/install.sh`: `python hllm_torchrec/_versions.py 2.13` prints `2.13.0 1.8.0 1.8.0 3.7.1`.
 """
 
 import re
@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 
 class Release(NamedTuple):
-    """Exact versions that were built for one another."""
+    """Exact versions of packages that were built for each other."""
 
     torch: str
     torchrec: str
     fbgemm: str
     triton: str
-    """Requirement of torch's CUDA build; on a CPU the tests run its interpreter and its compiler."""
+    """Required by torch's CUDA build; without a GPU the tests run Triton's interpreter and compiler."""
 
 
-#: Supported releases by torch's minor version, oldest first; the last is what is installed by default.
+#: Torch's minor version -> supported release, oldest first; the last one is installed by default.
 RELEASES = {
     "2.11": Release(torch="2.11.0", torchrec="1.6.1", fbgemm="1.6.0", triton="3.6.0"),
     "2.12": Release(torch="2.12.0", torchrec="1.7.0", fbgemm="1.7.0", triton="3.7.0"),
@@ -33,12 +33,13 @@ REMEDY = "from the checkout, run: bash scripts/install.sh --cpu (or --cuda, or a
 
 
 def check() -> None:
-    """Refuse to go on unless torch, torchrec and fbgemm are installed and belong together.
+    """Check that compatible versions of torch, torchrec and fbgemm are installed.
 
-    A torch newer than every tested one, with a torchrec and fbgemm newer too, only warns.
+    If all three are newer than every tested release, the function only warns.
 
     Raises:
-        ImportError: one is missing, too old, or of another pair; names what is installed and the remedy.
+        ImportError: a package is missing, too old or incompatible; the message lists the installed versions and the
+            remedy.
     """
     versions = installed()
     problem = find_version_problem(versions)
@@ -49,7 +50,7 @@ def check() -> None:
 
 
 def installed() -> dict[str, str]:
-    """Versions of the installed ones among torch, torchrec, fbgemm-gpu and fbgemm-gpu-cpu, by name."""
+    """Return name -> version for those of torch, torchrec, fbgemm-gpu and fbgemm-gpu-cpu that are installed."""
     found = {}
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
         try:
@@ -60,10 +61,10 @@ def installed() -> dict[str, str]:
 
 
 def find_version_problem(versions: dict[str, str]) -> str | None:
-    """Problem of these versions, in words, or None.
+    """Return a description of the problem with these versions, or None.
 
     Args:
-        versions: package name -> version, as `installed` gives it.
+        versions: package name -> version, as returned by `installed`.
     """
     fbgemm = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions]
     missing = [name for name in ("torch", "torchrec") if name not in versions]
@@ -79,9 +80,10 @@ def find_version_problem(versions: dict[str, str]) -> str | None:
 
 
 def _find_mismatch(torch: str, torchrec: str, fbgemm_name: str, fbgemm: str) -> str | None:
-    """Why these do not go with this torch minor version, in words, or None.
+    """Return a description of the package that is incompatible with this torch minor version, or None.
 
-    With a torch newer than any tested one, only packages that belong to a tested one, or older, are wrong.
+    If torch is newer than every tested release, a package is incompatible if its minor version is not newer than the
+    one of the last tested release.
     """
     release = RELEASES.get(torch)
     newest = list(RELEASES.values())[-1]
@@ -97,19 +99,19 @@ def _find_mismatch(torch: str, torchrec: str, fbgemm_name: str, fbgemm: str) -> 
 
 
 def _minor(version: str) -> str:
-    """The first two numbers of a version: "2.13" of "2.13.0+cpu"."""
+    """Return the first two numbers of a version: "2.13" for "2.13.0+cpu"."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return f"{match[1]}.{match[2]}" if match else "0.0"
 
 
 def _order(minor: str) -> tuple[int, int]:
-    """A key that sorts as versions do: (2, 13) of "2.13"."""
+    """Sort key of a minor version: (2, 13) for "2.13"."""
     major, _, rest = minor.partition(".")
     return int(major), int(rest)
 
 
 def _supported() -> str:
-    """The tested releases, in words."""
+    """Describe the tested releases for a message."""
     return "supported: " + ", ".join(
         f"torch {release.torch} with torchrec {release.torchrec} and fbgemm {release.fbgemm}"
         for release in RELEASES.values()
@@ -117,7 +119,7 @@ def _supported() -> str:
 
 
 def _describe(versions: dict[str, str]) -> str:
-    """The installed versions, in words."""
+    """Describe the installed versions for a message."""
     return ", ".join(f"{name} {version}" for name, version in versions.items()) or "none of them"
 
 
@@ -125,7 +127,7 @@ def _print_release(torch: str) -> None:
     """Print the exact versions for a torch minor version, for scripts/install.sh.
 
     Raises:
-        SystemExit: it is not supported.
+        SystemExit: the torch version is not supported.
     """
     if torch not in RELEASES:
         sys.exit(f"error: torch {torch} is not supported; {_supported()}")

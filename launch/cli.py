@@ -24,6 +24,8 @@ COMMANDS = {
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "creatives": "make and show tables of personalized texts of items, evaluate a run on them",
+    "cluster": "group the users of a store into kinds of users, for personalized titles",
+    "create": "write the titles of items for clusters of users, which a service looks up",
     "forget": "make a dataset, and what was made from it, forget users and items",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",
     "serve": "answer requests for scores and recommendations over HTTP, with the model of a run",

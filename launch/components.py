@@ -4,13 +4,15 @@
     train         train a configuration, on one or more ranks
     evaluate      evaluate a checkpoint or prediction files
     embed         write new and changed item and user embeddings into stores
+    cluster       group the users of a store into kinds of users, in one process
+    create        write the titles of items for clusters of users
     nightly       append a day, train on it, evaluate, embed and publish
     serve         answer requests for scores, in one process per replica
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
     job           any other job of hllm that runs as ranks
 
 Each accepts its own options and those of `_machine`. Every job can be restarted: `train` continues from its last
-checkpoint, `embed` with the vectors that its store lacks.
+checkpoint, `embed` and `create` with what their stores lack.
 
 TorchX executes this file inside one of its modules, so nothing of the project is imported here, and its names must
 differ from those of `torchx.specs.finder`.
@@ -197,6 +199,38 @@ def embed(
     """
     given = _embed_arguments(run_dir, items, users, since, checkpoint)
     return _on_ranks("embed", [*given, *arguments], **machine)
+
+
+@partial(_component, without=("j", "restarts", "rdzv_port"))
+def cluster(*arguments: str, users: str, output: str, clusters: int = 0, **machine: Any) -> specs.AppDef:
+    """Clusters of the users of a store: `hllm cluster`, in one process.
+
+    Args:
+        arguments: further arguments of `hllm cluster`, after `--`, such as --refit
+        users: store of users
+        output: folder of the clusters
+        clusters: their number; 0: assign users to the clusters that are there
+    """
+    given = ["--users", users, "--output", output, *_option("--clusters", str(clusters or ""))]
+    return _one_process("cluster", [*given, *arguments], **machine)
+
+
+@_component
+def create(
+    *arguments: str, run_dir: str, clusters: str, output: str, top: int = 0, checkpoint: str = "best", **machine: Any
+) -> specs.AppDef:
+    """Titles of items for clusters of users: `hllm create`, divided among the ranks.
+
+    Args:
+        arguments: further arguments of `hllm create`, after `--`, such as --temperature 0.8
+        run_dir: run directory of `hllm train`
+        clusters: folder of `hllm cluster`
+        output: folder of the titles
+        top: best clusters of an item; 0: all
+        checkpoint: best, latest, or a directory
+    """
+    given = ["--run-dir", run_dir, "--clusters", clusters, "--output", output, "--top", str(top)]
+    return _on_ranks("create", [*given, "--checkpoint", checkpoint, *arguments], **machine)
 
 
 @_component

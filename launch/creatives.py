@@ -1,52 +1,65 @@
 """`hllm creatives`: makes and shows tables of personalized texts of items, and evaluates a run on them.
 
 hllm creatives build --dataset data/ml-100k --writer template --name lines
+hllm creatives build --dataset data/ml-100k --writer openai --base-url http://localhost:8000/v1 --model M --name titles
+hllm creatives import --source hllm_creator --files train.parquet --dataset data/books --name published
 hllm creatives info --dataset data/ml-100k --name lines
 hllm creatives show --dataset data/ml-100k --name lines --split test --rows 5
 hllm creatives evaluate --run runs/creator/ml100k --split test
+hllm creatives titles --creatives stores/titles --item 50 --user 196
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.creatives_build import add_build_options, run_build
+from hllm_torchrec.launch.creatives_import import add_import_options, run_import
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
+
+if TYPE_CHECKING:
+    from hllm_torchrec.evaluation.creative_scores import CreativeVectors
+    from hllm_torchrec.models.experiment import Experiment
 
 
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm creatives", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,import,info,show,evaluate,titles}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
-    build.add_argument("--writer", choices=("template",), default="template", help="who writes the texts")
-    build.add_argument("--feature", default="genres", help="item feature that a text stresses (default: genres)")
-    build.add_argument("--title", default="title", help="text column with an item's name (default: title)")
-    build.add_argument("--recent", type=int, default=20, help="latest likes that the rule reads (default: 20)")
-    build.add_argument("--least", type=int, default=5, help="earlier likes that a text needs (default: 5)")
-    build.add_argument(
-        "--template", default="{value}, for fans of {liked}", help="text (default: '{value}, for fans of {liked}')"
-    )
-    build.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    add_build_options(build)
+    importer = actions.add_parser("import", help="write a table of texts that were made elsewhere")
+    add_import_options(importer)
     info = actions.add_parser("info", help="print a table's counts and origin")
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
+    show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
     show.add_argument("--rows", type=int, default=10, help="number of rows (default: 10)")
     evaluate = actions.add_parser("evaluate", help="likelihoods of a run's texts with the right user, none and another")
     evaluate.add_argument("--run", type=Path, required=True, metavar="DIR", help="run that was trained on a table")
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
+    evaluate.add_argument(
+        "--clusters", type=Path, nargs="+", default=[], metavar="DIR", help="also with the centers of hllm cluster"
+    )
+    evaluate.add_argument(
+        "--users", type=natural, default=0, metavar="N", help="rank the user of N texts among 100 users (default: 0)"
+    )
+    evaluate.add_argument(
+        "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
+    )
+    evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
+    evaluate.add_argument("--lamp", type=Path, metavar="FILE", help="write predictions in LaMP's form to this file")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    for action in (build, info, show):
+    titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
+    titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
+    titles.add_argument("--item", required=True, metavar="RAW", help="raw item id")
+    titles.add_argument("--user", metavar="RAW", help="raw user id: this user's title alone")
+    for action in (build, importer, info, show):
         action.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="prepared dataset")
         action.add_argument("--name", required=True, help="name of the table")
     return parser
@@ -58,33 +71,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    {"build": _build, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
-
-
-def _build(args: argparse.Namespace) -> None:
-    import numpy as np
-    import pyarrow as pa
-
-    from hllm_torchrec.creative.template import TemplateRule, write_by_template
-    from hllm_torchrec.data.creative_table import split_by_user, table_path, write_table
-    from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.data.split import SPLITS
-
-    if min(args.fractions) < 0 or abs(sum(args.fractions) - 1) > 1e-6:
-        raise ValueError(f"--fractions {args.fractions}: three shares, none negative, that sum to 1")
-    if args.recent < 1 or args.least < 1:
-        raise ValueError(f"--recent {args.recent} --least {args.least}: both at least 1")
-    dataset = Dataset.open(args.dataset)
-    if table_path(dataset, args.name).exists():
-        raise ValueError(f"--name {args.name}: {table_path(dataset, args.name)} exists; choose another, or remove it")
-    rule = TemplateRule(args.feature, args.title, args.recent, args.least, args.template)
-    rows, dropped = write_by_template(dataset, rule)
-    of_row = np.array(list(split_by_user(rows["raw_user_id"].to_pylist(), args.fractions)))
-    parts = {split: rows.filter(pa.array(of_row == split)) for split in SPLITS}
-    facts = {"writer": "template", "rule": vars(rule), "left_out": dropped, "fractions": list(args.fractions)}
-    path = write_table(dataset, args.name, parts, facts=facts)
-    counts = ", ".join(f"{split} {len(part):,}" for split, part in parts.items())
-    say(f"{path}: {len(rows):,} texts by rule ({counts}); {sum(dropped.values()):,} likes without one")
+    act = {
+        "build": run_build,
+        "import": run_import,
+        "info": _info,
+        "show": _show,
+        "evaluate": _evaluate,
+        "titles": _titles,
+    }[args.action]
+    act(args)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -103,24 +98,47 @@ def _show(args: argparse.Namespace) -> None:
     from hllm_torchrec.data.creative_table import CreativeTable
     from hllm_torchrec.data.dataset import Dataset
 
-    rows = CreativeTable.open(Dataset.open(args.dataset), args.name).part(args.split).rows
+    table = CreativeTable.open(Dataset.open(args.dataset), args.name)
+    rows = table.dropped() if args.dropped else table.part(args.split).rows
     for row in rows.slice(0, args.rows).to_pylist():
-        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}")
+        why = f" [{'; '.join(row['reasons'])}]" if args.dropped else ""
+        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}{why}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hllm_torchrec.creative.metrics import summarize
+    from hllm_torchrec.creative.clusters import Clusters
+    from hllm_torchrec.creative.metrics import centers_of, described, summarize
+    from hllm_torchrec.creative.text_metrics import describe_titles
+    from hllm_torchrec.creative.titles import Creatives
+    from hllm_torchrec.creative.written_texts import written_texts
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.evaluation.creative_scores import score_creatives
+    from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
+    from hllm_torchrec.evaluation.user_retrieval import rank_metrics, user_ranks
+    from hllm_torchrec.serving.scorer_loading import in_one_process
 
     if not run_config(args.run).creative.enabled:
         raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
+    clusters = [Clusters.open(path) for path in args.clusters]
+    titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
-        loaded = load_run(args.run, args.checkpoint, device)
+        # Each rank writes texts of its own, which needs whole weights.
+        config = in_one_process(run_config(args.run)) if args.write else None
+        loaded = load_run(args.run, args.checkpoint, device, config)
+        experiment = loaded.experiment
         with loaded.weights:
-            found = summarize(score_creatives(loaded.experiment, args.split, most=args.most))
+            vectors = creative_vectors(experiment, args.split)
+            centers = centers_of(vectors, clusters, loaded.fingerprint)
+            found = summarize(score_creatives(experiment, args.split, given=centers, vectors=vectors, most=args.most))
+            if args.users:
+                found["users_among"] = rank_metrics(*user_ranks(experiment, vectors, args.users))
+            if args.write:
+                found["written"] = written_texts(experiment, vectors, centers, args.write)
+            if args.lamp is not None:
+                _write_predictions(args.lamp, experiment, vectors)
+        if titles is not None:
+            found["titles"] = titles
         if rank() != 0:
             return
     if args.json:
@@ -131,6 +149,37 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
         say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+    for line in described(found):
+        say(line)
+
+
+def _write_predictions(file: Path, experiment: "Experiment", vectors: "CreativeVectors") -> None:
+    from hllm_torchrec.common.atomic_files import replace_file
+    from hllm_torchrec.creative.imports.lamp import predictions
+    from hllm_torchrec.creative.written_texts import texts_of_part
+    from hllm_torchrec.data.creative_table import CreativeTable
+    from hllm_torchrec.distributed.coordination import rank
+
+    table = CreativeTable.open(experiment.dataset, experiment.config.creative.data)
+    found = predictions(str(table.manifest.get("writer")), texts_of_part(experiment, vectors))
+    if rank() == 0:
+        replace_file(file, json.dumps(found, indent=1))
+
+
+def _titles(args: argparse.Namespace) -> None:
+    from hllm_torchrec.common.errors import did_you_mean
+    from hllm_torchrec.creative.titles import Creatives
+
+    creatives = Creatives.open(args.creatives)
+    found = creatives.of_item(args.item)
+    if not found:
+        hint = did_you_mean(args.item, creatives.titles["raw_item_id"].unique().to_pylist())
+        raise ValueError(f"--item {args.item}: {args.creatives} has no titles of it{hint}")
+    if args.user is not None:
+        found = [creatives.get(args.user, args.item)]
+    for one in found:
+        whom = "everybody" if one.cluster < 0 else f"cluster {one.cluster}"
+        say(f"{whom}: {one.text}" + " (the item's own text)" * one.fallback)
 
 
 main = entry_point(build_parser, run)

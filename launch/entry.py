@@ -27,7 +27,8 @@ STATUSES = {
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
     3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
     4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
-    PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
+    PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues; creatives build: a limit is "
+    "reached, the same command continues",
     INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",
 }
 """Exit statuses of all subcommands."""

@@ -1,7 +1,7 @@
 """`hllm plan`: estimated memory, traffic and time per step of a configuration on hardware that need not be available.
 
     hllm plan --config configs/paper/books_hllm_7b.yaml --nodes 4 --gpus 8 --items 695762 --users 694898
-    hllm plan --config configs/quickstart.yaml --nodes 1 --gpus 2 --hardware cpu
+    hllm plan --config configs/ml100k/trained.yaml --nodes 1 --gpus 2 --hardware cpu
 
 The numbers of items and users come from the configuration's dataset if it is prepared. Options of the configuration
 (--parallel.dense fsdp) can be changed on the command line.

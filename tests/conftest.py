@@ -40,6 +40,7 @@ BESIDE |= {f"tests.helpers.{name}" for name in ("distributed", "jobs", "processe
 TRAINERS = {("tests.helpers.training_fixtures", name) for name in ("train", "on_rank", "each_on_rank")}
 TRAINERS |= {("tests.helpers.served_runs", "trained"), ("hllm_torchrec.launch.train", "main")}
 TRAINERS |= {("hllm_torchrec.training.trainer_setup", "build_trainer")}
+TRAINERS |= {("tests.helpers.title_fixtures", name) for name in ("world", "copied")}
 """Functions that train a run: most of a second, of which the suite has a thousand."""
 
 

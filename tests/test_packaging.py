@@ -93,6 +93,7 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
         *(
             "bench",
             "calibrate",
+            "cluster",
             "dev",
             "docs",
             "faiss",

@@ -8,9 +8,10 @@ With mu the mean label of the training part, and for each item i the n_i trainin
     item_mean:     mu + b_i
     running_bias:  mu + b_i + b_ut
 
-b_ut is prequential: labels of the validation and test parts are used once their second has passed, as in an online
-system that receives clicks immediately. b_i uses only training labels. Labels of the exposure's own second are never
-used. On MovieLens-100k (time split, shrinkage 5) the test AUCs are .7055 and .7491.
+b_ut is prequential: a label of the validation or test part is used for every exposure that may see its event. These are
+all exposures in later seconds by default, exposures more than `feedback_delay` seconds later if a delay is set, and all
+later positions, also within the same second, in a leave_one_out dataset. b_i uses only training labels. On
+MovieLens-100k (time split, shrinkage 5) the test AUCs are .7055 and .7491.
 """
 
 import numpy as np

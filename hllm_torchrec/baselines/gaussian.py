@@ -1,8 +1,8 @@
-"""Linear-Gaussian factor baseline: fitted item factors and the user's posterior at every second, in closed form.
+"""Linear-Gaussian factor baseline: fitted item factors, and the user's posterior at each exposure in closed form.
 
 The item side is fitted to the training part (`hllm_torchrec.data.item_factors`); the user's factors z are the
-closed-form posterior given all events of strictly earlier seconds (of any part: prequential, as in `bias`). The score
-is the expected value (rating) of the item; the probability of a positive label is
+closed-form posterior given all events that the exposure may see (of any part: prequential, as in `bias`). The score is
+the expected value (rating) of the item; the probability of a positive label is
 
     P(value > t) = Phi((E[value] - t) / s),   t half way between the largest value with label 0 and the
                                               smallest with label 1, s^2 the model's noise

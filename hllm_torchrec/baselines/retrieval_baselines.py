@@ -3,8 +3,8 @@
 Each scores the catalogue for a user by a sum over the history, s = sum_k w_k M[h_k] + backoff:
 
     popularity  w = 0, backoff = the item's number of training events
-    ease        w = 1, M = I - P / diag(P) with P = (X'X + l2 I)^-1, X the training users' items (EASE,
-                arXiv 1905.03375)
+    ease        w = 1, M = I - P / diag(P) (column j divided by P_jj) with P = (A'A + l2 I)^-1, A [R, N] the binary
+                matrix of the items of each training user (EASE, arXiv 1905.03375)
     markov      w_k = decay^(age of event k), M[i, j] = (how often j followed i, a gap of g events counting
                 gap_decay^(g - 1), up to `window`) / (events of i + shrinkage) / (events of j)^damping
 
@@ -35,7 +35,7 @@ from hllm_torchrec.metrics.retrieval_metrics import target_ranks
 
 CHOSEN_BY = 10
 """K of the NDCG@K on the validation part that selects the settings."""
-MOST_DENSE_ITEMS = 30_000
+MAX_EASE_ITEMS = 30_000
 """Maximum N for EASE, which inverts an N x N matrix: 7 GB in float64 at this size."""
 SCORE_CHUNK = 2**25
 """Number of scores in memory at a time: 128 MiB."""
@@ -66,8 +66,8 @@ class ItemToItem:
         return dense + self.backoff
 
     def _weights(self, offsets: Ints) -> Floats:
-        """Weights [S] of seen items: decay to the power of the number of later events."""
-        # Index of the last seen event of the same exposure, minus the own index.
+        """Weights [S] of the visible events: decay to the power of the number of later visible events."""
+        # Index of the exposure's last visible event minus the index of the event itself.
         age = np.repeat(offsets[1:], np.diff(offsets)) - 1 - np.arange(offsets[-1])
         inside = np.ones_like(age, dtype=bool) if self.window is None else age < self.window
         return np.where(inside, np.power(self.decay, age, dtype=np.float64), 0).astype(np.float32)
@@ -90,12 +90,12 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
     """Closed form of EASE, computed in float64.
 
     Raises:
-        ValueError: a catalogue too large for an N x N matrix.
+        ValueError: the catalogue is too large for an N x N matrix.
     """
-    if items > MOST_DENSE_ITEMS:
+    if items > MAX_EASE_ITEMS:
         raise ValueError(
-            f"ease: the catalogue has {items - 1:,} items, EASE inverts a matrix of their square and takes at most "
-            f"{MOST_DENSE_ITEMS:,}: leave it out with --only popularity markov"
+            f"ease: the catalogue has {items - 1:,} items; EASE inverts an items x items matrix and supports at most "
+            f"{MAX_EASE_ITEMS:,}: leave EASE out with --only popularity markov"
         )
     users = (np.ones(train.item_ids.size), (train.row_of_event, train.item_ids))
     x = sp.csr_matrix(users, shape=(train.user_ids.size, items))
@@ -134,7 +134,7 @@ def _counts(train: Histories, items: int) -> Floats:
 
 
 def candidate_settings(name: str, config: RetrievalBaselinesConfig) -> list[dict[str, float]]:
-    """Grid of settings to evaluate for a baseline."""
+    """The combinations of settings that are evaluated for a baseline."""
     if name == "popularity":
         return [{}]
     if name == "ease":
@@ -155,9 +155,10 @@ def fit(name: str, train: Histories, items: int, config: RetrievalBaselinesConfi
 def rank_baseline_targets(
     model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig, excluded: Ints
 ) -> tuple[dict[str, Ints], int]:
-    """Rank the targets of this rank's exposures; returns their columns and the number of targets without history.
+    """Compute the rank of each target of this process's exposures among the candidates.
 
-    Targets, candidates (all items but `excluded`) and columns are those of
+    Returns the columns user_id, position, item_id and rank, and the number of targets that were skipped because no
+    event is visible at them. Targets, candidates (all items but `excluded`) and columns are those of
     `evaluation.scoring.rank_catalogue_targets` for a model.
     """
     labels = histories.labels[histories.exposures]
@@ -171,9 +172,10 @@ def rank_baseline_targets(
         seen = (torch.from_numpy(items), torch.from_numpy(offsets)) if config.filter_seen else (None, None)
         targets = torch.from_numpy(histories.item_ids[histories.exposures[part]])
         scores = torch.from_numpy(model.scores(histories, part))
-        own = scores[torch.arange(len(targets)), targets]
+        target_scores = scores[torch.arange(len(targets)), targets]
         scores[:, excluded] = -torch.inf
-        scores[torch.arange(len(targets)), targets] = own  # a withdrawn target still ranks among the candidates
+        # An excluded target keeps its score, so that it has a rank.
+        scores[torch.arange(len(targets)), targets] = target_scores
         ranks.append(target_ranks(scores, targets, seen_items_S=seen[0], seen_offsets=seen[1]))
     events = histories.exposures[rows]
     columns = {

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
-from hllm_torchrec.config.rules import task_entry_problems
 from hllm_torchrec.data.item_factors import FactorOptions
-from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig
+from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig, dlrm_problems
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,12 @@ class BaselinesConfig:
     """Settings of all baselines of `hllm baselines`.
 
     Raises:
-        ConfigError: values out of range, all of them.
+        ConfigError: values are out of range; the message lists all of them.
     """
 
     feedback_delay: int = 0
-    """Seconds from an event until a baseline may see it, as `data.feedback_delay` of a model; that of `dlrm` too."""
+    """Seconds from an event until a baseline may see it, like a model's `data.feedback_delay`. Also applies to `dlrm`.
+    """
     item_mean: ItemMeanConfig = field(default_factory=ItemMeanConfig)
     """Mean training label of the item."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)
@@ -63,7 +63,7 @@ class BaselinesConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, BASELINE_BOUNDS))
-        problems += task_entry_problems(self.dlrm.tasks, "dlrm.tasks")
+        problems += dlrm_problems(self.dlrm)
         for name in ("bottom", "top"):
             sizes = getattr(self.dlrm, name)
             if min(sizes, default=1) < 1:

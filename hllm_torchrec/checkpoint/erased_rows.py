@@ -1,7 +1,7 @@
-"""Rows of embedding tables set to 0 in a checkpoint, with their optimizer state and averages, in place of a model.
+"""Erasure of embedding rows in a checkpoint: their weights, optimizer state and averages are set to 0.
 
-The tensors are read, changed and written one stored chunk at a time, so that a table need not fit into memory. The
-checkpoint is written beside and exchanged: readers see the old one or the new one.
+No model is built. The tensors are read and changed one stored chunk at a time, so a table need not fit into memory. The
+changed checkpoint is written to a temporary directory, which then replaces the old one: readers see either of the two.
 """
 
 import io
@@ -22,21 +22,25 @@ from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import write_synced
 
 _FACTS = ("schema_version", "world_size", "files", "sha256")
-"""Fields of a marker that describe the files."""
+"""Fields of a marker that `layout.commit` computes from the files."""
 
 
 def erase_rows(
     checkpoint: Path, table: str, rows: Ints, extra: Mapping[str, Any] | None = None, *, dry_run: bool = False
 ) -> int:
-    """Set `rows` of a table to 0 wherever a checkpoint has them, and replace values of `extra.json`.
+    """Set `rows` of a table to 0 in all tensors of a checkpoint, and replace values in its `extra.json`.
 
-    extra: new values of keys that `extra.json` has.
+    Args:
+        rows: rows of the table; those beyond its end are ignored.
+        extra: key -> new value; keys that `extra.json` lacks or has as null are ignored.
+        dry_run: only count, and change nothing.
 
     Returns:
-        Number of rows of the weights that were not 0, and of other values of `extra.json`.
+        Number of erased rows that were not 0 in the weights, counted once per stored chunk (column shard), plus 1 if
+        `extra.json` changes.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or torch writes a chunk with another size than the saved chunk has.
     """
     damage = layout.find_damage(checkpoint)
     if damage:
@@ -44,13 +48,13 @@ def erase_rows(
     metadata = SafeReader(checkpoint).read_metadata()
     tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     size = saved_table_rows(tensors).get(table, 0)
-    places = {k: v.size for k, v in tensors.items() if (match := TABLE_KEY.fullmatch(k)) and match["table"] == table}
+    sizes = {k: v.size for k, v in tensors.items() if (match := TABLE_KEY.fullmatch(k)) and match["table"] == table}
     old = layout.read_checkpoint_json(checkpoint / "extra.json")
     new = old | {key: value for key, value in (extra or {}).items() if old.get(key) not in (None, value)}
     changed: dict[str, dict[int, bytes]] = {}
     found = 0
     for index, info in metadata.storage_data.items():
-        wanted = _rows_of(places.get(index.fqn), size, rows[rows < size])
+        wanted = _rows_of(sizes.get(index.fqn), size, rows[rows < size])
         chunk = _changed_chunk(checkpoint / info.relative_path, info.offset, info.length, index, wanted)
         if chunk is not None:
             changed.setdefault(info.relative_path, {})[info.offset] = chunk[0]
@@ -61,7 +65,10 @@ def erase_rows(
 
 
 def _rows_of(size: torch.Size | None, rows: int, wanted: Ints) -> list[int]:
-    """The rows of a tensor that are `wanted` rows of a table of `rows`: in row-wise state one per column shard."""
+    """Return the rows of a tensor of this size that belong to the rows `wanted` of a table with `rows` rows.
+
+    Row-wise optimizer state has one vector per column shard, one after the other, so a row of the table occurs in each.
+    """
     if size is None or not rows or not size or size[0] % rows:
         return []
     return [copy * rows + row for copy in range(size[0] // rows) for row in wanted.tolist()]
@@ -70,18 +77,22 @@ def _rows_of(size: torch.Size | None, rows: int, wanted: Ints) -> list[int]:
 def _changed_chunk(
     path: Path, offset: int, length: int, index: MetadataIndex, rows: list[int]
 ) -> tuple[bytes, int] | None:
-    """A stored chunk of a tensor with `rows` set to 0, and how many were not; None if it has none of these."""
+    """Read a stored chunk of a tensor and set `rows` of the tensor to 0 in it.
+
+    Returns:
+        (serialized chunk of `length` bytes, number of rows that were not 0), or None if the chunk does not change.
+    """
     if not rows:
         return None
     with path.open("rb") as file:
         file.seek(offset)
         chunk = torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
     first = index.offset[0] if index.offset else 0
-    own = [row - first for row in rows if 0 <= row - first < len(chunk)]
-    found = sum(bool(chunk[row].any()) for row in own)
+    local = [row - first for row in rows if 0 <= row - first < len(chunk)]
+    found = sum(bool(chunk[row].any()) for row in local)
     if not found:
         return None
-    chunk[own] = 0
+    chunk[local] = 0
     stream = io.BytesIO()
     torch.save(chunk, stream)
     if len(stream.getvalue()) != length:
@@ -90,7 +101,7 @@ def _changed_chunk(
 
 
 def _rewrite(checkpoint: Path, changed: Mapping[str, Mapping[int, bytes]], extra: Mapping[str, Any]) -> None:
-    """Replace a checkpoint by one with other bytes at some offsets of its files, and other extra values."""
+    """Replace a checkpoint by one with changed bytes (file -> offset -> bytes) and a new `extra.json`."""
     marker = layout.read_marker(checkpoint)
     temporary = layout.create_temporary(checkpoint)
     try:
@@ -118,12 +129,12 @@ def _rewrite(checkpoint: Path, changed: Mapping[str, Mapping[int, bytes]], extra
 def _link(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copyfile(old, new)
 
 
 def checkpoints_of(run: Path) -> Iterator[Path]:
-    """The complete checkpoints of a run, in the order of their steps."""
+    """Yield the complete checkpoints of a run, in the order of their steps."""
     for path in layout.checkpoints_by_step(run / "checkpoints"):
         if layout.find_damage(path, check_hashes=False) is None:
             yield path

@@ -1,10 +1,10 @@
-"""Loading of embedding tables into larger ones: known rows are copied, the rows of new ids keep their initialization.
+"""Loading of saved embedding tables into larger ones: known rows are copied, rows of new ids keep their initialization.
 
-It covers weights, averages and optimizer state of replicated and sharded tables, at any sharding plan and world size.
-Row-wise optimizer state has one value for each row and column shard: with a column shards of R rows it is a vector of
-a x R values, one column shard after the other.
+It supports weights, averages and optimizer state of replicated and sharded tables, at any sharding plan and world size.
+Row-wise optimizer state has one value for each row and column shard: for A column shards of R rows it is a vector of
+A x R values, one column shard after the other, in the order of their columns.
 
-Legend: R rows, D columns, a saved column shards, b column shards of the present plan.
+Legend: R rows, A column shards in the checkpoint, B column shards in the model.
 """
 
 import re
@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hllm_torchrec.embedding.tables import local_shards
 
 MODEL = "model"
-"""Group of the weights in a checkpoint."""
+"""First component of the keys of the weights in a checkpoint."""
 TABLE_KEY = re.compile(r"\w+\.(?P<parameter>(.+\.)?embedding_bags\.(?P<table>[^.]+)\.weight)(\..+)?")
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Number of rows of a table in a checkpoint and in the model, the unknown id's row 0 included."""
+    """Number of rows of a table in a checkpoint (`saved`) and in the model (`present`), including the unknown id 0."""
 
     table: str
     saved: int
@@ -33,7 +33,7 @@ class TableRows:
 
     @property
     def has_grown(self) -> bool:
-        """True if the model's table is larger."""
+        """True if the table of the model has more rows than that of the checkpoint."""
         return self.saved < self.present
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class TableRows:
 
 
 def saved_table_rows(saved: Mapping[str, TensorStorageMetadata]) -> dict[str, int]:
-    """Table -> number of its rows in a checkpoint, of whose tensors `saved` is the description."""
+    """Return table -> number of its rows in a checkpoint; saved: key -> metadata of the checkpoint's tensors."""
     found = {}
     for key, tensor in saved.items():
         match = TABLE_KEY.fullmatch(key)
@@ -54,22 +54,26 @@ def saved_table_rows(saved: Mapping[str, TensorStorageMetadata]) -> dict[str, in
 def table_rows(
     key: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, TensorStorageMetadata]
 ) -> TableRows | None:
-    """Rows of the table to which the weights or optimizer state `key` belong; None if it is of no table.
+    """Return the rows of the table to which the tensor `key` belongs; None for a tensor that belongs to no table.
 
-    tensors: the state by its dotted keys; saved: the checkpoint's tensors.
+    tensors: the model's state by dotted keys; saved: key -> metadata of the checkpoint's tensors.
     """
     match = TABLE_KEY.fullmatch(key)
     weight = f"{MODEL}.{match['parameter']}" if match else ""
     if match is None or weight not in saved:
         return None
     rows = int(saved[weight].size[0])
-    # Averages are loaded without the model's group: they have the shape of the weights.
-    own = tensors.get(weight, tensors[key])
-    return TableRows(match["table"], rows, global_size(own)[0] if weight in tensors or own.dim() == 2 else rows)
+    # `tensors` may have the averages without the weights: an average has the shape of the weights.
+    reference = tensors.get(weight, tensors[key])
+    is_table = weight in tensors or reference.dim() == 2
+    return TableRows(match["table"], rows, global_size(reference)[0] if is_table else rows)
 
 
 def fits(tensor: torch.Tensor, saved: torch.Size, rows: TableRows | None) -> bool:
-    """True if a saved tensor of this size can be loaded: it is equal, or the same of a smaller or replanned table."""
+    """Return True if a saved tensor of size `saved` can be loaded into `tensor`.
+
+    The sizes must be equal, or those of a table (or its state) with fewer saved rows or with another sharding plan.
+    """
     size = global_size(tensor)
     if rows is None or rows.saved > rows.present:
         return size == saved
@@ -82,10 +86,13 @@ def fits(tensor: torch.Tensor, saved: torch.Size, rows: TableRows | None) -> boo
 
 
 def is_spread(tensor: torch.Tensor, saved: torch.Size, rows: TableRows | None) -> bool:
-    """True for row-wise state whose values have other places in the vector here: `spread_rowwise` copies them."""
+    """Return True for row-wise state whose values have other positions in the model's vector than in the saved one.
+
+    Such state must be copied by `spread_rowwise`.
+    """
     if rows is None or not _is_rowwise(tensor, saved):
         return False
-    # With one column shard the known rows are the first ones, and are read without a copy of the whole vector.
+    # With one column shard in both, the known rows are the first ones and can be read directly.
     shards = saved[0] // rows.saved
     return shards != _columns(tensor, rows) or (shards > 1 and rows.has_grown)
 
@@ -105,11 +112,11 @@ def global_size(tensor: torch.Tensor) -> torch.Size:
 
 @torch.no_grad()
 def first_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor | None:
-    """A view of the first rows of a table or of its state; None if this rank has none of them."""
+    """Return a view of the first rows of a table or of its state; None if this rank has none of these rows."""
     if not isinstance(tensor, ShardedTensor):
         return tensor[:rows]
-    whole = tensor.metadata()
-    cut = {tuple(shard.shard_offsets): _cut(shard, rows) for shard in whole.shards_metadata}
+    full = tensor.metadata()
+    cut = {tuple(shard.shard_offsets): _cut(shard, rows) for shard in full.shards_metadata}
     local = []
     for shard in tensor.local_shards():
         metadata = cut[tuple(shard.metadata.shard_offsets)]
@@ -119,15 +126,15 @@ def first_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor | None:
         return None
     of_rows = ShardedTensorMetadata(
         shards_metadata=[shard for shard in cut.values() if shard is not None],
-        size=torch.Size((rows, *whole.size[1:])),
-        tensor_properties=whole.tensor_properties,
+        size=torch.Size((rows, *full.size[1:])),
+        tensor_properties=full.tensor_properties,
     )
     view: torch.Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(local, of_rows)
     return view
 
 
 def _cut(shard: ShardMetadata, rows: int) -> ShardMetadata | None:
-    """A shard without the rows from `rows` on; None if nothing is left."""
+    """Return the metadata of a shard without rows `rows` and above of the table; None if no row is left."""
     kept = min(shard.shard_sizes[0], rows - shard.shard_offsets[0])
     if kept <= 0:
         return None
@@ -136,18 +143,19 @@ def _cut(shard: ShardMetadata, rows: int) -> ShardMetadata | None:
 
 @torch.no_grad()
 def spread_rowwise(values: torch.Tensor, target: torch.Tensor, rows: TableRows) -> None:
-    """Copy row-wise state of a column shards into the shards of b.
+    """Copy row-wise state of A saved column shards into B column shards; one of A and B divides the other.
 
-    They get the mean of the a vectors if there were more, which is exact for equal shards, and copies if there were
-    fewer.
+    If A > B, a shard gets the mean of the A / B saved shards that have its columns, which is exact if these are equally
+    wide. If A < B, all B / A shards with the columns of a saved shard get copies of its state.
 
-    values: the saved vector [a x saved rows].
+    values: the saved vector [A x saved rows]; target: the model's vector [B x present rows].
     """
     b = _columns(target, rows)
     by_shard = values.view(-1, rows.saved)
+    # Column shards are in the order of their columns: A / B successive saved shards become one, or one becomes B / A.
     if len(by_shard) > b:
-        by_shard = by_shard.view(-1, b, rows.saved).mean(0)
-    by_shard = by_shard.repeat(b // len(by_shard), 1)
+        by_shard = by_shard.view(b, -1, rows.saved).mean(1)
+    by_shard = by_shard.repeat_interleave(b // len(by_shard), 0)
     for part, start, _ in local_shards(target):
         column, row = divmod(start, rows.present)
         kept = max(0, min(len(part), rows.saved - row))
@@ -155,10 +163,10 @@ def spread_rowwise(values: torch.Tensor, target: torch.Tensor, rows: TableRows) 
 
 
 def starts_anew(key: str, rows: Mapping[str, TableRows]) -> bool:
-    """True for optimizer state or averages of a grown table, which may lie in another group than in the checkpoint.
+    """Return True for optimizer state or averages of a grown table: it may start from its initial values.
 
-    A replicated table that grows to `features.shard_from_rows` rows becomes a sharded one: its state then belongs to
-    another optimizer, and starts anew.
+    A replicated table that grows to `features.shard_from_rows` rows becomes a sharded table. Another optimizer then
+    updates it, so the keys of its state differ from those in the checkpoint, and the saved state is not loaded.
 
     rows: table -> its rows.
     """

@@ -1,6 +1,6 @@
 """Files of a checkpoint directory: atomic publication, integrity checks, listing and deletion.
 
-This module handles names and bytes only; `checkpoint/load.py` describes the contents.
+This module handles only names and bytes of files; `checkpoint/load.py` describes their contents.
 """
 
 import json
@@ -37,10 +37,12 @@ class DiskFull(OSError):
 def create_temporary(final: Path, needed: int = 0) -> Path:
     """Create the temporary directory in which the checkpoint `final` is written, and remove leftovers of a crash.
 
+    needed: size of the checkpoint in bytes.
+
     Raises:
-        DiskFull: fewer than `needed` bytes are free; nothing is created.
+        DiskFull: fewer than `needed` bytes are free; the directory is not created.
     """
-    # Before the leftovers are deleted: a complete checkpoint may be among them.
+    # This must precede the deletion of the leftovers, which may include a complete checkpoint.
     finish_interrupted_renames(final.parent)
     for stale in final.parent.glob("step-*.tmp-*"):
         shutil.rmtree(stale)
@@ -54,14 +56,14 @@ def create_temporary(final: Path, needed: int = 0) -> Path:
 
 
 def finish_interrupted_renames(directory: Path) -> None:
-    """Rename complete checkpoints that a crash left under a temporary name. Call from the job that owns the run only.
+    """Rename complete checkpoints that a crash left under a temporary name. Only the job that owns the run may call it.
 
-    Another job must not: a directory that looks abandoned may be about to be renamed or deleted by its owner.
+    In another job's view, a directory that looks abandoned may be about to be renamed or deleted by its owner.
     """
-    for caught in sorted(directory.glob("step-*.tmp-*")):
-        final = caught.with_name(caught.name.split(".")[0])
-        if not final.exists() and find_damage(caught, check_hashes=False) is None:
-            caught.rename(final)
+    for leftover in sorted(directory.glob("step-*.tmp-*")):
+        final = leftover.with_name(leftover.name.split(".")[0])
+        if not final.exists() and find_damage(leftover, check_hashes=False) is None:
+            leftover.rename(final)
 
 
 def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> None:
@@ -69,9 +71,9 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
 
     Args:
         temporary: the directory from `create_temporary`.
-        final: its final path; an existing checkpoint there is replaced.
+        final: final path of the directory; an existing checkpoint with this path is replaced.
         marker: contents of the marker in addition to the files: step, metric, better.
-        files: for each rank, name -> (bytes, SHA-256) of the files it wrote.
+        files: for each rank, name -> (bytes, SHA-256) of the files that it wrote.
 
     Raises:
         ValueError: a file is missing or does not have the size that its rank wrote.
@@ -83,13 +85,14 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
                     f"rank 0 does not see {temporary / name} as rank {rank} wrote it; "
                     "the checkpoints must be on a file system that all machines share"
                 )
-    # The order makes the rename the commit point. Every file is synced already; the marker and the folder's entries
-    # must be on disk before the new name is.
+    # The rename is the commit point. The other files are synced already; the marker and the directory's entries must be
+    # on the disk before the new name is.
     write_synced(temporary / MARKER, marker_text(marker, files))
     sync_folder(temporary)
-    # The step exists if a run resumed from an earlier one. Where two directories cannot be exchanged, the old one is
-    # only renamed here: after a crash before the next rename there are two complete copies under temporary names, and
-    # the next start restores one.
+    # `final` already exists if the run was resumed from an earlier step and has reached this step again, or if
+    # `erased_rows` changes it. If the file system cannot exchange two directories, the existing checkpoint is renamed
+    # first. After a crash between the two renames, both checkpoints are complete and have temporary names, and
+    # `finish_interrupted_renames` restores one of them.
     replaced = None
     if final.exists():
         replaced = temporary if exchange_folders(temporary, final) else _rename_for_removal(final)
@@ -108,7 +111,7 @@ def marker_text(marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]
 
 
 def with_checksum(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a marker's contents with their SHA-256 as `sha256`."""
+    """Return the contents of a marker together with their own SHA-256 as `sha256`."""
     rest = {name: value for name, value in contents.items() if name != "sha256"}
     return {**rest, "sha256": hash_json(rest)}
 
@@ -121,22 +124,23 @@ def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str
 def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """Describe the damage of a checkpoint's files ("is truncated: ..."), or return None.
 
-    Sizes are always compared; contents (SHA-256, about 1 GB/s) only if `check_hashes`, and only of this rank's share of
-    the files: share = (index, number of shares).
+    Sizes are always compared. Contents (SHA-256, about 1 GB/s) are compared only if `check_hashes`, and only for this
+    rank's share of the files: share = (index, number of shares).
 
     Raises:
-        OSError: the machine could not read a file, which is no damage (permission, too many open files, ...); names it.
+        OSError: the machine could not read a file (permissions, too many open files, ...), which does not mean that it
+            is damaged; the message contains the path.
     """
     return examine(path, check_hashes=check_hashes, share=share)[1]
 
 
 def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) -> tuple[dict[str, Any], str | None]:
-    """Return the marker of a checkpoint, and its damage as `find_damage`; the marker is empty if it is not readable."""
+    """Return (marker of a checkpoint, its damage as `find_damage`); an unreadable marker is returned as {}."""
     marker: dict[str, Any] = {}
     try:
         marker = read_marker(path)
         return marker, _damage_of(path, marker, check_hashes, share)
-    # A damaged marker may have any content, so any of these can come from reading it.
+    # A damaged marker may have any content, so that its use may raise any of these errors.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if is_machine_error(error):
             raise
@@ -144,7 +148,7 @@ def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) 
 
 
 def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tuple[int, int]) -> str | None:
-    """Compare the files of a checkpoint with its marker, as `find_damage`; malformed markers raise anything."""
+    """Compare the files of a checkpoint with its marker, as `find_damage`; a malformed marker may raise any error."""
     if marker["schema_version"] not in READABLE_VERSIONS:
         return f"has schema version {marker['schema_version']}; this program reads {READABLE_VERSIONS}"
     if marker["schema_version"] > 1 and with_checksum(marker) != marker:
@@ -152,7 +156,7 @@ def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tu
     part, parts = share
     for number, (name, (size, digest)) in enumerate(marker["files"].items()):
         file = path / name
-        # A marker may be forged: names must not point outside of the directory.
+        # The marker may come from an untrusted source: names must not point outside of the directory.
         if Path(name).name != name or file.is_symlink():
             return f"is damaged: {repr(name)[:100]} leads out of it"
         with path_in_errors(file):
@@ -168,7 +172,10 @@ def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tu
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's marker: schema_version, step, metric, better, world_size, files; raises as `read_json`."""
+    """Return the marker of a checkpoint: schema_version, step, metric, better, world_size, files, sha256.
+
+    Raises as `read_checkpoint_json`.
+    """
     return read_checkpoint_json(path / MARKER)
 
 
@@ -176,7 +183,7 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint.
 
     Raises:
-        ValueError: the file is missing or holds something else; names it.
+        ValueError: the file is missing or does not contain a JSON object; the message contains the path.
         OSError: as `find_damage`.
     """
     try:
@@ -198,20 +205,21 @@ def checkpoints_by_step(directory: Path) -> list[Path]:
 
 
 def checkpoints_by_metric(directory: Path) -> list[Path]:
-    """Return the checkpoints with a metric, best first; ties in the order of their steps.
+    """Return the complete checkpoints that have a metric, best first; ties in the order of their steps.
 
-    The newest checkpoint's marker states whether larger or smaller is better; if it does not, the list is empty.
+    The marker of the newest checkpoint states whether larger or smaller is better; if it does not, the list is empty.
     """
-    return sort_by_metric(_whole_markers(directory))
+    return sort_by_metric(_complete_markers(directory))
 
 
-def _whole_markers(directory: Path) -> dict[Path, dict[str, Any]]:
-    """Return checkpoint -> marker of those whose files have the right sizes, in the order of their steps."""
+def _complete_markers(directory: Path) -> dict[Path, dict[str, Any]]:
+    """Return checkpoint -> marker for checkpoints whose files have the right sizes, in the order of their steps."""
     while True:
         paths = checkpoints_by_step(directory)
         examined = {path: examine(path, check_hashes=False) for path in paths}
-        # The run that writes them may have pruned some meanwhile, for newer ones that are not in the list, or replaced
-        # one, whose files then do not fit the marker that was read. Damage stays the same.
+        # The run may have pruned a checkpoint, or replaced it between the reading of its marker and of its files, which
+        # looks like damage. Real damage gives the same result again, so repeat until two results are equal and all
+        # listed checkpoints still exist.
         damaged = {path: found for path, found in examined.items() if found[1] is not None}
         again = {path: examine(path, check_hashes=False) for path in damaged}
         if again == damaged and all(path.exists() for path in paths):
@@ -219,7 +227,7 @@ def _whole_markers(directory: Path) -> dict[Path, dict[str, Any]]:
 
 
 def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
-    """Sort the keys of markers (given in the order of their steps) as `checkpoints_by_metric` does."""
+    """Sort the keys of `markers`, which are in the order of their steps, as `checkpoints_by_metric` does."""
     better = list(markers.values())[-1]["better"] if markers else None
     if better is None:
         return []
@@ -229,22 +237,26 @@ def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
 
 
 def prune_checkpoints(newest: Path, keep_last: int) -> None:
-    """Delete all checkpoints except the `keep_last` newest, the best, and `newest`; damaged ones are not touched."""
-    markers = _whole_markers(newest.parent)
-    whole = list(markers)
-    keep = {newest, *whole[-keep_last:], *sort_by_metric(markers)[:1]}
-    for path in whole:
+    """Delete all complete checkpoints except the `keep_last` newest, the best, and `newest`; keep damaged ones."""
+    markers = _complete_markers(newest.parent)
+    complete = list(markers)
+    keep = {newest, *complete[-keep_last:], *sort_by_metric(markers)[:1]}
+    for path in complete:
         if path not in keep:
             remove_checkpoint(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; it is renamed first, so that a partly deleted one is never found under its name."""
+    """Delete a checkpoint. It is renamed first, so that no reader finds a partly deleted checkpoint."""
     shutil.rmtree(_rename_for_removal(path))
 
 
 def _rename_for_removal(path: Path) -> Path:
-    """Rename a checkpoint to a temporary name, which readers ignore and the next `create_temporary` removes."""
+    """Rename a checkpoint to a temporary name, which readers ignore, and return the new path.
+
+    If a crash prevents the deletion, the next `create_temporary` restores the checkpoint if it is still complete and
+    its final name is free; otherwise it removes the directory.
+    """
     doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     path.rename(doomed)
     return doomed

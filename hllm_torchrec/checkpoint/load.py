@@ -4,15 +4,15 @@ A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
 
 - `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
 - `extra.json`: values that are the same on every rank (loader position, metrics, configuration);
-- `extra-rank<rank>.json`: values of each rank (its random number generators);
-- `COMPLETE`: the marker, JSON with the step, the metric, every file's size and SHA-256, and its own SHA-256.
+- `extra-rank<rank>.json`: values of each rank (states of its random number generators);
+- `COMPLETE`: the marker, JSON with the step, the metric, the size and SHA-256 of every file, and its own SHA-256.
 
-It is written as `step-00000100.tmp-...`, synced, and renamed by rank 0 when every rank is done, so a crash at any
-moment leaves either a complete directory of the final name or none. Nothing in it is unpickled without restriction
-(see `safe_reader`). All machines must share one file system.
+The directory is written as `step-00000100.tmp-...` and synced; rank 0 renames it when all ranks have finished. So after
+a crash at any moment, either a complete directory has the final name or none has it. No pickle in it is loaded without
+restrictions (see `safe_reader`). Unless checkpoints are at a URL, all machines must share one file system.
 
-Saving, loading and finding the latest or best are collective if a process group exists: every rank calls them, and a
-failure on one rank raises on all.
+If a process group exists, saving, loading and finding the latest or best checkpoint are collective: every rank calls
+them, and if one rank fails, all ranks raise.
 """
 
 import logging
@@ -58,27 +58,27 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
 
-    The world size and the sharding plan may differ from those of the save, and dtypes are converted. Embedding tables
-    may have more rows than in the checkpoint: these keep their present values, and one line for each such table is
-    logged (see `growth`). Groups of the checkpoint that `state` does not contain (for example the optimizers, when
-    evaluating) are not read.
+    The world size and the sharding plan may differ from those at saving, and dtypes are converted. Embedding tables may
+    have more rows than in the checkpoint: the additional rows keep their current values, and one line is logged for
+    each such table (see `growth`). Groups of the checkpoint that `state` does not contain (for example the optimizers
+    in an evaluation) are not read.
 
     Args:
         path: a checkpoint's directory, as from `latest_checkpoint`.
         state: as in `save_checkpoint`. Optimizer state must exist already: see `optim.materialize_state`.
-        allow_missing: prefixes of keys, such as `"dense"`, which keep their present values if the checkpoint
-            does not have them, and may be in the checkpoint only; the former are logged.
-        remedy: what to do about a checkpoint of another model, for the error.
+        allow_missing: prefixes of keys, such as `"dense"`. A tensor below them that the checkpoint lacks keeps its
+            current value (this is logged); one that only the checkpoint has is ignored.
+        remedy: remedy in the error message for a checkpoint of another model.
 
     Raises:
-        ValueError: the checkpoint is damaged, was made by another model (names the keys), or contains a pickle
-            that is not allowed. `state` is then unchanged.
-        CheckpointGone: it was removed or replaced meanwhile (a ValueError); `state` may have changed.
+        ValueError: the checkpoint is damaged, is of another model (the message contains the keys), or contains a pickle
+            that is not allowed. `state` is unchanged, except if damage is found only while tensors are read.
+        CheckpointGone: the checkpoint was removed or replaced meanwhile; `state` may have changed.
         RuntimeError: another rank failed.
     """
     path = Path(path)
     with unchanged(path):
-        # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
+        # All ranks compare keys and shapes before any rank reads: if they differ, no tensor has been changed.
         reports = coordination.run_on_all_ranks(lambda: _compare(path, state))
         kept = _raise_mismatches(path, reports, list(state), allow_missing, remedy)
         _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
@@ -97,10 +97,10 @@ def load_rank_extra(path: Path) -> dict[str, Any] | None:
 
 
 def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare this rank's tensors (without tables that only other ranks have) with the checkpoint's.
+    """Compare this rank's tensors, which lack the tables of other ranks, with those of the checkpoint.
 
     Raises:
-        ValueError: as `load_checkpoint`, of a damaged checkpoint and of a pickle.
+        ValueError: the checkpoint is damaged, or contains a pickle that is not allowed.
     """
     damage = files.find_damage(path, check_hashes=False)
     if damage:
@@ -118,22 +118,22 @@ def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grown(reports: list[dict[str, Any]]) -> dict[str, growth.TableRows]:
-    """Table -> rows, of the tables that have grown, from all ranks' `_compare`."""
+    """Return table -> rows for the tables that have grown, from all ranks' `_compare`."""
     return {name: rows for report in reports for name, rows in sorted(report["grown"].items())}
 
 
 def _raise_mismatches(
     path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str], remedy: str
 ) -> set[str]:
-    """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
-    # A rank has only its own tables, so a key is unexpected only if no rank has it.
+    """Raise one error for the mismatches of all ranks; return the missing keys that may keep their current values."""
+    # Each rank has only its shards of tables, so a key is unexpected only if no rank has it.
     wanted = {key for report in reports for key in report["keys"]}
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
     # Groups that `state` leaves out (such as the optimizers) are skipped on purpose: their keys are not unexpected.
     unexpected = {key for key in reports[0]["saved"] if is_under(key, groups) and key not in wanted}
     grown = _grown(reports)
-    # State of another kind of optimizer than before: see `starts_anew`.
+    # Keys of state that another optimizer updates than in the checkpoint: see `starts_anew`.
     moved = {key for key in missing | unexpected if growth.starts_anew(key, grown)}
     kept = {key for key in missing if key in moved or is_under(key, allow_missing)}
     unexpected = {key for key in unexpected - moved if not is_under(key, allow_missing)}
@@ -150,7 +150,7 @@ def _raise_mismatches(
 
 
 def _name_some(what: str, names: set[str]) -> str:
-    """Return "2 keys <what>: a, b", naming the first few, or an empty string."""
+    """Return "2 keys <what>: a, b" with the first few names, or an empty string."""
     if not names:
         return ""
     shown = ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
@@ -158,10 +158,10 @@ def _name_some(what: str, names: set[str]) -> str:
 
 
 def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Read into the tensors in place; row-wise state of another plan is read completely and then distributed."""
+    """Read a checkpoint into the tensors in place."""
     saved = SafeReader(path).read_tensors()
-    # DCP reads slices of the saved tensor by offset. Row-wise state has other offsets under another plan, so it is read
-    # into a temporary of its saved size.
+    # DCP reads slices of the saved tensor by offset. Row-wise state has other offsets under another sharding plan, so
+    # it is read completely into a temporary tensor and then copied by `spread_rowwise`.
     wanted: dict[str, torch.Tensor] = {}
     spread: dict[str, growth.TableRows] = {}
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run as configured: in the background or not, stopping or continuing on a full disk."""
+"""Writing of a run's checkpoints as configured: synchronously or in the background, with handling of a full disk."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from hllm_torchrec.distributed import coordination
 
 
 class CheckpointManager:
-    """Saves the checkpoints of a run by its configuration (`reliability`, `evaluation.keep_last`).
+    """Saves the checkpoints of a run according to its configuration (`reliability`, `evaluation.keep_last`).
 
     All methods are collective.
     """
@@ -30,9 +30,10 @@ class CheckpointManager:
         self._writer = BackgroundWriter(config.parallel.timeout) if wanted else None
         self._pending: tuple[int, Path, float] | None = None
         self.last_saved_step = 0
-        """Step of the last checkpoint that was written or is being written; 0 if there is none or it failed."""
+        """Step of the last checkpoint that was written or is being written; 0 if there is none, or if writing it in the
+        background failed."""
         self.last_error: Exception | None = None
-        """Error of the last checkpoint, if it was not written and the run continued."""
+        """Error of the last save, if the disk was full and the run continued."""
 
     @property
     def pending_save_failed(self) -> bool:
@@ -42,14 +43,14 @@ class CheckpointManager:
     def save(
         self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any], metric: float | None, log: RunLog
     ) -> None:
-        """Write the checkpoint of a step, or start to in the background, after the one before it is finished.
+        """Wait for the previous checkpoint, then write that of `step`; a background writer only starts to write it.
 
         Raises:
-            DiskFull: unless the run is configured to continue.
+            DiskFull: the disk is full (also for the previous checkpoint), and the run is not configured to continue.
             RuntimeError: another rank failed, or the files could not be written.
         """
         self.finish_pending_save(log)
-        # The run's other files first, so that a published checkpoint never lacks its configuration.
+        # The other files of the run come first, so that a published checkpoint never lacks its configuration.
         self.storage.publish()
         begun = time.perf_counter()
         try:
@@ -83,7 +84,7 @@ class CheckpointManager:
             if self._writer is not None:
                 self._writer.finish()
         except (DiskFull, coordination.PeerFailed) as error:
-            # The step is not on disk, so the save at the end of the run must not be skipped as done.
+            # This step was not saved: without the reset, the save at the end of the run might be skipped.
             self.last_saved_step = 0
             self._tolerate_disk_full(step, error, log)
             return
@@ -92,27 +93,27 @@ class CheckpointManager:
 
     @contextmanager
     def wait_for_pending_save_on_error(self) -> Iterator[None]:
-        """Context manager that, on an error, waits for the pending save: the run may be resumed from it."""
+        """Context manager that waits for the pending save if its body raises: the run may be resumed from it."""
         try:
             yield
         except BaseException:
             if self._writer is not None:
                 try:
                     self._writer.finish()
-                except Exception as error:  # printed only: the error that ends the run must not be replaced
+                except Exception as error:  # only printed, because it must not replace the error that ends the run
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
                     say(f"the checkpoint in flight was not written: {reason}", sys.stderr)
             raise
 
     def close(self, log: RunLog) -> None:
-        """Wait for the last checkpoint at the end of a run. Raises as `save`, and if the last one was not written."""
+        """Wait for the last checkpoint at the end of a run. Raises as `save`, and `last_error` if there is one."""
         self.finish_pending_save(log)
         if self.last_error is not None:
             raise self.last_error
 
     def _tolerate_disk_full(self, step: int, error: Exception, log: RunLog) -> None:
-        """Continue without a checkpoint if so configured and the disk is full, else raise; the same on all ranks."""
-        # The rank whose disk is full has a DiskFull; the others have a PeerFailed that names it.
+        """Log a full disk if the run is configured to continue; raise any other error. The same on all ranks."""
+        # The rank whose disk is full has a DiskFull; the other ranks have a PeerFailed of kind "DiskFull".
         full = isinstance(error, DiskFull) or getattr(error, "kind", "") == "DiskFull"
         if not full or not self._ignores_disk_full:
             raise error

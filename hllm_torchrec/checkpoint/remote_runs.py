@@ -1,10 +1,10 @@
-"""Run directories at URLs: written locally on each host, published with every checkpoint, and copied for reading.
+"""Run directories at URLs: written locally on each host, uploaded with every checkpoint, and downloaded for reading.
 
     <url>/config.yaml, log.jsonl, tensorboard/ ...   uploaded by each host, before each checkpoint and at the end
-    <url>/checkpoints/step-00000100/                 uploaded by each rank (its files); COMPLETE last, by rank 0
+    <url>/checkpoints/step-00000100/                 each rank uploads its files; then rank 0 uploads COMPLETE
 
-The hosts of a job do not need a shared file system. Copies for reading and the folder for writing are separate, so a
-run can be evaluated on the host that trains it.
+The hosts of a job do not need a shared file system. The local copies for reading and for writing are separate, so a run
+can be evaluated on the host that trains it.
 """
 
 import json
@@ -40,12 +40,13 @@ from hllm_torchrec.distributed import coordination
 
 CHECKPOINTS = "checkpoints"
 NOT_FETCHED = (CHECKPOINTS, "predictions", "retrieval", "bad_batches")
-"""Folders that are not copied with a run: not needed to read or resume it, or (checkpoints) fetched one at a time."""
+"""Folders that are not fetched with a run: reading or resuming does not need them, or fetches them one at a time
+(checkpoints)."""
 FETCHED = ".fetched.json"
-"""File in a copy that records size and version of each file at the URL when it was fetched."""
+"""File in a local copy with the size and version that each file had at the URL when it was fetched."""
 _LOCK = ".lock"
 LOCK_WAIT = 10.0
-"""Seconds that a job waits for the lock of a run: a restart may begin before the job that it replaces has ended."""
+"""Seconds that a job waits for the lock of a run: a restarted job may begin before its predecessor has ended."""
 _ATTEMPTS = 5
 _MARKER = re.compile(rf"{CHECKPOINTS}/(step-\d+)/{files.MARKER}")
 _logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class RunStorage:
 
     @contextmanager
     def published_on_exit(self) -> Iterator[None]:
-        """Context manager that publishes the run at exit, also after a preemption but not after an error."""
+        """Context manager that publishes the run at exit, also after a preemption, but not after an error."""
         try:
             yield
         except Preempted:
@@ -82,18 +83,18 @@ class RunStorage:
         assert self.url is not None
         states = {name: state for name, state in _states(self.folder).items() if self._sent.get(name) != state}
         upload_files(self.folder, states, self.url)
-        # Recorded after the upload: if it fails, the next one tries the same files again.
+        # Recorded after the upload, so that a failed upload is tried again the next time.
         self._sent |= states
 
 
 @contextmanager
 def run_lock(output: str) -> Iterator[None]:
-    """Context manager that holds the lock of the only job that trains into `output`. Collective; rank 0 holds it.
+    """Context manager in which only this job may train into `output`: rank 0 holds a lock. Collective.
 
-    Of a URL it is the lock of this host.
+    If `output` is a URL, the lock is only valid on the host of rank 0.
 
     Raises:
-        Locked: another job still trains into it after LOCK_WAIT seconds; names its process.
+        Locked: another job still holds the lock after LOCK_WAIT seconds; the message contains its process.
     """
     url = url_of(output)
     folder = Path(output) if url is None else cache_folder(url)
@@ -104,22 +105,22 @@ def run_lock(output: str) -> Iterator[None]:
         held.enter_context(hold_lock(folder / _LOCK, what, wait=LOCK_WAIT))
         held.callback(_remove_if_empty, folder)
 
-    with ExitStack() as held:  # rank 0's; empty on other ranks
+    with ExitStack() as held:  # contains the lock on rank 0, and nothing on other ranks
         coordination.run_on_rank_zero(acquire)
         yield
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a run's folder that holds nothing but the lock: the job found an error before it wrote anything."""
+    """Remove a run's folder that contains only the lock, because the job failed before it wrote a file."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names == {_LOCK, f"{_LOCK}.holder"}:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run_storage(output: str) -> RunStorage:
-    """Open the output location of a run; from a URL, its files and newest complete checkpoint are fetched.
+    """Open the output location of a run. Collective.
 
-    Collective.
+    If it is a URL, each host fetches the files of the run and its newest complete checkpoint.
 
     Raises:
         ValueError, OSError: the URL cannot be reached.
@@ -131,11 +132,11 @@ def open_run_storage(output: str) -> RunStorage:
     def bring() -> Path:
         with host_lock(url) as folder:
             local = folder / "written" / url_name(url)
-            there = list_files(url)
-            if not there:
-                remove_folder(local)  # the run was deleted at the URL, so an old copy must not be resumed
-            _bring_files(url, there, local)
-            _bring_checkpoint(url, there, local, "latest")
+            listed = list_files(url)
+            if not listed:
+                remove_folder(local)  # there is no run at the URL (any more): an old local copy must not be resumed
+            _bring_files(url, listed, local)
+            _bring_checkpoint(url, listed, local, "latest")
             return local
 
     coordination.run_on_each_host(bring)
@@ -147,7 +148,7 @@ def local_run(run: str | Path, which: str | None = None) -> Path:
     """Return a local run directory for reading: `run` itself, or this host's copy of a URL. Not collective.
 
     Args:
-        which: a checkpoint to fetch as well: "best", "latest", or a name such as step-00000100.
+        which: checkpoint to fetch in addition: "best", "latest", or a name such as step-00000100.
 
     Raises:
         ValueError: there is no run at the URL.
@@ -157,31 +158,34 @@ def local_run(run: str | Path, which: str | None = None) -> Path:
     if url is None:
         return Path(run)
     with host_lock(url) as folder:
-        local, there = folder / "read" / url_name(url), list_files(url)
-        if "config.yaml" not in there:
+        local, listed = folder / "read" / url_name(url), list_files(url)
+        if "config.yaml" not in listed:
             raise ValueError(f"{url} is not a run directory: it has no config.yaml; train into it first")
-        _bring_files(url, there, local)
+        _bring_files(url, listed, local)
         if which is not None:
-            _bring_checkpoint(url, there, local, which)
+            _bring_checkpoint(url, listed, local, which)
     return local
 
 
 def fetch_checkpoint(url: str, which: str) -> str | None:
-    """Fetch the best or latest complete checkpoint of the run at `url`, and return its name. Not collective.
+    """Fetch the "best" or "latest" complete checkpoint of the run at `url`. Not collective.
+
+    Returns:
+        The name of the checkpoint, or None if there is none.
 
     Raises:
-        ValueError, OSError: as `local_run`.
+        OSError: the URL cannot be reached.
     """
     with host_lock(url) as folder:
-        local, there = folder / "read" / url_name(url), list_files(url)
-        return _bring_checkpoint(url, there, local, which)
+        local, listed = folder / "read" / url_name(url), list_files(url)
+        return _bring_checkpoint(url, listed, local, which)
 
 
 def local_checkpoint(checkpoint: str | Path) -> Path:
     """Return a local checkpoint: `checkpoint` itself, or this host's copy of a URL. Not collective.
 
     Raises:
-        ValueError: the URL does not end in checkpoints/step-<number>, or there is no run.
+        ValueError: the URL does not end in checkpoints/step-<number>, or there is no run at the URL above it.
         OSError: the URL cannot be reached.
     """
     url = url_of(checkpoint)
@@ -204,27 +208,27 @@ def publish_checkpoint(
     """Upload every rank's files of a checkpoint, then its marker; delete checkpoints beyond the limit. Collective.
 
     Args:
-        folder: the folder of this host with this rank's files.
-        url: of the checkpoint; an existing one is replaced.
+        folder: local folder with the files of this rank.
+        url: URL of the checkpoint; an existing checkpoint is replaced.
         marker: as in `layout.commit`.
         written: for each rank, name -> (bytes, SHA-256) of its files.
-        keep_last: number of the newest checkpoints to keep, in addition to the best.
+        keep_last: number of newest checkpoints to keep, in addition to the best.
 
     Raises:
-        ValueError: a file did not arrive completely.
+        ValueError: a file at the URL does not have the right size.
         OSError: the URL cannot be written to.
     """
-    # An existing checkpoint of this step must not keep its marker while its files are being replaced.
+    # First remove the marker of an existing checkpoint, so that readers do not use it while its files are replaced.
     coordination.run_on_rank_zero(lambda: _clear(url), group)
     coordination.run_on_all_ranks(lambda: upload_files(folder, written[coordination.rank()], url), group)
 
     def finish() -> None:
-        there = list_files(url)
+        uploaded = list_files(url)
         for name, (size, _) in (entry for of_rank in written for entry in of_rank.items()):
-            arrived = there[name].size if name in there else 0
+            arrived = uploaded[name].size if name in uploaded else 0
             if arrived != size:
                 raise ValueError(f"{url}/{name}: {arrived} bytes arrived of {size}; the checkpoint is not used")
-        # Object stores have no rename: a checkpoint exists from the moment that its marker does, so the marker is last.
+        # Object stores have no atomic rename. A checkpoint exists as soon as its marker does, so that is uploaded last.
         write_synced(folder / files.MARKER, files.marker_text(marker, written))
         upload_files(folder, [files.MARKER], url)
         _prune(url.rpartition("/")[0], keep_last)
@@ -233,17 +237,17 @@ def publish_checkpoint(
 
 
 def _clear(url: str) -> None:
-    """Delete a checkpoint; its marker first, so that a partly deleted one is never taken for complete."""
+    """Delete a checkpoint. The marker is deleted first, so that a partly deleted checkpoint is not used."""
     remove_files(url, [files.MARKER])
     remove_files(url, list_files(url))
 
 
 def _prune(url: str, keep_last: int) -> None:
-    """Delete all checkpoints at `url` but the `keep_last` newest and the best; also leftovers of failed uploads."""
-    there = list_files(url)
-    markers = _markers(url.rpartition("/")[0], {f"{CHECKPOINTS}/{name}": facts for name, facts in there.items()})
+    """Delete all checkpoints at `url` except the `keep_last` newest and the best; also leftovers of failed uploads."""
+    listed = list_files(url)
+    markers = _markers(url.rpartition("/")[0], {f"{CHECKPOINTS}/{name}": facts for name, facts in listed.items()})
     kept = {*list(markers)[-keep_last:], *files.sort_by_metric(markers)[:1]}
-    for name in sorted({name.split("/")[0] for name in there} - kept):
+    for name in sorted({name.split("/")[0] for name in listed} - kept):
         _clear(f"{url}/{name}")
 
 
@@ -257,11 +261,14 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _bring_files(url: str, there: Mapping[str, FileFacts], local: Path) -> None:
-    """Update a copy: fetch files that changed at the URL, and delete those that no longer exist there."""
+def _bring_files(url: str, listed: Mapping[str, FileFacts], local: Path) -> None:
+    """Update a local copy: fetch files that have changed at the URL, and delete those that no longer exist there.
+
+    listed: files at the URL.
+    """
     record = local / FETCHED
     before = _fetched(record)
-    now = {name: list(facts) for name, facts in there.items() if name.split("/")[0] not in NOT_FETCHED}
+    now = {name: list(facts) for name, facts in listed.items() if name.split("/")[0] not in NOT_FETCHED}
     for name in before.keys() - now.keys():
         (local / name).unlink(missing_ok=True)
     fetch_files(url, [name for name in now if before.get(name) != now[name] or not (local / name).is_file()], local)
@@ -269,7 +276,7 @@ def _bring_files(url: str, there: Mapping[str, FileFacts], local: Path) -> None:
 
 
 def _fetched(record: Path) -> dict[str, Any]:
-    """Return what a copy was fetched as; nothing if that is not known, so that all of it is fetched again."""
+    """Return the contents of FETCHED; empty if they cannot be read, so that all files are fetched again."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -277,13 +284,15 @@ def _fetched(record: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, Any]]:
-    """Return name -> marker of the checkpoints at a run's URL with a readable marker, in the order of their steps.
+def _markers(url: str, listed: Mapping[str, FileFacts]) -> dict[str, dict[str, Any]]:
+    """Return name -> marker for the checkpoints with a readable marker, in the order of their steps.
+
+    url: URL of the run; listed: files at the URL.
 
     Raises:
-        FileNotFoundError: one was deleted since `there` was listed, perhaps for newer ones that are not in it.
+        FileNotFoundError: a checkpoint was deleted after `listed` was made, which may then lack newer checkpoints.
     """
-    names = _marker_names(there)
+    names = _marker_names(listed)
     texts = {name: read_text(f"{url}/{CHECKPOINTS}/{name}/{files.MARKER}") for name in names}
     markers = {}
     for name, text in texts.items():
@@ -292,30 +301,33 @@ def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, An
         try:
             markers[name] = json.loads(text)
         except ValueError:
-            _logger.warning("%s/%s/%s has no readable %s; it is passed over", url, CHECKPOINTS, name, files.MARKER)
+            _logger.warning("%s/%s/%s has no readable %s; it is skipped", url, CHECKPOINTS, name, files.MARKER)
     return dict(sorted(markers.items(), key=lambda entry: int(entry[0][5:])))
 
 
-def _marker_names(there: Mapping[str, FileFacts]) -> list[str]:
-    """Names of the checkpoints with a marker."""
-    return [found[1] for name in there if (found := _MARKER.fullmatch(name))]
+def _marker_names(listed: Mapping[str, FileFacts]) -> list[str]:
+    """Return the names of the checkpoints that have a marker."""
+    return [found[1] for name in listed if (found := _MARKER.fullmatch(name))]
 
 
-def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, which: str) -> str | None:
-    """Fetch the best or latest complete checkpoint, or one by name, and return its name, None if there is none.
+def _bring_checkpoint(url: str, listed: Mapping[str, FileFacts], local: Path, which: str) -> str | None:
+    """Fetch the best or latest complete checkpoint, or the one with the name `which`.
 
-    Copies that no longer match the URL are deleted.
-    The copy of a checkpoint that is damaged at the URL has no marker, so that callers skip it; then the next one is
-    fetched as well. Another process that reads a copy which is deleted here finds that it is gone, and asks again.
+    Local copies that no longer match the URL are deleted; another process that reads such a copy notices this and
+    selects a checkpoint again. The copy of a checkpoint that is damaged at the URL gets no marker, so that readers skip
+    it; the next best or next latest one is then fetched in addition.
+
+    Returns:
+        The name of the checkpoint, or None if there is none.
     """
-    for stale in (local / CHECKPOINTS).glob("step-*.tmp-*"):  # of a process that was killed: this one has the lock
+    for stale in (local / CHECKPOINTS).glob("step-*.tmp-*"):  # left by a killed process: this process holds the lock
         shutil.rmtree(stale)
     for attempt in range(_ATTEMPTS):
         try:
-            markers, listed = _markers(url, there), there
-            # A listing may be made of moments before and after a deletion: two that agree are not.
-            there = list_files(url)
-            if sorted(_marker_names(there)) != sorted(_marker_names(listed)):
+            markers, before = _markers(url, listed), listed
+            # A listing made during a deletion may mix the states before and after it; two equal listings do not.
+            listed = list_files(url)
+            if sorted(_marker_names(listed)) != sorted(_marker_names(before)):
                 raise FileNotFoundError(f"{url}: its checkpoints change while they are read: start again")
             for copy in files.checkpoints_by_step(local / CHECKPOINTS):
                 if files.examine(copy, check_hashes=False) != (markers.get(copy.name), None):
@@ -323,15 +335,15 @@ def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, whi
             order = files.sort_by_metric(markers) if which == "best" else list(markers)[::-1]
             return _fetch_first(url, markers, local, order if which in ("best", "latest") else {which} & markers.keys())
         except FileNotFoundError:
-            # The run has deleted it at the URL meanwhile, and perhaps published others.
+            # The run has deleted a checkpoint at the URL meanwhile, and may have published newer ones.
             if attempt == _ATTEMPTS - 1:
                 raise
-            there = list_files(url)
+            listed = list_files(url)
     raise AssertionError("unreachable")
 
 
 def _fetch_first(url: str, markers: Mapping[str, dict[str, Any]], local: Path, order: Iterable[str]) -> str | None:
-    """Fetch checkpoints in this order until one is complete; return its name."""
+    """Fetch checkpoints in this order until one is complete; return its name, or None if none is."""
     for name in order:
         copy = local / CHECKPOINTS / name
         if not copy.exists():
@@ -342,7 +354,12 @@ def _fetch_first(url: str, markers: Mapping[str, dict[str, Any]], local: Path, o
 
 
 def _fetch_checkpoint(url: str, marker: Mapping[str, Any], copy: Path) -> None:
-    """Fetch and verify a checkpoint; a damaged one loses its marker, so it is not used, and fetched again next time."""
+    """Fetch and verify a checkpoint. The copy of a damaged one gets no marker: readers skip it, and the next call of
+    `_bring_checkpoint` fetches it again.
+
+    Raises:
+        FileNotFoundError: the checkpoint was deleted or replaced at the URL while it was fetched.
+    """
     names = [files.MARKER, *(Path(name).name for name in marker["files"])]
     print_transfer("fetching", url, {name: size for name, (size, _) in marker["files"].items()})
     beside = copy.with_name(f"{copy.name}.tmp-{secrets.token_hex(4)}")

@@ -1,8 +1,8 @@
-"""Reads the `.metadata` of a distributed checkpoint, a pickle, without executing code from it.
+"""Reads the `.metadata` of a distributed checkpoint, which is a pickle, without executing code from it.
 
-`torch.distributed.checkpoint` (DCP) unpickles that file unrestricted, and loads non-tensor ("byte") entries
-with `weights_only=False`. Here each class that the pickle names is replaced by a record without behavior, to which
-nothing can be attached; DCP's objects are then built from the checked contents of these records, and byte entries are
+`torch.distributed.checkpoint` (DCP) unpickles that file without restrictions, and loads non-tensor ("byte") entries
+with `weights_only=False`. Here the unpickler replaces each class in the pickle by a record class, which has no methods
+and accepts no attributes. DCP's objects are then built from the checked contents of the records, and byte entries are
 refused.
 """
 
@@ -31,14 +31,14 @@ T = TypeVar("T")
 
 
 class _Sealed(type):
-    """Metaclass of records: the pickle can set no attribute on a class."""
+    """Metaclass of records; it prevents the pickle from setting attributes of the class."""
 
     def __setattr__(cls, name: str, value: Any) -> NoReturn:
         raise pickle.UnpicklingError(f"it sets {name!r} on a class")
 
 
 class _Record(metaclass=_Sealed):
-    """Record of an object in the pickle: the arguments it was made with and its state."""
+    """Replacement of an object in the pickle: stores the arguments of its constructor and its state."""
 
     __slots__ = ("args", "state")
     args: tuple[Any, ...]
@@ -53,10 +53,10 @@ class _Record(metaclass=_Sealed):
         self.state = state
 
 
-#: module -> names that the pickle may refer to; each stands for a record.
+#: module -> names that the pickle may refer to; each is replaced by a record class.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",  # an empty record; allowed so that the error can name the entry
+        "BytesStorageMetadata",  # refused later than other names, by an error that contains the key of the entry
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -78,12 +78,12 @@ class SafeReader(FileSystemReader):
     """DCP's file reader, restricted to metadata of tensors in this directory."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the checked contents of `<path>/.metadata`; the arguments are DCP's own and are not used.
+        """Return the checked contents of `<path>/.metadata`. DCP's arguments are ignored.
 
         Raises:
-            ValueError: the file is missing, is not metadata, names a class that is not allowed, or describes
-                an entry that is not a tensor or is stored outside the checkpoint's directory.
-            OSError: it cannot be read for another reason.
+            ValueError: the file is missing, is not metadata, names a class that is not allowed, or describes an entry
+                that is not a tensor or is stored outside the checkpoint's directory.
+            OSError: the machine could not read the file.
         """
         metadata = _unpickle(Path(self.path) / ".metadata")
         for key, entry in metadata.state_dict_metadata.items():
@@ -95,14 +95,16 @@ class SafeReader(FileSystemReader):
             name = info.relative_path
             if Path(name).name != name or (Path(self.path) / name).is_symlink():
                 raise ValueError(
-                    f"{self.path}: entry {index.fqn!r} is kept outside the checkpoint, in {name!r}; {_REMEDY}"
+                    f"{self.path}: entry {index.fqn!r} is stored outside the checkpoint, in {name!r}; {_REMEDY}"
                 )
             if not info.offset >= 0 < info.length:
-                raise ValueError(f"{self.path}: entry {index.fqn!r} has no place in {name!r}; {_REMEDY}")
+                raise ValueError(
+                    f"{self.path}: entry {index.fqn!r} has a negative offset or no bytes in {name!r}; {_REMEDY}"
+                )
         return metadata
 
     def read_tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return the checkpoint's tensors: dotted key -> size, dtype, chunks; raises as `read_metadata`."""
+        """Return dotted key -> metadata (size, dtype, chunks) of each tensor; raises as `read_metadata`."""
         return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
 
 
@@ -110,7 +112,7 @@ _REMEDY = "hllm_torchrec never writes that: do not load this checkpoint"
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that resolves the names in `_ALLOWED` only, and to records."""
+    """Unpickler that resolves only the names in `_ALLOWED`, each to its record class."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
@@ -119,7 +121,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> Metadata:
-    """Unpickle one `.metadata` file; every problem of its contents becomes a ValueError that names the file."""
+    """Unpickle a `.metadata` file; any problem of its contents is raised as a ValueError with the path."""
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{path} cannot be read: there is no such file, or it is not a plain one; {_REMEDY}")
     contents = path.read_bytes()
@@ -138,12 +140,12 @@ def _unpickle(path: Path) -> Metadata:
 
 
 def _metadata(record: Any) -> Metadata:
-    """Build DCP's metadata; what loading does not read (of planners, of storage) is left out."""
+    """Build DCP's metadata from its record, without fields of planners and storage that loading does not read."""
     fields = _fields(record, "Metadata")
     entries = _mapping(fields.get("state_dict_metadata"), lambda key: _of(str, key), _entry)
     return Metadata(
         state_dict_metadata=entries,
-        storage_data=_mapping(fields.get("storage_data"), _index, _place),
+        storage_data=_mapping(fields.get("storage_data"), _index, _storage_info),
         version=None if fields.get("version") is None else _of(str, fields["version"]),
     )
 
@@ -154,7 +156,7 @@ def _entry(record: Any) -> STORAGE_TYPES:
     fields = _fields(record, "TensorStorageMetadata")
     chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in _of(list, fields.get("chunks"))]
     return TensorStorageMetadata(
-        # Of the properties DCP reads the dtype alone; the others are deprecated.
+        # DCP reads only the dtype; the other properties are deprecated.
         properties=TensorProperties(dtype=_dtype(fields.get("properties"))),
         size=_size(fields.get("size")),
         chunks=[ChunkStorageMetadata(_size(chunk.get("offsets")), _size(chunk.get("sizes"))) for chunk in chunks],
@@ -162,7 +164,7 @@ def _entry(record: Any) -> STORAGE_TYPES:
 
 
 def _dtype(properties: Any) -> torch.dtype:
-    """Return the dtype, the first value of the properties' state."""
+    """Return the dtype, which is the first value of the state of a TensorProperties record."""
     state = properties.state if isinstance(properties, _RECORDS["TensorProperties"]) else None
     name = state[0].__name__ if isinstance(state, tuple) and state and isinstance(state[0], _Sealed) else ""
     return _of(torch.dtype, getattr(torch, name, None))
@@ -178,18 +180,18 @@ def _index(record: Any) -> MetadataIndex:
     )
 
 
-def _place(record: Any) -> _StorageInfo:
+def _storage_info(record: Any) -> _StorageInfo:
     fields = _fields(record, "_StorageInfo")
     if fields.get("transform_descriptors"):
         raise ValueError("compressed tensors")
-    return _StorageInfo(*(_of(kind, fields.get(name)) for name, kind in _PLACE.items()))
+    return _StorageInfo(*(_of(kind, fields.get(name)) for name, kind in _STORAGE_FIELDS.items()))
 
 
-_PLACE = {"relative_path": str, "offset": int, "length": int}
+_STORAGE_FIELDS = {"relative_path": str, "offset": int, "length": int}
 
 
 def _fields(record: Any, name: str) -> dict[str, Any]:
-    """State of a record of the class `name`."""
+    """Return the state of a record that replaces an object of class `name`; raise ValueError for another record."""
     if not isinstance(record, _RECORDS[name]):
         raise ValueError(f"a {type(record).__name__}")
     return _of(dict, record.state)
@@ -208,7 +210,7 @@ def _mapping(found: Any, key: Callable[[Any], Any], value: Callable[[Any], T]) -
 
 
 def _of(kind: type[T], value: Any) -> T:
-    """`value`, which must be of exactly this type."""
+    """Return `value`; raise ValueError if it is not of exactly this type."""
     if type(value) is not kind:
-        raise ValueError(f"a {type(value).__name__} for a {kind.__name__}")
+        raise ValueError(f"a {type(value).__name__} where a {kind.__name__} is expected")
     return value

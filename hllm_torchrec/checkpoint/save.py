@@ -1,4 +1,4 @@
-"""Writes checkpoints: into a temporary directory that is renamed when complete, in the caller or on a thread."""
+"""Writes checkpoints, on the calling thread or in the background: into a temporary directory, renamed when complete."""
 
 import json
 import math
@@ -30,29 +30,29 @@ from hllm_torchrec.distributed import coordination
 from hllm_torchrec.embedding.tables import local_shards
 
 OVERHEAD_BYTES = 2048
-"""Bytes added for each tensor of a checkpoint when its size is estimated (an upper bound of the overhead)."""
+"""Upper bound of the overhead in bytes of each stored tensor, for the estimate of a checkpoint's size."""
 
 
 NO_ROOM = 1 << 20
-"""If fewer bytes are free after a failed write, the failure is taken for a full disk."""
+"""If fewer bytes than this are free after a failed write, the failure is reported as a full disk."""
 
 
 class BackgroundWriter:
     """Writes checkpoints on a thread, one at a time; its collectives use a separate gloo process group.
 
-    The constructor is collective. An error on the thread is raised by `finish`, on every rank.
+    The constructor is collective. `finish` raises the error of the thread, on every rank.
     """
 
     def __init__(self, timeout: float) -> None:
-        """Create the group; timeout: seconds that a rank's thread waits for those of other ranks."""
-        # Collectives of one group must be issued in the same order on all ranks; a thread cannot promise that next to
-        # the training loop, so it gets a group of its own.
+        """Create the group; timeout: seconds that the thread of a rank waits for the threads of other ranks."""
+        # All ranks must issue the collectives of a group in the same order. This thread runs concurrently with the
+        # training loop, so the two need separate groups.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[dist.ProcessGroup], None]) -> None:
-        """Run `work` on the thread; its argument is the group."""
+        """Run `work(group)` on the thread, where `group` is the writer's process group."""
         assert self._thread is None, "another checkpoint is in flight; finish it first"
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error = None
@@ -98,42 +98,44 @@ def save_checkpoint(
     """Write `<directory>/step-<step>` and delete checkpoints beyond the limits. Collective.
 
     Args:
-        directory: the run's `checkpoints/`, on a file system that all machines share; created if missing.
-        step: optimizer steps done; a checkpoint of the same step is replaced.
+        directory: the run's `checkpoints/`, on a file system that all machines share (unless `url`); created if
+            missing.
+        step: number of optimizer steps done; an existing checkpoint of this step is replaced.
         state: nested mappings and lists of tensors (Tensor, DTensor, ShardedTensor), by group, such as
             `{"model": model.state_dict(), "dense": ..., "tables": ...}`. Replicated tensors are written once.
-        extra: JSON values, the same on every rank; rank 0's is written.
-        rank_extra: JSON values of each rank, such as `rng_state()`.
-        keep_last: number of the newest checkpoints to keep, at least 1.
-        keep_best: whether to keep the checkpoint of the largest or smallest `metric` as well.
-        metric: this checkpoint's validation metric; None or NaN: never the best.
-        background: return once this rank's share is copied to host memory; this writer, which must be idle, then
-            writes it, and its `finish` raises DiskFull and RuntimeError.
-        url: destination of the checkpoints; each rank then uploads its files from a temporary `directory`.
+        extra: JSON values, the same on every rank; rank 0 writes them.
+        rank_extra: JSON values of this rank, such as `rng_state()`.
+        keep_last: number of newest checkpoints to keep, at least 1.
+        keep_best: also keep the checkpoint with the largest ("max") or smallest ("min") `metric`.
+        metric: validation metric of this checkpoint; a checkpoint with None, NaN or infinity is never the best.
+        background: an idle writer, which writes the checkpoint on its thread. The function then returns as soon as
+            this rank's share is copied to host memory, and `background.finish` raises DiskFull and RuntimeError.
+        url: destination of the checkpoints: each rank writes its files into a folder below `directory`, uploads them
+            and removes the folder.
 
     Returns:
-        The directory that was written, or will be.
+        The path of the checkpoint, `<directory>/step-<step>`; with `url`, there is no directory at this path.
 
     Raises:
-        ValueError: `state` contains something that is not a tensor, `extra` something that JSON cannot represent,
-            or `keep_last` is less than 1; names the key. No files are left behind.
-        DiskFull: not enough space. The partial directory is removed, older checkpoints stay.
+        ValueError: `state` contains a value that is not a tensor, `extra` or `rank_extra` a value that JSON cannot
+            represent, or `keep_last` is less than 1; the message contains the key. No files are written.
+        DiskFull: there is not enough space. The partial directory is removed; older checkpoints are kept.
         RuntimeError: another rank failed, or the files could not be written.
     """
     final = Path(directory) / f"step-{step:08d}"
-    own = {f"extra-rank{coordination.rank()}.json": dict(rank_extra or {})}
+    json_files = {f"extra-rank{coordination.rank()}.json": dict(rank_extra or {})}
     if coordination.rank() == 0:
-        own["extra.json"] = dict(extra)
-    # Checks first, on all ranks: a rank that fails later would leave the others waiting in a collective.
-    sizes = coordination.run_on_all_ranks(lambda: _checked_sizes(state, own, keep_last))
+        json_files["extra.json"] = dict(extra)
+    # All ranks check first: if one rank failed later, the others would wait for it in a collective.
+    sizes = coordination.run_on_all_ranks(lambda: _checked_sizes(state, json_files, keep_last))
     tensors = _rank_share(flatten(state), [replicated for replicated, _ in sizes])
-    # JSON has no NaN, and NaN would not sort.
+    # JSON has no NaN and no infinity, and NaN cannot be sorted.
     comparable = metric if metric is not None and math.isfinite(metric) else None
     draft = _PendingCheckpoint(
         final,
         tensors,
         DefaultSavePlanner() if background is None else _Snapshot(tensors),
-        own,
+        json_files,
         {"step": step, "metric": comparable, "better": keep_best},
         keep_last,
         _needed(sizes),
@@ -148,7 +150,7 @@ def save_checkpoint(
 
 @dataclass
 class _PendingCheckpoint:
-    """A checkpoint to be written. rank_extras: name -> contents of this rank's JSON files; needed: all ranks' bytes."""
+    """A checkpoint to be written. rank_extras: name -> contents of this rank's JSON files; needed: size in bytes."""
 
     final: Path
     tensors: dict[str, Tensor]
@@ -160,7 +162,10 @@ class _PendingCheckpoint:
     url: str | None = None
 
     def write(self, group: dist.ProcessGroup | None = None) -> None:
-        """Write, rename, prune. Collective in `group`; raises as `save_checkpoint`, without leaving files behind."""
+        """Write and publish the checkpoint, and delete old ones. Collective in `group`.
+
+        Raises as `save_checkpoint`; the partial directory is removed.
+        """
         temporary = coordination.run_on_rank_zero(lambda: files.create_temporary(self.final, self.needed), group)
         if self.url is not None:
             self._write_and_publish(self.final.with_name(temporary.name), self.url, group)
@@ -170,7 +175,7 @@ class _PendingCheckpoint:
             written = coordination.run_on_all_ranks(
                 lambda: self._translate_disk_full(lambda: _write_extras(temporary, self.rank_extras)), group
             )
-            # The hashes of all ranks are known only now. Rank 0 writes them to the marker and renames.
+            # Rank 0 now knows the hashes of all ranks' files. It writes them to the marker and renames the directory.
             commit = files.commit
             coordination.run_on_rank_zero(
                 lambda: self._translate_disk_full(lambda: commit(temporary, self.final, self.marker, written)), group
@@ -179,11 +184,11 @@ class _PendingCheckpoint:
             if coordination.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        # Old checkpoints are deleted only after the new one has its name.
+        # Old checkpoints are deleted only after the new one has its final name.
         coordination.run_on_rank_zero(lambda: files.prune_checkpoints(self.final, self.keep_last), group)
 
     def _write_and_publish(self, draft: Path, url: str, group: dist.ProcessGroup | None) -> None:
-        """Write this rank's files, publish those of all ranks, and remove the local ones."""
+        """Write this rank's files to `draft`, upload the files of all ranks to `url`, and remove the local files."""
         try:
             coordination.run_on_all_ranks(lambda: draft.mkdir(parents=True, exist_ok=True), group)
             self._save_tensors(draft, group)
@@ -198,14 +203,15 @@ class _PendingCheckpoint:
         """Write this rank's part of the tensors; rank 0 also writes `.metadata`. DCP syncs each file."""
         try:
             with warnings.catch_warnings():
-                # A single process without a group is intended. Filters are global: a thread must not change them.
+                # A single process without a process group is intended, so the warning is suppressed. Warning filters
+                # are global, and a background thread, which always has a group, must not change them.
                 if not dist.is_initialized():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 writer = dcp.FileSystemWriter(path)
                 dcp.save(self.tensors, storage_writer=writer, planner=self.planner, process_group=group)
-        except CheckpointException as error:  # a BaseException: no ordinary handler would catch it
+        except CheckpointException as error:  # a BaseException, which `except Exception` would not catch
             no_room = any(is_disk_full(failure) for failure, _ in error.failures.values())
-            # torch.save may replace the system's error, so the free space is checked as well.
+            # torch.save may hide the system's error behind its own, so the free space is checked as well.
             if no_room or coordination.run_on_rank_zero(lambda: shutil.disk_usage(path).free < NO_ROOM, group):
                 raise files.DiskFull(self.final, self.needed) from error
             raise_machine_error(error, path)
@@ -222,14 +228,14 @@ class _PendingCheckpoint:
 
 
 class _Snapshot(DefaultSavePlanner):
-    """Save planner that writes a copy in host memory, taken at construction, so that training may go on meanwhile."""
+    """Save planner that copies the tensors to host memory at construction, so that training can continue."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.set_up_planner(tensors)
         items = self.create_local_plan().items
-        # copy=True: on the CPU `to` would return the same tensor, which training goes on to change.
-        # (Only the items of this rank's plan are copied: its shards, and its share of replicated tensors.)
+        # Only the items of this rank's plan are copied: its shards, and its share of the replicated tensors.
+        # copy=True, because on the CPU `to` would return the tensor itself, which training changes.
         values = ((item.index, super(_Snapshot, self).resolve_data(item)) for item in items)
         self._values = {i: v.detach().to("cpu", copy=True) for i, v in values if isinstance(v, Tensor)}
 
@@ -238,8 +244,10 @@ class _Snapshot(DefaultSavePlanner):
         return self._values[write_item.index]
 
 
-def _checked_sizes(state: Mapping[str, Any], own: Mapping[str, Any], keep_last: int) -> tuple[dict[str, int], int]:
-    """Return key -> bytes of each replicated tensor, and the bytes of this rank's own shards and JSON files.
+def _checked_sizes(state: Mapping[str, Any], extras: Mapping[str, Any], keep_last: int) -> tuple[dict[str, int], int]:
+    """Check the arguments; return key -> bytes of replicated tensors, and the bytes of this rank's shards and extras.
+
+    extras: name -> contents of this rank's JSON files.
 
     Raises:
         ValueError: as `save_checkpoint`.
@@ -247,17 +255,17 @@ def _checked_sizes(state: Mapping[str, Any], own: Mapping[str, Any], keep_last: 
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
     tensors = flatten(state)
-    for name, value in own.items():
+    for name, value in extras.items():
         check_json(name, value)
     replicated = {key: t.numel() * t.element_size() + OVERHEAD_BYTES for key, t in tensors.items() if _is_replicated(t)}
     sharded = [_local_bytes(t) + OVERHEAD_BYTES for key, t in tensors.items() if key not in replicated]
-    return replicated, sum(sharded) + sum(len(json.dumps(value)) for value in own.values())
+    return replicated, sum(sharded) + sum(len(json.dumps(value)) for value in extras.values())
 
 
 def _needed(sizes: Sequence[tuple[dict[str, int], int]]) -> int:
-    """Sum the bytes of all ranks' `_checked_sizes`, with replicated tensors counted once."""
+    """Sum the sizes of all ranks (from `_checked_sizes`); each replicated tensor is counted once."""
     replicated = {key: size for of_rank, _ in sizes for key, size in of_rank.items()}
-    return sum(replicated.values()) + sum(alone for _, alone in sizes)
+    return sum(replicated.values()) + sum(local for _, local in sizes)
 
 
 def _is_replicated(tensor: Tensor) -> bool:
@@ -266,20 +274,23 @@ def _is_replicated(tensor: Tensor) -> bool:
 
 
 def _local_bytes(tensor: Tensor) -> int:
-    """Number of bytes of this rank's part of a sharded tensor."""
+    """Return the number of bytes of this rank's part of a sharded tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local().nbytes
     return sum(values.nbytes for values, _, _ in local_shards(tensor))
 
 
 def _rank_share(tensors: Mapping[str, Tensor], replicated: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-    """Select this rank's tensors to write: its shards and a share of the replicated ones (key -> bytes, by rank)."""
-    mine, everywhere = _share_out(replicated)[coordination.rank()], replicated[coordination.rank()]
-    return {key: tensor for key, tensor in tensors.items() if key in mine or key not in everywhere}
+    """Return the tensors that this rank writes: its shards, and its share of the replicated tensors.
+
+    replicated: for each rank, key -> bytes of its replicated tensors.
+    """
+    assigned, local = _share_out(replicated)[coordination.rank()], replicated[coordination.rank()]
+    return {key: tensor for key, tensor in tensors.items() if key in assigned or key not in local}
 
 
 def _share_out(sizes: Sequence[Mapping[str, int]]) -> list[set[str]]:
-    """Assign each key (key -> bytes, by rank) to one of the ranks that have it, with about equal loads."""
+    """Assign each key to one of the ranks that have it, with about equal loads; sizes: for each rank, key -> bytes."""
     loads, shares = [0] * len(sizes), [set[str]() for _ in sizes]
     all_sizes = {key: size for of_rank in sizes for key, size in of_rank.items()}
     # Largest first, each to the least loaded rank; ties by key, so that all ranks compute the same assignment.
@@ -297,9 +308,9 @@ def first_error(error: CheckpointException) -> str:
 
 
 def raise_machine_error(error: CheckpointException, path: Path) -> None:
-    """Raise the error of a rank that was interrupted (Ctrl-C), or whose machine failed; return for any other one.
+    """Raise KeyboardInterrupt if a rank was interrupted (Ctrl-C), or the error of its machine; otherwise return.
 
-    DCP catches every exception; without this, an interruption would be taken for a failure of the checkpoint.
+    DCP catches every exception, so that an interruption would otherwise be reported as a failure of the checkpoint.
     """
     failures = [failure for failure, _ in error.failures.values()]
     for failure in failures:
@@ -312,7 +323,7 @@ def raise_machine_error(error: CheckpointException, path: Path) -> None:
 
 
 def _write_extras(path: Path, extras: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Write this rank's JSON files; return name -> (bytes, SHA-256) of all files that this rank wrote."""
+    """Write this rank's JSON files; return name -> (bytes, SHA-256) for all files of this rank, also its tensors."""
     for name, value in extras.items():
         write_synced(path / name, json.dumps(value))
     names = [*extras, *(file.name for file in path.glob(f"__{coordination.rank()}_*"))]

@@ -1,7 +1,8 @@
-"""Choice of a checkpoint, and reading it while the run that writes it goes on: it may prune or replace any of them.
+"""Selects a checkpoint and reads it while the run may still write, prune or replace checkpoints.
 
-A checkpoint disappears in one step (it is renamed before it is deleted), and each has its own marker. So a reader that
-finds the same marker before and after has read one version; otherwise it chooses again.
+A checkpoint disappears in one step (it is renamed before it is deleted), and the text of its marker (step, metric,
+hashes of the files) identifies its version. A reader that finds the same marker text before and after reading has read
+a single version; otherwise it selects again.
 """
 
 import logging
@@ -25,33 +26,40 @@ class CheckpointGone(ValueError):
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None. Collective: every rank gets the same answer.
+    """Return the newest complete checkpoint, or None. Collective: every rank gets the same result.
 
-    All files are hashed, divided among the ranks. A damaged checkpoint is skipped with a warning.
+    The files are verified by their hashes; each rank hashes a share of them. A damaged checkpoint is skipped with a
+    warning.
 
     Raises:
-        OSError: a file could not be read for a reason that is no damage; names it.
+        OSError: the machine could not read a file (permissions, too many open files, ...), which does not mean that the
+            checkpoint is damaged; the message contains the path.
+        CheckpointGone: checkpoints were removed or replaced again and again while they were read.
     """
     return _first_complete(Path(directory), lambda: files.checkpoints_by_step(Path(directory))[::-1])
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """Return the complete checkpoint of the best metric (the earliest of equals), or None. Collective.
+    """Return the complete checkpoint with the best metric (the earliest one of a tie), or None. Collective.
 
-    `better` in the newest checkpoint's marker says whether larger or smaller is better. All files are hashed; a damaged
-    checkpoint is skipped with a warning.
+    `better` in the marker of the newest checkpoint states whether larger or smaller is better. Files are verified, and
+    damaged checkpoints skipped, as in `latest_checkpoint`.
 
     Raises:
-        OSError: as `latest_checkpoint`.
+        OSError, CheckpointGone: as `latest_checkpoint`.
     """
     return _first_complete(Path(directory), lambda: files.checkpoints_by_metric(Path(directory)))
 
 
 def run_checkpoint(run: str | Path, which: str) -> Path | None:
-    """Return the "best" or "latest" complete checkpoint of a run; of a URL, this host's copy. None without. Collective.
+    """Return the "best" or "latest" complete checkpoint of a run, or None if there is none. Collective.
+
+    If the run is at a URL, the result is this host's copy of the checkpoint.
 
     Raises:
-        ValueError, OSError: there is no run at the URL, or it cannot be reached.
+        ValueError: the URL has a checkpoint but no config.yaml, or the fetched copy is damaged.
+        OSError: the URL cannot be reached, or as `latest_checkpoint`.
+        CheckpointGone: the checkpoint was removed or replaced in every attempt.
     """
     url = url_of(run)
     if url is None:
@@ -59,7 +67,8 @@ def run_checkpoint(run: str | Path, which: str) -> Path | None:
         return latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
 
     def fetched() -> Path | None:
-        # Chosen at the URL: other processes of the host change the copies, so the best of them may not be the run's.
+        # Select by the markers at the URL, not among the local copies: other processes of this host add and delete
+        # copies, so the best local copy may not be the best checkpoint of the run.
         name = coordination.run_on_rank_zero(lambda: fetch_checkpoint(url, which))
         if name is None:
             return None
@@ -78,11 +87,12 @@ def verify_checkpoint(path: Path) -> Path:
     """Verify the hashes of all files of a checkpoint, and return its path. Collective.
 
     Raises:
-        ValueError: it is damaged or not a checkpoint; names the file.
+        ValueError: the checkpoint is damaged, or `path` is not a checkpoint; the message contains the file.
+        CheckpointGone: the checkpoint was removed or replaced while it was read.
         OSError: as `latest_checkpoint`.
     """
-    damage, moved = _damage(path)
-    if moved:
+    damage, gone_or_replaced = _damage(path)
+    if gone_or_replaced:
         raise CheckpointGone(_gone(path))
     if damage:
         raise ValueError(f"{path} {damage}; load the checkpoint before it")
@@ -90,10 +100,10 @@ def verify_checkpoint(path: Path) -> Path:
 
 
 def read_checkpoint(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
-    """Return `read(find())`, chosen and read again if the checkpoint is removed or replaced meanwhile. Collective.
+    """Return `read(find())`; if the checkpoint is removed or replaced meanwhile, call both again. Collective.
 
     Raises:
-        CheckpointGone: it happened again and again.
+        CheckpointGone: the checkpoint was removed or replaced in every attempt.
     """
     for _ in range(_ATTEMPTS - 1):
         try:
@@ -110,10 +120,11 @@ def read_checkpoint(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
 
 @contextmanager
 def unchanged(path: Path) -> Iterator[None]:
-    """Context manager for reading a checkpoint: when it ends, the checkpoint is still the one that it was. Collective.
+    """Context manager for reading a checkpoint: at its end, checks that the checkpoint has not changed. Collective.
 
     Raises:
-        CheckpointGone: it was removed or replaced meanwhile, instead of the error that this may have caused.
+        CheckpointGone: the checkpoint was removed or replaced meanwhile. It replaces an exception of the body, which
+            becomes its cause.
     """
     before = _marker(path)
     try:
@@ -131,8 +142,8 @@ def _require_same(path: Path, before: str | None, cause: Exception | None = None
 
 def _gone(path: Path) -> str:
     return (
-        f"{path} is gone, or was replaced while it was read, as a run keeps evaluation.keep_last checkpoints: choose "
-        "one that is there"
+        f"{path} was removed or replaced while it was read (a run keeps only the evaluation.keep_last newest "
+        "checkpoints and the best): choose an existing checkpoint"
     )
 
 
@@ -149,13 +160,13 @@ def _first_complete(directory: Path, listed: Callable[[], list[Path]]) -> Path |
     for _ in range(_ATTEMPTS):
         paths = coordination.run_on_rank_zero(listed)
         for path in paths:
-            damage, moved = _damage(path)
+            damage, gone_or_replaced = _damage(path)
             if damage is None:
                 return path
-            if moved:
-                break  # pruned since it was listed, perhaps for a newer one, or replaced: list again
+            if gone_or_replaced:
+                break  # list again, because the run may have saved a newer checkpoint
             if coordination.rank() == 0 and path not in warned:
-                _logger.warning("%s %s; it is passed over", path, damage)
+                _logger.warning("%s %s; it is skipped", path, damage)
             warned.add(path)
         else:
             return None
@@ -163,7 +174,7 @@ def _first_complete(directory: Path, listed: Callable[[], list[Path]]) -> Path |
 
 
 def _damage(path: Path) -> tuple[str | None, bool]:
-    """Return the damage of a checkpoint's files, or None, and whether it was removed or replaced meanwhile.
+    """Return (damage of a checkpoint's files or None, whether the checkpoint was removed or replaced meanwhile).
 
     Collective: each rank hashes a share of the files.
     """

@@ -1,4 +1,4 @@
-"""Conversion of training state for checkpoints: tensors under dotted keys, JSON, and random number generators."""
+"""Conversion of training state for checkpoints: tensors by dotted keys, JSON values, random number generators."""
 
 import base64
 import random
@@ -11,7 +11,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 
 def rng_state() -> dict[str, Any]:
-    """Return this process's random number states (torch CPU and CUDA device, numpy, Python) for JSON."""
+    """Return the states of this process's random number generators as JSON values.
+
+    The generators are torch's on the CPU and on the current CUDA device, numpy's and Python's.
+    """
     numpy_state: Any = np.random.get_state(legacy=False)
     version, internal, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -27,10 +30,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set the random number generators to what `rng_state` returned.
+    """Set the random number generators to the states that `rng_state` returned.
 
     Raises:
-        ValueError: `state` is not of that form; some generators may have been set.
+        ValueError: `state` has another form or is of other versions; some generators may have been set already.
     """
     try:
         torch.set_rng_state(_decode(state["torch"]))
@@ -47,12 +50,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def _encode(state: torch.Tensor) -> str:
-    """Return a uint8 tensor as base64 text."""
+    """Encode a uint8 tensor as base64 text."""
     return base64.b64encode(bytes(state.tolist())).decode()
 
 
 def _decode(text: str) -> torch.Tensor:
-    """Return the uint8 tensor of base64 text."""
+    """Decode base64 text to a uint8 tensor."""
     return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
 
 
@@ -60,7 +63,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Turn nested mappings and lists of tensors into one dictionary with dotted keys.
 
     Raises:
-        ValueError: a value that is not a tensor, is on the meta device, or two values of one key.
+        ValueError: a value is not a tensor, a tensor is on the meta device, or two values have the same key.
     """
     flat: dict[str, torch.Tensor] = {}
     for key, value in _leaves("", state):
@@ -91,15 +94,15 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_under(key: str, prefixes: Iterable[str]) -> bool:
-    """True if a dotted key is one of the prefixes or below it."""
+    """Return True if a dotted key equals one of the prefixes or is below one of them."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def check_json(name: str, value: Any) -> None:
-    """Check that a value survives a round trip through JSON unchanged.
+    """Check that a value consists of types that JSON has, so that it can be read again unchanged.
 
     Raises:
-        ValueError: a value of a type that JSON does not have, or a key that is not a string; names its path.
+        ValueError: a value has another type, or a key is not a string; the message contains its path.
     """
     if isinstance(value, Mapping):
         for key, child in value.items():

@@ -1,1 +1,1 @@
-"""Errors, files, URLs, logs: what every package uses and what knows nothing of recommenders."""
+"""Errors, files, URLs and logs: utilities of all packages, independent of recommenders."""

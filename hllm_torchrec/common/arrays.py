@@ -16,8 +16,8 @@ AnyFloats = NDArray[np.floating[Any]]
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write named arrays and numbers to the .npz file `path` in one step, and make its folder."""
+    """Write named arrays and numbers atomically to the .npz file `path`; its folder is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")  # renamed: a file of the final name is complete
+    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")  # renamed only when complete
     np.savez(temporary, **arrays)
     temporary.replace(path)

@@ -19,7 +19,8 @@ _LOCK = "lock"
 _TOKEN = 8
 """Length of the random part of the names that `tempfile` makes."""
 _OLD_AGE = 24 * 3600.0
-"""Seconds after which scratch without a lock (of a file system without locks, or an earlier version) is a leftover."""
+"""Age in seconds after which a scratch folder without a lock counts as abandoned. Scratch folders have no lock on file
+systems without locks, or if an earlier version created them."""
 
 
 @contextmanager
@@ -28,15 +29,16 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
 
     On an exception the folder is removed and an existing `target` is unchanged. The parent of the yielded folder is
     scratch space that is removed in either case; after a kill, the next call for the same target removes it. With
-    `replace` there is no moment without a `target`, where the file system can exchange two folders; elsewhere a kill
-    between two renames is mended by `recover_folder`. Without `replace`, a `target` that another process has created
-    in the meantime is retained, because both are assumed to have the same content.
+    `replace`, `target` exists at every moment if the file system can exchange two folders. On other file systems the
+    replacement takes two renames, and `recover_folder` repairs the state after a kill between them. Without `replace`,
+    a `target` that another process has created in the meantime is retained, because both are assumed to have the same
+    content.
 
     Args:
         marker: name of a file that every complete `target` has; a `target` without it is replaced in any case.
 
     Raises:
-        OSError: `target` is a file, the disk is full, ...; names a path.
+        OSError: `target` is a file, the disk is full, ...; the message names a path.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
@@ -52,7 +54,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
             try:
                 new.rename(target)
             except OSError:
-                # Another process was first: its folder is as good as this one.
+                # Another process has created `target` in the meantime; its content is assumed to be the same.
                 if replace or not target.is_dir():
                     raise
         sync_folder(target.parent)
@@ -61,7 +63,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
 def recover_folder(target: Path) -> None:
     """Restore a `target` whose replacement was killed, and remove the scratch of killed calls of `atomic_folder`.
 
-    Call it before looking whether `target` exists. The scratch of a process that is alive is not touched.
+    Call it before testing whether `target` exists. The scratch folder of a live process is not touched.
     """
     if not target.parent.is_dir():
         return
@@ -75,13 +77,14 @@ def recover_folder(target: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Make the folder `new`, on the same file system, the folder `target`, and remove the one that was there.
+    """Rename the folder `new` to `target`, which must be on the same file system, and remove the previous `target`.
 
-    No process sees a mixture; readers keep the files that they have open. Contents are synced first.
+    No process sees a mixture of the two; open files of the previous folder stay readable. The contents of `new` are
+    synced first.
     """
     _sync_tree(new)
     if target.exists():
-        # A hidden name that `recover_folder` knows, for the case that the process is killed before it is removed.
+        # The old folder moves into a scratch folder, which `recover_folder` removes if this process is killed first.
         with _scratch(target) as work:
             _replace_folder(new, target, work / "old")
     else:
@@ -90,13 +93,17 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def exchange_folders(one: Path, other: Path) -> bool:
-    """Exchange two folders of a file system in one step; False if the system or the file system cannot."""
+    """Exchange two folders of one file system atomically.
+
+    Returns:
+        False if the exchange failed, for example because the system or the file system does not support it.
+    """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file atomically, also with respect to crashes: write a temporary file, sync it, rename it."""
+    """Write a file atomically, also with respect to crashes: a temporary file is written, synced and renamed."""
     beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     _remove_old_temporaries(path)
     try:
@@ -136,12 +143,13 @@ def remove_folder(path: Path) -> None:
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `target`, with a folder `new` and a lock of this process; removed at the end."""
-    # It gets the name that `recover_folder` looks for only once it is locked, so that it is never taken for abandoned.
+    # The folder gets its final name, which `recover_folder` looks for, only after it is locked. Otherwise another
+    # process could take it for abandoned.
     unlocked = Path(tempfile.mkdtemp(prefix=f".{target.name}-new-", dir=target.parent))
     work = unlocked.with_name(f".{target.name}-{unlocked.name[-_TOKEN:]}")
     handle = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        if not _lock(handle):  # a file system without locks: by its age only
+        if not _lock(handle):  # a file system without locks: the folder's age then tells whether it is abandoned
             (unlocked / _LOCK).unlink()
         (unlocked / "new").mkdir()
         unlocked.rename(work)
@@ -167,7 +175,7 @@ def _leave(work: Path, unlocked: Path, target: Path) -> None:
 
 def _lock(handle: int) -> bool:
     """Lock an open file without waiting; the system releases it when the process ends."""
-    # Not by filelock: its locks are bound to a path, and the folder of this one is renamed while it is held.
+    # Not with filelock: its locks are bound to a path, but this folder is renamed while the lock is held.
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -176,17 +184,17 @@ def _lock(handle: int) -> bool:
 
 
 def _is_abandoned(work: Path) -> bool:
-    """Return whether the process that made this scratch folder is gone."""
+    """Return whether the process that created this scratch folder has ended."""
     try:
         if work.name[:-_TOKEN].endswith("-new-"):  # not locked yet
             return time.time() - work.stat().st_mtime > _OLD_AGE
         handle = os.open(work / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        if not any(work.iterdir()):  # killed while it was removed
+        if not any(work.iterdir()):  # a kill interrupted its removal
             return True
         return (work / "new").is_dir() and time.time() - work.stat().st_mtime > _OLD_AGE
     except OSError:
-        return False  # of another user, or no folder
+        return False  # another user's folder, or not a folder
     try:
         return _lock(handle)
     finally:
@@ -194,7 +202,7 @@ def _is_abandoned(work: Path) -> bool:
 
 
 def _remove_scratch(work: Path) -> None:
-    """Remove a scratch folder; its lock last, without which it is not known as one."""
+    """Remove a scratch folder. The lock goes last: without it the folder would not be recognized as abandoned."""
     for name in os.listdir(work) if work.is_dir() else ():
         if name != _LOCK:
             shutil.rmtree(work / name, ignore_errors=True)
@@ -202,11 +210,11 @@ def _remove_scratch(work: Path) -> None:
 
 
 def _replace_folder(new: Path, target: Path, old: Path) -> None:
-    """Put `new` in the place of the folder `target`, which moves into the scratch folder of `old`."""
+    """Rename the folder `target` to `old`, and `new` to `target`, with one exchange if the system supports it."""
     if target.is_dir() and not target.is_symlink() and exchange_folders(new, target):
         new.rename(old)
         return
-    # A rename cannot replace a folder that is not empty, so the old one is moved away first.
+    # A rename cannot replace a non-empty folder, so `target` is moved away first.
     target.rename(old)
     new.rename(target)
 
@@ -229,7 +237,7 @@ def _sync(path: str | Path) -> None:
 
 
 def _remove_old_temporaries(path: Path) -> None:
-    """Remove the temporary files of killed calls of `replace_file`, by their age."""
+    """Remove the temporary files of killed calls of `replace_file`: those older than `_OLD_AGE`."""
     name = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{8}}")
     for beside in path.parent.iterdir() if path.parent.is_dir() else ():
         if name.fullmatch(beside.name) and time.time() - beside.lstat().st_mtime > _OLD_AGE:

@@ -10,27 +10,28 @@ class ConfigError(ValueError):
     """Invalid configuration; the message contains all problems, one line each."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        """Store `problems`, one or several lines: each names the dotted field, the value, the rule and the remedy."""
+        """Store one or several problems; each is a line with the dotted field, the value, the rule and the remedy."""
         assert problems, "a ConfigError without a problem"
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__(self.problems)  # the argument itself, so that the error survives pickling
+        super().__init__(self.problems)  # pickle calls the class with `args`, so they must be the problems
 
     def __str__(self) -> str:
-        """Return the problem if there is one; else their number, and each on a line."""
+        """Return a single problem as it is; several as a list with a heading that counts them."""
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n  - ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
 
 
 class ArgumentError(ValueError):
-    """Invalid argument of a module. The message starts with its name: 'heads: 3: must ...'."""
+    """Invalid argument of a module. The message starts with the argument's name: 'heads: 3: must ...'."""
 
 
 @contextmanager
 def configured_by(section: str, **fields: str) -> Iterator[None]:
     """Context manager: `ArgumentError` messages name the configuration field instead of the argument.
 
-    section: dotted section whose fields are the arguments; fields: argument -> dotted field, for all other arguments.
+    section: configuration section that has a field with the argument's name; fields: argument -> dotted field, for
+    arguments whose field has another name or is in another section.
     """
     try:
         yield
@@ -44,7 +45,7 @@ class UnavailableError(ValueError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop. This is not a fault; the message states where its state is saved.
+    """The run was asked to stop, which is not a fault. The message states where the run's state is saved.
 
     interrupted: True for Ctrl-C (SIGINT), False for SIGTERM.
     """
@@ -54,8 +55,8 @@ class Preempted(Exception):
         self.interrupted = interrupted
 
 
-# The host of a URL may follow user names and passwords, which end with the last @ before the path. A password with
-# slashes, which should have been quoted, is recognized by a colon that no port follows.
+# `user:password@` may precede the host of a URL; it ends at the last @ before the path. A password may contain slashes
+# that should have been percent-encoded: it is recognized because the text after the colon is not a port and a slash.
 _CREDENTIALS = re.compile(r"(?<=:/)(/?)(?:[^\s/'\"]*|[^\s/:'\"]*:(?!\d+/)[^\s'\"]*)@")
 _QUERY = re.compile(r"(?<=:/)(/?[^\s?'\"]*\?)[^\s'\"]+")
 
@@ -68,7 +69,7 @@ def without_credentials(text: str) -> str:
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string if none is.
 
-    Case is ignored. The hint starts with a space, so that it can be appended to any message as it is.
+    Case is ignored. The hint starts with a space, so that it can be appended to a message.
     """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)

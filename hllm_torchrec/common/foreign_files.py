@@ -1,4 +1,4 @@
-"""Reading of files that other programs made with libraries that raise almost anything for a damaged one."""
+"""Readable errors for files of other programs: libraries raise almost any type of error for a damaged file."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ _LONGEST_POINTER = 1024
 
 @contextmanager
 def reading_foreign(location: object, remedy: str) -> Iterator[None]:
-    """Context manager that turns a library's exception into one line: `location`, the reason and the remedy.
+    """Context manager that turns a library's exception into a ValueError of one line: location, reason, remedy.
 
-    Errors of the machine (OSError with an errno other than "no such file", MemoryError) are raised unchanged, and so
-    are our own errors.
+    Errors of the machine (MemoryError, and OSError with an errno other than "no such file") are raised unchanged. So
+    are this package's errors: its classes, and each ValueError whose message starts with `location`.
     """
     try:
         yield
@@ -32,14 +32,17 @@ def reading_foreign(location: object, remedy: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters, with the type where the message may be terse."""
+    """Return the first line of an error's message, at most 200 characters.
+
+    The name of the error's type precedes it, except for ValueError and OSError, whose messages are clear without it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
     return f"{kind}{lines[0][:200].rstrip('.;: ')}" if lines else type(error).__name__
 
 
 def refuse_pointers(files: Iterable[Path]) -> None:
-    """Raise ValueError for a file that is only git-lfs's pointer to the real one."""
+    """Raise ValueError for a file that is only a git-lfs pointer to the actual file."""
     for path in files:
         if path.is_file() and path.stat().st_size <= _LONGEST_POINTER and path.read_bytes().startswith(_POINTER):
             raise ValueError(

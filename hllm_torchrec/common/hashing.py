@@ -1,4 +1,4 @@
-"""Hashes of files, texts, JSON values and rows of integers; equal in every process."""
+"""Hashes of files, texts, JSON values and rows of integers; the same in every process, unlike Python's `hash`."""
 
 import hashlib
 import json

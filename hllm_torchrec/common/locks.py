@@ -1,4 +1,4 @@
-"""Locks between processes, with messages that name the holder; the system releases them when a process dies."""
+"""Locks between processes. Messages name the holding process; the system releases its locks when it dies."""
 
 import json
 import os
@@ -16,28 +16,29 @@ from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.common.terminal import say
 
 WAIT = "HLLM_LOCK_WAIT"
-"""Environment variable with the most seconds that a process waits for another one's lock."""
+"""Environment variable: maximum number of seconds that a process waits for a lock of another process."""
 _DEFAULT_WAIT = 3600.0
 _FIRST_NOTICE, _NOTICES = 3.0, 60.0
 """Seconds after which a wait is announced, and seconds between further announcements."""
 
 
 class Locked(ValueError):
-    """Another process holds the lock; the message names it."""
+    """Another process holds the lock; the message names that process."""
 
 
 @contextmanager
 def hold_lock(file: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
-    """Context manager that holds the lock `file`, in an existing folder.
+    """Context manager that holds the lock `file`, whose folder must exist.
 
-    The holder describes itself in a file beside it, for the messages of others.
+    The holding process is described in a file beside the lock, which other processes read for their messages.
 
     Args:
         what: subject of the message, such as "runs/a: another process is training into this folder".
-        wait: seconds to wait for the holder.
+        wait: seconds to wait for the lock.
 
     Raises:
-        Locked: another process still holds it after `wait` seconds; names `what`, process, host and since when.
+        Locked: another process still holds the lock after `wait` seconds; the message contains `what`, the process,
+            its host, and the time at which it took the lock.
     """
     lock, begun, notice = FileLock(file), time.monotonic(), _FIRST_NOTICE
     while True:
@@ -60,10 +61,10 @@ def hold_lock(file: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
 
 
 def lock_wait() -> float:
-    """Seconds that a process waits for another one's lock: HLLM_LOCK_WAIT, by default an hour.
+    """Return the seconds that a process waits for a lock of another process: HLLM_LOCK_WAIT, by default an hour.
 
     Raises:
-        ValueError: the variable holds no number of seconds.
+        ValueError: the variable is not a number of seconds.
     """
     text = os.environ.get(WAIT, str(_DEFAULT_WAIT))
     try:
@@ -85,12 +86,12 @@ def _describe_self(file: Path) -> None:
         replace_file(
             _description(file), json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
         )
-    except OSError:  # a full disk must not keep anybody from working: only messages lack the name then
+    except OSError:  # a full disk must not prevent locking: without the file only messages lack the holder's name
         pass
 
 
 def _holder(file: Path) -> str:
-    """Return "process 12 on host a since 2026-01-01T00:00:00+00:00", or what is known of it."""
+    """Return "process 12 on host-a since 2026-01-01T00:00:00+00:00", or the lock's path if the holder is not known."""
     try:
         found = json.loads(_description(file).read_text(encoding="utf-8"))
         return f"process {int(found['process'])} on {str(found['host'])[:100]} since {str(found['since'])[:40]}"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 LARGE_BUFFERS_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""Environment variables that make glibc reuse large buffers. By default it returns them to the system at each step,
-and page faults then take a third of the step."""
+"""Environment variables that make glibc reuse large buffers. By default glibc returns them to the system, so that every
+training step allocates them again; the page faults of this take a third of the step."""
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "numpy", "pyarrow")
 

@@ -14,19 +14,19 @@ _ERRNOS = {
     *(errno.EFBIG, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT),
 }
 _NO_SPACE = re.compile(rf"{os.strerror(errno.ENOSPC)}|^\d+ requested and \d+ written$")
-"""Messages of a full disk: the system's, within those of libraries, and numpy's."""
+"""Pattern of the messages of a full disk: the system's text, which many libraries quote, and numpy's text."""
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Return whether an error comes from the machine: the file may be whole, and reading it again may succeed.
+    """Return whether an error comes from the machine: the file may be intact, and reading it again may succeed.
 
-    Such an error must not be taken for damage: the file is not passed over, and nobody is told to build it again.
+    Callers must not treat such an error as damage: they must not skip the file or advise the user to build it again.
     """
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _ERRNOS)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means that the disk (or the quota) is full, whatever library raises it."""
+    """Return whether an error of any library means that the disk (or the quota) is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL_DISK
     return _NO_SPACE.search(str(error)) is not None
@@ -34,11 +34,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def path_in_errors(path: str | Path) -> Iterator[None]:
-    """Context manager that gives `path` to errors of the machine that name no file.
+    """Context manager that adds `path` to errors of the machine that do not name a file.
 
     Raises:
-        OSError: with errno, its text and the path; also for a MemoryError, and for a full disk in another library's
-            type of error.
+        OSError: errno, its text and the path. A MemoryError, and an error of any type that reports a full disk, become
+            an OSError too.
     """
     try:
         yield

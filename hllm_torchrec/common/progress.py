@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Lines:
-    """A stream for tqdm that ends each state of the bar with a line break instead of overwriting it."""
+    """Output stream for tqdm: each state of the bar is a line of its own, instead of overwriting the previous one."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -26,11 +26,11 @@ def progress(total: int | None, desc: str, enabled: bool = True, unit: str = "it
     """Return a progress bar with the remaining time; on a terminal a bar, elsewhere a line every 10 seconds.
 
     Args:
-        total: units of work; None: not known.
-        desc: what is being done.
-        enabled: false on ranks other than 0: then nothing is shown.
+        total: units of work, or None if the number is not known.
+        desc: label of the bar.
+        enabled: False shows nothing; pass False on all ranks except 0.
         unit: name of a unit.
-        initial: units done before this process began.
+        initial: units that an earlier process has done.
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, disable=not enabled, unit=unit, initial=initial)

@@ -1,4 +1,4 @@
-"""Log of a run: JSON lines and TensorBoard scalars, with an optional further sink."""
+"""Log of a run: JSON lines and TensorBoard scalars, with an optional additional sink."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from hllm_torchrec.common.machine_errors import is_disk_full, path_in_errors
 from hllm_torchrec.common.tensorboard_file import ScalarFile
 from hllm_torchrec.common.terminal import say
 
-#: Events that are repeated when a run resumes from an earlier checkpoint.
+#: Events that a resumed run writes again for the steps after its checkpoint.
 _REPEATED_EVENTS = ("step", "eval", "skipped")
 
 
@@ -24,7 +24,7 @@ class MetricsSink(Protocol):
     """Additional destination of a run's metrics."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the numbers of one event, by `<event>/<name>`."""
+        """Log the numbers of one event; their names are `<event>/<name>`."""
 
     def close(self) -> None:
         """Flush and close the sink."""
@@ -50,11 +50,12 @@ class RunLog:
         Args:
             run_dir: the run's directory.
             rank: this process's rank.
-            resumed_step: when resuming, the checkpoint's step. "step", "eval" and "skipped" lines after it are
-                dropped because the run repeats them, as is a last line that a crash truncated.
+            resumed_step: step of the checkpoint from which the run resumes; None for a new run. "step", "eval" and
+                "skipped" lines of later steps are dropped, because the run writes them again. A last line that a
+                crash truncated is dropped too.
             sink: also receives the numbers, and is closed with the log.
-            bears_full_disk: keep the lines of a full disk in memory, and write them once there is room; numbers for
-                TensorBoard are left out meanwhile.
+            bears_full_disk: True: while the disk is full, lines are kept in memory and written once there is space,
+                and TensorBoard scalars are dropped. False: a full disk is an error.
         """
         self._file: FileIO | None = None
         self._sink, self._bears_full_disk = sink, bears_full_disk
@@ -64,9 +65,9 @@ class RunLog:
         path = run_dir / "log.jsonl"
         if resumed_step is not None and path.exists():
             _truncate(path, resumed_step)
-        # Not buffered: what a full disk does not take is then known to the byte.
+        # Unbuffered: after a write to a full disk, the number of written bytes is known, and the rest can be retried.
         self._path, self._file, self._unwritten = path, path.open("ab", buffering=0), b""
-        # The resumed run writes the events after its checkpoint again.
+        # TensorBoard hides events of earlier files from this step on, because the resumed run writes them again.
         self._scalars: ScalarFile | None = None
         self._purge_step = None if resumed_step is None else resumed_step + 1
         self._write_scalars(0, {})
@@ -75,14 +76,14 @@ class RunLog:
         """Append one line, and write its numbers to TensorBoard as `<event>/<name>`.
 
         Args:
-            event: what happened: "step", "eval", "stage", ...
-            step: optimizer steps done.
+            event: type of the event: "step", "eval", "stage", ...
+            step: number of optimizer steps done.
             **values: text, numbers, 0-d tensors, None, and lists and dictionaries of them. A number that JSON
                 cannot represent (NaN, infinity) is written as null.
 
         Raises:
-            ValueError: a value of another type, or a value named "event", "step" or "time".
-            OSError: the disk is full; names the file.
+            ValueError: a value has another type, or is named "event", "step" or "time".
+            OSError: the disk is full and `bears_full_disk` is False, or another error of the file; names the file.
         """
         if self._file is None:
             return
@@ -101,10 +102,10 @@ class RunLog:
         assert self._file is not None
         try:
             with self._full_disk(self._path):
-                while self._unwritten:  # what was not taken stays for the next call
+                while self._unwritten:  # bytes that could not be written remain for the next call
                     self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError:
-            self._unwritten = b""  # said once; closing the log must not replace the error that ends the run
+            self._unwritten = b""  # otherwise `close` would fail as well and hide the error that ends the run
             raise
 
     def _write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -114,14 +115,14 @@ class RunLog:
                 self._scalars = ScalarFile(folder, self._purge_step)
             self._scalars.write(step, numbers)
             return
-        # The file ends with half an event now: the next event begins another file.
+        # Reached only if the disk was full: the file may end with half an event, so the next event starts a new file.
         if self._scalars is not None:
             self._scalars.close()
             self._scalars, self._purge_step = None, None
 
     @contextmanager
     def _full_disk(self, path: Path) -> Iterator[None]:
-        """Context manager that bears a full disk, if the log does; other errors name `path`."""
+        """Context manager that ignores a full disk if `bears_full_disk`, and adds `path` to other errors."""
         try:
             with path_in_errors(path):
                 yield
@@ -162,7 +163,7 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _truncate(path: Path, resumed_step: int) -> None:
-    """Drop the lines that a resumed run repeats; the file is replaced atomically."""
+    """Drop the lines that the resumed run will write again; the file is replaced atomically."""
     kept = [
         line
         for line in read_log(path.parent)

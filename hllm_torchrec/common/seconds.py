@@ -1,16 +1,19 @@
-"""Moments as users write them, an ISO date or date-time, to seconds UTC."""
+"""Conversion between ISO dates or date-times, as users write them, and seconds since 1970 (UTC)."""
 
 from datetime import UTC, datetime
 
 
 def second_of(moment: str | int) -> int:
-    """Seconds UTC of "2023-11-22" (its first second), "2023-11-22T18:00", with an offset or in UTC, or of a number.
+    """Convert a date, a date-time or a number to seconds since 1970 (UTC).
+
+    A date such as "2023-11-22" gives its first second; a date-time such as "2023-11-22T18:00" is in UTC unless it has
+    an offset; a whole number, as int or text, is returned unchanged.
 
     Raises:
-        ValueError: neither a date nor a whole number of seconds.
+        ValueError: `moment` is neither a date, a date-time nor a whole number of seconds.
     """
     text = str(moment).strip()
-    if text.isdecimal() and len(text) != 8:  # eight digits are the basic form of a date, 20231122
+    if text.isdecimal() and len(text) != 8:  # eight digits are an ISO date without hyphens: 20231122
         return int(text)
     try:
         found = datetime.fromisoformat(text)
@@ -20,5 +23,5 @@ def second_of(moment: str | int) -> int:
 
 
 def text_of(second: int) -> str:
-    """A second as a date-time of UTC: 2023-11-22T18:00:00Z."""
+    """Format seconds since 1970 as a date-time in UTC: 2023-11-22T18:00:00Z."""
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

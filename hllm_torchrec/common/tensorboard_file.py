@@ -1,7 +1,7 @@
-"""Scalars for TensorBoard, written by the caller's thread.
+"""TensorBoard event files of scalars, written by the caller's thread.
 
-The writers of torch and TensorBoard have a thread: what fails on it is printed as a traceback, and closing waits for
-it, after an interruption for up to two minutes.
+The writers of torch and TensorBoard use a background thread: an error on that thread is only printed as a traceback,
+and closing the writer after an interruption waits for the thread for up to two minutes.
 """
 
 import itertools
@@ -19,8 +19,9 @@ class ScalarFile:
     """A new event file in a folder, which is created if missing."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Open the file; purge_step: earlier files' events from this step on are hidden, as they are written again."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # takes a second, which other ranks save
+        """Open the file. purge_step: TensorBoard hides the events of earlier files from this step on."""
+        # This import takes a second; ranks other than 0 do not need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,10 +34,11 @@ class ScalarFile:
         self._file.flush()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write the numbers of one event, by name.
+        """Write the numbers (name -> value) of one event.
 
         Raises:
-            OSError: the file cannot be written to; it then ends with the event before, and no more can be written.
+            OSError: the file cannot be written to. It may then end with half an event, after which TensorBoard reads no
+                further: write later events to a new file.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -46,7 +48,7 @@ class ScalarFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file; what could not be written is left out."""
+        """Close the file; data that cannot be written is dropped."""
         with suppress(OSError):
             self._file.close()
 

@@ -1,4 +1,4 @@
-"""Output to the terminal: text that comes from elsewhere cannot control it, and credentials of URLs are not shown."""
+"""Output to the terminal: control characters in data are escaped, and credentials in URLs are replaced by `***`."""
 
 import logging
 import sys
@@ -9,11 +9,11 @@ from hllm_torchrec.common.errors import without_credentials
 
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of characters that move the cursor, start an escape sequence, reorder the text or end a line."""
-_HARMLESS = "\u200c\u200d"  # joiners of letters and emoji
+_HARMLESS = "\u200c\u200d"  # zero-width (non-)joiners, which some scripts and emoji need
 
 
 def printable(text: str) -> str:
-    r"""`text` on one line: each control character is replaced by its escape, such as \x1b or \n."""
+    r"""Return `text` as one line: each control character is replaced by its escape, such as \x1b or \n."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escaped(c) if unicodedata.category(c) in _CONTROL and c not in _HARMLESS else c for c in text)
@@ -24,18 +24,18 @@ def _escaped(character: str) -> str:
 
 
 def shown(text: str) -> str:
-    """`text`, of one or more lines, without credentials, each line `printable`; tabs are kept."""
+    """Return `text` without credentials and with each of its lines made `printable`; tabs are kept."""
     lines = without_credentials(text).split("\n")
     return "\n".join("\t".join(printable(part) for part in line.split("\t")) for line in lines)
 
 
 def say(text: object, stream: TextIO | None = None) -> None:
-    """Print `shown(text)` to standard output, or to `stream`. All jobs print by this function."""
+    """Print `shown(text)` to standard output, or to `stream`. All jobs print with this function."""
     print(shown(str(text)), file=stream or sys.stdout, flush=True)
 
 
 class _ShownRecord(logging.LogRecord):
-    """A log record whose message is `shown`, whichever handler prints it."""
+    """Log record whose message goes through `shown`, for every handler."""
 
     def getMessage(self) -> str:  # noqa: N802 (logging's name)
         """See `logging.LogRecord.getMessage`."""

@@ -1,6 +1,6 @@
-"""Text files of users: compressed or not, in UTF-8 or with a byte order mark, read as a stream or as a short list.
+"""Text files of users, plain or compressed, in UTF-8, UTF-16 or UTF-32, read as a stream or as a short list.
 
-Compression and encoding are recognized by the first bytes, not by the name of the file.
+The first bytes, not the file name, determine compression and encoding.
 """
 
 import bz2
@@ -27,7 +27,7 @@ _MAGIC = {
     b"\x04\x22\x4d\x18": "lz4",
     b"PK\x03\x04": "zip",
 }
-_MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
+_MARKS = {  # UTF-32 comes before UTF-16: the mark of UTF-32-LE starts with that of UTF-16-LE
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -38,13 +38,13 @@ _HEAD = 4096
 
 
 class PlainFile:
-    """The decompressed bytes of a file; a context manager.
+    """Stream of the decompressed bytes of a file; a context manager.
 
     `compression` is "gzip", "bzip2", "xz", "zstd", "lz4", "zip" or "". A zip archive must hold one file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`. Raises ValueError for a damaged archive or one of several files."""
+        """Open `path`. Raises ValueError for a damaged archive, or an archive of several files."""
         self.path = path
         self._raw: BinaryIO = path.open("rb")
         head = self._raw.read(8)
@@ -83,11 +83,14 @@ class PlainFile:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Errors of decompression as ValueError; those of the machine (an OSError with a number) pass unchanged."""
+        """Context manager that raises errors of decompression as ValueError.
+
+        Errors of the machine (MemoryError, OSError with an errno) are raised unchanged.
+        """
         try:
             yield
         except Exception as error:  # decoders of damaged bytes raise almost anything
-            # EINVAL: the directory of a damaged zip file leads before its start.
+            # EINVAL: seeking to a negative offset, which the directory of a damaged zip file contained.
             is_of_the_machine = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
             if is_of_the_machine or isinstance(error, MemoryError) or str(self.path) in str(error):
                 raise
@@ -95,13 +98,13 @@ class PlainFile:
             raise ValueError(f"{self.path} is a damaged {kind} ({error}); fetch or write it again") from error
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; b"" at the end. Raises ValueError for damage."""
+        """Read at most `size` bytes; b"" at the end. Raises ValueError if the file is damaged."""
         with self._damage():
             data: bytes = self._data.read(size)
             return data
 
     def tell(self) -> int:
-        """Number of bytes of the file that have been read, compressed ones if it is compressed."""
+        """Return the number of bytes of the (possibly compressed) file that have been read."""
         return self._raw.tell()
 
     def __enter__(self) -> "PlainFile":
@@ -112,13 +115,20 @@ class PlainFile:
 
 
 class Utf8File:
-    """The text of a file as UTF-8 bytes without a byte order mark; a context manager.
+    """Stream of the text of a file as UTF-8 bytes without a byte order mark; a context manager.
 
-    Bytes that should be UTF-8 are passed on unchecked, because the readers of tables check them with row and column.
+    Files in UTF-8 are not validated here: the table readers do it, and their errors name the row and the column.
     """
 
     def __init__(self, path: Path, encoding: str | None = None) -> None:
-        """Open `path`. encoding: None for UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+        """Open `path`.
+
+        Args:
+            encoding: None detects it: a byte order mark, UTF-16 without a mark (see `_encoding`), else UTF-8.
+
+        Raises:
+            ValueError: `encoding` is not known, or the file is damaged.
+        """
         self._plain = PlainFile(path)
         self.path, self.compression = path, self._plain.compression
         try:
@@ -135,7 +145,11 @@ class Utf8File:
         self._lines = 1
 
     def read(self, size: int) -> bytes:
-        """About `size` bytes; b"" at the end only. Raises ValueError naming the line of bytes without a meaning."""
+        """Read about `size` bytes; b"" only at the end.
+
+        Raises:
+            ValueError: bytes are invalid in the encoding; the message contains the number of a line before them.
+        """
         while True:
             data, self._waiting = self._waiting or self._plain.read(size), b""
             if self._decoder is None:
@@ -152,7 +166,7 @@ class Utf8File:
                 return text
 
     def tell(self) -> int:
-        """Number of bytes of the file that have been read."""
+        """Return the number of bytes of the (possibly compressed) file that have been read."""
         return self._plain.tell()
 
     def __enter__(self) -> "Utf8File":
@@ -163,7 +177,7 @@ class Utf8File:
 
 
 def _encoding(head: bytes) -> str:
-    """The encoding that a byte order mark states, else UTF-16 if every second byte is 0, else UTF-8."""
+    """Detect the encoding: by a byte order mark, else UTF-16 if nearly every second byte is 0, else UTF-8."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
@@ -175,12 +189,13 @@ def _encoding(head: bytes) -> str:
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a small text file that are not blank, without the line ends: ids, one a line.
+    """Return the non-blank lines of a small text file, without line ends: one id per line.
 
-    Blanks inside a line, at its ends too, belong to it. The file may be compressed, in UTF-8 or UTF-16.
+    Leading, trailing and inner blanks of a line are part of the id. The file may be compressed, and in UTF-8, UTF-16 or
+    UTF-32.
 
     Raises:
-        ValueError: the file is not text, has no line, or is larger than `LARGEST_LIST`.
+        ValueError: the file is not text, has only blank lines, or is larger than `LARGEST_LIST`.
     """
     with Utf8File(path) as file:
         blocks, size = [], 0
@@ -195,7 +210,7 @@ def read_list(path: Path) -> list[str]:
         raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one per line") from None
     if "\0" in text:
         raise ValueError(f"{path} is not text; write the ids as UTF-8 text, one per line")
-    # Not splitlines, which also divides at characters that an id may contain (U+0085, U+2028).
+    # Not str.splitlines, which also splits at characters that an id may contain (U+0085, U+2028).
     lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} has no lines; write the ids as UTF-8 text, one per line")

@@ -1,4 +1,4 @@
-"""The bearer token of a service, from a file."""
+"""Bearer token of a service, read from a file."""
 
 import ipaddress
 from contextlib import suppress
@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 def read_token(file: Path | None, host: str) -> str | None:
-    """The token of a file, or None without one.
+    """Return the token in `file`, or None if `file` is None.
 
     Raises:
-        ValueError: it is needed for this host, or not readable, or blank.
+        ValueError: `file` is None but other machines can reach `host`; or the file does not exist, or is not one line
+            of at least 16 printable ASCII characters.
     """
     if file is None:
         if not is_loopback(host):
@@ -22,7 +23,7 @@ def read_token(file: Path | None, host: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine reaches the address."""
+    """Return True if only this machine can reach the address."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -21,8 +21,8 @@ from hllm_torchrec.common.terminal import say
 CACHE = "HLLM_CACHE"
 """Environment variable with the folder of local copies."""
 EXTRAS = {"s3": "pip install 'hllm_torchrec[s3]'", "s3a": "pip install 'hllm_torchrec[s3]'"}
-"""Protocol -> command that installs its package; for other protocols fsspec's message contains it."""
-#: Names of a file's version in different file systems.
+"""Protocol -> command that installs its package; for other protocols fsspec's message contains the command."""
+#: Keys of fsspec's file details that identify the version of a file's contents, in order of preference.
 _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 _AT_ONCE = 8
 _SHOWN_BYTES = 100_000_000
@@ -42,9 +42,9 @@ def url_of(path: str | Path) -> str | None:
     return f"{scheme}://{root}{rest.strip('/')}"
 
 
-def display_url(place: str | Path) -> str:
+def display_url(path: str | Path) -> str:
     """Path or URL as the user wrote it, also if `Path` has dropped a slash."""
-    return url_of(place) or str(place)
+    return url_of(path) or str(path)
 
 
 def url_name(url: str) -> str:
@@ -88,14 +88,14 @@ def read_text(url: str) -> str | None:
 
 
 class FileFacts(NamedTuple):
-    """Size in bytes and version of a file. version: changes with the contents; empty if the system has none."""
+    """Size in bytes and version of a file. version: changes with the contents; empty if the file system has none."""
 
     size: int
     version: str
 
 
 def list_files(url: str) -> dict[str, FileFacts]:
-    """All files below `url`, by path relative to it; empty if it does not exist.
+    """Return path relative to `url` -> facts, for all files below `url`; empty if `url` does not exist.
 
     Raises:
         ValueError, OSError: as `open_filesystem`.
@@ -119,7 +119,7 @@ def list_files(url: str) -> dict[str, FileFacts]:
 
 
 def fetch_files(url: str, names: Iterable[str], folder: Path) -> None:
-    """Copy files below `url` into `folder`, under the same names; each is renamed when it is complete.
+    """Copy files below `url` into `folder`, under the same names. Each gets its name only when it is complete.
 
     Raises:
         ValueError, OSError: as `open_filesystem`; files fetched before the error remain.
@@ -148,7 +148,10 @@ def upload_files(folder: Path, names: Iterable[str], url: str) -> None:
 
 
 def create_file(url: str, text: str) -> bool:
-    """Create a small file, complete at once; False if it exists already, perhaps made by another job at this moment.
+    """Create a small file atomically, where the file system supports conditional writes.
+
+    Returns:
+        False if the file exists already, for example because another job has just created it.
 
     Raises:
         ValueError, OSError: as `open_filesystem`.
@@ -159,7 +162,7 @@ def create_file(url: str, text: str) -> bool:
             if url.startswith(("file:", "local:")):
                 _link_new(Path(path), data)
                 return True
-            # A conditional write (S3: If-None-Match).
+            # A conditional write (If-None-Match in S3).
             system.pipe_file(path, data, mode="create")
         except (FileExistsError, TypeError) as error:
             if isinstance(error, FileExistsError) or system.exists(path):
@@ -200,12 +203,12 @@ def print_transfer(what: str, url: str, sizes: Mapping[str, int]) -> None:
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """Run `work` on every part in threads; the first error is raised, and parts that have not begun are left out."""
+    """Run `work` on every part in threads; the first error is raised, and parts that have not started are cancelled."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
             for done in [pool.submit(work, part) for part in parts]:
                 done.result()
-        except BaseException:  # also Ctrl-C: the rest would be transferred before the process ends
+        except BaseException:  # also Ctrl-C: otherwise all remaining parts would be transferred before the process ends
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -215,11 +218,14 @@ def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
 
 @contextmanager
 def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
-    """fsspec file system of `url` and the path on it; cached listings are discarded.
+    """Context manager that yields the fsspec file system of `url` and the path on it; cached listings are discarded.
+
+    Errors of file system clients in its body are translated as well.
 
     Raises:
-        ValueError: a package or the credentials are missing; the message contains the remedy.
-        OSError: no such bucket, no permission, or the server does not answer; one line, with the URL.
+        ValueError: a package or the credentials are missing, or fsspec cannot open such a URL; the message contains the
+            remedy.
+        OSError: the bucket does not exist, access is denied, or the server does not answer; one line with the URL.
     """
     options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # object stores have no folders
     shown = without_credentials(url)
@@ -239,7 +245,7 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
             f"{shown}: not found ({_line(error)}): check that the bucket exists and its name is correct"
         ) from error
     except Exception as error:
-        # Errors of HTTP and S3 clients are not OSErrors; other exceptions are not about the URL and pass through.
+        # Many errors of HTTP and S3 clients are not OSErrors. Other exceptions do not concern the URL.
         if not (type(error).__module__.startswith(_CLIENTS) or isinstance(error, _NETWORK)):
             raise
         if "Credentials" in type(error).__name__:
@@ -251,7 +257,7 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _connect(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """File system and path of a URL; options: arguments of the file system."""
+    """Return the file system and the path of a URL; options: arguments of the file system's constructor."""
     try:
         system, path = fsspec.core.url_to_fs(url, **options)
     except (TypeError, ValueError, AttributeError, IsADirectoryError, NotADirectoryError) as error:
@@ -263,5 +269,5 @@ def _connect(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _line(error: Exception) -> str:
-    """Error message in one line; clients repeat the URL in it."""
+    """Return an error message as one line without credentials: clients repeat the URL in their messages."""
     return without_credentials(" ".join(str(error).split()))

@@ -10,21 +10,23 @@ import yaml
 from hllm_torchrec.common.machine_errors import is_machine_error
 
 MAX_VALUES = 100_000
-"""Limit on values after expansion: aliases (`*name`) can make a short file expand beyond memory or contain itself."""
+"""Limit on the number of values after expansion of aliases (`*name`): with these, a short file may expand beyond the
+memory, or a value may contain itself."""
 MAX_DEPTH = 200
-"""Limit on nesting: parsers in C end the process by a stack overflow where Python raises RecursionError."""
+"""Limit on nesting: deep nesting overflows the stack of a parser in C, which ends the process; Python's parser would
+raise RecursionError."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice in a mapping is an error (PyYAML silently keeps the last),
-    and that a date is text.
+    """PyYAML's safe loader with two changes: a key given twice in a mapping is an error (PyYAML silently keeps the last
+    value), and a date is loaded as text.
 
-    Merge keys (`<<: *name`) are expanded while the text is loaded, so their number is limited here.
+    Merge keys (`<<: *name`) are expanded while the text is loaded, so the number of merged values is limited here.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     merged = 0
 
@@ -42,7 +44,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         """Construct a mapping of distinct keys.
 
         Raises:
-            yaml.constructor.ConstructorError: a key occurs twice; has its line.
+            yaml.constructor.ConstructorError: a key occurs twice; the error contains its line number.
         """
         seen: set[str] = set()
         for key, _ in node.value:
@@ -59,8 +61,9 @@ def read_yaml(path: Path) -> Any:
     """Content of a file; None if it is empty.
 
     Raises:
-        ValueError: it is not YAML or not UTF-8, a key occurs twice in a mapping, or its aliases expand to more than
-            MAX_VALUES values; the message does not contain the file's name.
+        ValueError: the file does not exist, is not YAML or not UTF-8, a mapping has a key twice, or the content has
+            more than MAX_VALUES values or may be nested more than MAX_DEPTH levels deep. The message may lack the path.
+        OSError, MemoryError: an error of the machine (`is_machine_error`).
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,14 +78,15 @@ def parse_yaml(text: str) -> Any:
     """Content of a YAML text; None if it is empty.
 
     Raises:
-        ValueError: as `read_yaml`, or it is nested more than MAX_DEPTH levels deep.
+        ValueError: as `read_yaml`, for the text.
     """
     try:
         check_depth(text)
         content = _UniqueKeyLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:500]}") from error
-    # An alias is the same object in memory, so the loader is safe, but each visit counts as a copy would.
+    # An alias is a reference to the same object, so loading needs no extra memory; later code would visit or copy it
+    # each time, so it is counted each time.
     left, count = [content], 0
     while left:
         value = left.pop()
@@ -99,10 +103,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_depth(text: str) -> None:
-    """Check an upper bound of the nesting that YAML text can have on one line; other nesting is quadratic in length.
+    """Check upper bounds of the depth of YAML text: open brackets, and block indicators in a row (`- - - a`).
+
+    Nesting by indentation is not checked: a depth of n needs a text of about n^2 characters.
 
     Raises:
-        yaml.YAMLError: it is above MAX_DEPTH.
+        yaml.YAMLError: a bound exceeds MAX_DEPTH.
     """
     depth = 0
     for bracket in re.finditer(r"[\[{\]}]", text):
@@ -114,11 +120,11 @@ def check_depth(text: str) -> None:
 
 
 def limited(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`load`, a parser of YAML, with the limits of this module: it raises yaml.YAMLError beyond them."""
+    """Return the YAML parser `load` with the limits of this module: beyond them it raises yaml.YAMLError."""
 
     def load_within_limits(text: str) -> Any:
         check_depth(text)
-        if "*" in text:  # only aliases expand
+        if "*" in text:  # without an alias the content cannot expand
             try:
                 parse_yaml(text)
             except ValueError as error:
@@ -129,6 +135,6 @@ def limited(load: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def abbreviate(value: Any, length: int = 200) -> str:
-    """repr of a value for messages, truncated to `length` characters."""
+    """Return the repr of a value for messages, truncated to `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."

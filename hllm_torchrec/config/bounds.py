@@ -1,4 +1,4 @@
-"""Ranges of numbers in words, such as ">= 0, < 1", and the check against them."""
+"""Ranges of numbers, written as text such as ">= 0, < 1", and checks of numbers against them."""
 
 import math
 import operator
@@ -9,7 +9,7 @@ COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": oper
 
 
 def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> Iterator[str]:
-    """Problems of numbers outside `bounds` (dotted attribute -> range); None is always valid."""
+    """Yield a problem for each number outside its range; bounds: dotted attribute -> range. None is always valid."""
     for name, bound in bounds.items():
         value = operator.attrgetter(name)(config)
         if value is not None:
@@ -17,7 +17,7 @@ def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> I
 
 
 def bound_problems(name: str, value: float, bound: str) -> Iterator[str]:
-    """Problem of one number, if it is outside its range or not finite."""
+    """Yield a problem if a number is outside its range or not finite."""
     if not math.isfinite(value):
         yield f"{name}: {value}: must be a finite number"
     elif not all(_holds(value, part) for part in bound.split(", ")):

@@ -16,12 +16,15 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.yaml_files import abbreviate, limited, parse_yaml
 from hllm_torchrec.config.inheritance import read_with_bases
 
-# jsonargparse reads every text value as YAML, by a parser in C.
+# jsonargparse parses every text value as YAML with a parser in C, which needs the limits of `yaml_files`.
 set_loader("yaml", limited(get_loader("yaml")), (yaml.YAMLError,))
 
 
 def file_problems(path: str, cls: type) -> list[str]:
-    """Keys and values of a YAML file and of its bases that do not fit the dataclass `cls`, each as 'file: a.b: ...'."""
+    """Return the problems of a YAML file and of its bases: keys and values that do not fit the dataclass `cls`.
+
+    Each has the form 'file: a.b: ...'.
+    """
     if not Path(path).is_file():
         return [f"--config: {path or 'no file named'}: no such file"]
     try:
@@ -32,9 +35,11 @@ def file_problems(path: str, cls: type) -> list[str]:
 
 
 def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] = ()) -> list[str]:
-    """Names and values of `--a.b text` options that do not fit the dataclass `cls`.
+    """Return the problems of `--a.b text` options: names and values that do not fit the dataclass `cls`.
 
-    others: names of options that are accepted in addition to the fields.
+    Args:
+        options: name without dashes -> text.
+        others: names of options that are accepted in addition to the fields.
     """
     fields = dotted_fields(cls)
     problems: list[str] = []
@@ -61,7 +66,7 @@ def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
 
 
 def dataclass_problems(content: Any, cls: type, name: str = "") -> list[str]:
-    """Unknown keys, missing keys and values of a wrong type in a mapping that is converted to a `cls`.
+    """Return the problems of a mapping that is to become a `cls`: unknown keys, missing keys, values of a wrong type.
 
     name: dotted name of the mapping; empty for the complete file.
     """
@@ -94,7 +99,7 @@ def _value_problems(value: Any, kind: Any, name: str) -> list[str]:
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """True for a plain value of exactly this type, as most of a saved configuration: jsonargparse need not be asked."""
+    """Return True for a value of exactly this type: a fast path without jsonargparse for most values."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     return type(value) in (typing.get_args(kind) if union else (kind,))
 
@@ -104,7 +109,7 @@ def _wrong(name: str, value: Any, kind: Any) -> str:
 
 
 def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
-    """True if jsonargparse accepts this value, or the text of an option, for a field of this type."""
+    """Return True if jsonargparse accepts this value (is_text: the text of an option) for a field of this type."""
     # jsonargparse raises many types of errors; each of these means that the value does not fit.
     try:
         if is_text:
@@ -124,7 +129,7 @@ def _parser_of(kind: Any) -> ArgumentParser:
 
 
 def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type for every field of a dataclass and of the dataclasses nested in it."""
+    """Return dotted name -> type for every field of a dataclass and of the dataclasses nested in it."""
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(cls):
         found[prefix + entry.name] = entry.type
@@ -134,7 +139,7 @@ def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def split_arguments(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """(option without dashes, its text) of `--a.b text`, `--a.b=text` and `--a.b` (empty text)."""
+    """Yield (name without dashes, text) for the options `--a.b text`, `--a.b=text` and `--a.b` (empty text)."""
     # "--" is appended as a sentinel: an option at the end has no following text.
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         if argument.startswith("--"):

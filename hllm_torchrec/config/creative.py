@@ -26,6 +26,11 @@ class SoftPromptConfig:
     scale: Literal["words", "none"] = "words"
     """words: tokens are RMS-normalized and multiplied by a learned gain that starts at the word vectors' RMS; none: as
     published."""
+    normalize: Literal["none", "standardize", "whiten"] = "none"
+    """Of user vectors, by statistics that are measured before the first step, as `item_llm.standardise` and
+    `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
+    In training the mean is that of the step's users, and gradients do not move what they have in common. none: as
+    published."""
     dropout: float = 0.15
     """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
     `creative_gap` compares with."""
@@ -39,6 +44,16 @@ class CreativeLossConfig:
     """Of the response's cross-entropy, per token."""
     match: float = 0.0
     """Of the Item-User Predictor's binary cross-entropy: the creative's item against sampled ones."""
+    recon: float = 0.0
+    """Of the cross-entropy, per token, of the user's profile (a column of the table), written from the user vector."""
+    align: float = 0.0
+    """Of the contrastive loss of user vectors and their profiles, read by the Creative LLM; negatives are those of
+    other users of the step, on all ranks."""
+
+    @property
+    def read_profiles(self) -> bool:
+        """True if a loss reads profiles."""
+        return self.recon > 0 or self.align > 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,18 @@ class MatchConfig:
     """Number of blocks."""
     negatives: int = 8
     """Items sampled per step, shared by its users; those of a user's own sequence are left out."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Texts on users' interests, which `losses.recon` and `losses.align` read: the column `profile` of the table."""
+
+    prompt: str = "Interests of this user:{user}"
+    """Text before a profile for `losses.recon`: {user}, once, is the place of its soft token."""
+    max_length: int = 256
+    """Maximum number of tokens of a profile, with the end token. A longer one is cut, and its end is no target."""
+    temperature: float = 0.05
+    """Initial temperature of `losses.align`, learned."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,8 @@ class CreativeConfig:
     """Losses."""
     match: MatchConfig = field(default_factory=MatchConfig)
     """Item-User Predictor."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiles of users."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters trained instead of the Creative LLM's base weights."""
 
@@ -122,6 +151,10 @@ CREATIVE_BOUNDS = {
     "creative.soft.dropout": ">= 0, <= 1",
     "creative.losses.write": ">= 0",
     "creative.losses.match": ">= 0",
+    "creative.losses.recon": ">= 0",
+    "creative.losses.align": ">= 0",
+    "creative.profile.max_length": ">= 2",
+    "creative.profile.temperature": ">= 0.01",
     "creative.match.width": ">= 1",
     "creative.match.blocks": ">= 1",
     "creative.match.negatives": ">= 1",
@@ -132,6 +165,11 @@ def creative_problems(config: "Config") -> Iterator[str]:
     """Broken rules of `creative`, as 'field: value: rule; remedy'."""
     creative = config.creative
     if not creative.enabled:
+        if any(stage.trains == "creative" for stage in config.stages):
+            yield (
+                "stages: trains 'creative' with creative.enabled false: there is no Creative LLM to train; write "
+                "trains: all"
+            )
         return
     if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
         yield (
@@ -150,8 +188,13 @@ def creative_problems(config: "Config") -> Iterator[str]:
         )
     if creative.prompt.count(USER) != 1:
         yield f"creative.prompt: {creative.prompt!r}: must have {USER} exactly once: the place of the soft tokens"
-    if not (creative.losses.write or creative.losses.match):
-        yield "creative.losses: write and match are 0: nothing would be trained; give one a weight"
+    if creative.losses.read_profiles and PLACEHOLDER.findall(creative.profile.prompt) != [USER[1:-1]]:
+        yield (
+            f"creative.profile.prompt: {creative.profile.prompt!r}: must have {USER} exactly once, and no other "
+            "name in braces"
+        )
+    if not any(vars(creative.losses).values()):
+        yield "creative.losses: all are 0: nothing would be trained; give one a weight"
     if creative.losses.match and not config.item_llm.enabled:
         yield (
             f"creative.losses.match: {creative.losses.match}: the predictor reads text embeddings, and "

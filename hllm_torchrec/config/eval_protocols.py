@@ -34,7 +34,7 @@ SPLIT_RULE = "leave_one_out"
 
 
 def protocol_problems(config: "Config") -> Iterator[str]:
-    """Violations of the configuration's protocol, and checkpoint selection on targets that are part of training."""
+    """Yield violations of the configuration's protocol, and checkpoint selection on targets that are trained on."""
     protocol = config.evaluation.protocol
     for name, wanted in PROTOCOLS.get(protocol or "", {}).items():
         value = operator.attrgetter(name)(config)
@@ -51,7 +51,7 @@ def protocol_problems(config: "Config") -> Iterator[str]:
 
 
 def delay_problems(feedback_delay: int, manifest: dict[str, Any]) -> Iterator[str]:
-    """A feedback delay, in seconds, where requests do not see by seconds."""
+    """Yield a problem if a feedback delay is set for a dataset whose visible events are determined by position."""
     rule = manifest["split"]["rule"]
     why = "has no timestamps" if not manifest.get("has_timestamps", True) else f"is split by {rule!r}"
     if feedback_delay and (rule == SPLIT_RULE or not manifest.get("has_timestamps", True)):
@@ -59,14 +59,15 @@ def delay_problems(feedback_delay: int, manifest: dict[str, Any]) -> Iterator[st
 
 
 def dataset_problems(config: "Config", manifest: dict[str, Any]) -> Iterator[str]:
-    """Violations of the configuration's protocol by its dataset, and fields that the dataset cannot serve."""
+    """Yield problems of the dataset: violations of the protocol, and settings that the dataset does not support."""
     rule = manifest["split"]["rule"]
     yield from (f"data.{problem}" for problem in delay_problems(config.data.feedback_delay, manifest))
     negatives = manifest["counts"]["exposures"] - manifest["counts"]["positives"]
     if config.data.drawn_negatives.count and negatives:
         yield (
             f"data.drawn_negatives.count: {config.data.drawn_negatives.count}: the dataset has {negatives:,} negative "
-            "exposures of its own, and probabilities of a click are none of a choice from the catalogue; write 0"
+            "exposures of its own, from which the model learns the probability of a click; with drawn negatives it "
+            "would learn that of a choice from the catalogue; write 0"
         )
     if config.evaluation.protocol is not None and rule != SPLIT_RULE:
         yield (

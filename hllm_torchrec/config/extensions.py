@@ -1,10 +1,11 @@
-"""Custom code named in a configuration as `module:name`: a user encoder, a numeric feature.
+"""Custom code that a configuration names as `module:name`: a user encoder or a numeric feature.
 
-The module is imported normally: on every rank it is installed or its folder is on PYTHONPATH. It is not copied into
-the run directory, so evaluating or embedding such a run needs the module again.
+The module is imported normally: it must be installed on every rank, or its folder must be on PYTHONPATH. It is not
+copied into the run directory, so later jobs on the run (evaluation, embedding) need the module again.
 
-A run may come from elsewhere, and importing is executing. So the code that the configuration *of a run* names must be
-allowed (`--allow-code`, or a list in the environment variable HLLM_ALLOW_CODE), or be imported already.
+A run directory may come from someone else, and importing a module executes it. Therefore the code that the
+configuration *of a run* names must be allowed (`--allow-code`, or a list in the environment variable HLLM_ALLOW_CODE),
+or have been imported already.
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.modules.encoders.shapes import ENCODERS, SHAPE_BOUNDS
 
 EXTENSION_FORM = "module:Name of your own"
-"""Form of an extension in messages."""
+"""Description of the form `module:name` for messages."""
 
 
 ALLOWED_CODE = "HLLM_ALLOW_CODE"
-"""Environment variable: modules, with all modules below them, that the configuration of a run may import; or `*`."""
+"""Environment variable: comma-separated list of the modules that the configuration of a run may import, each with its
+submodules; or `*` for all modules."""
 
 _reads_a_run: ContextVar[bool] = ContextVar("_reads_a_run", default=False)
 _all_is_allowed: ContextVar[bool] = ContextVar("_all_is_allowed", default=False)
@@ -32,7 +34,7 @@ _all_is_allowed: ContextVar[bool] = ContextVar("_all_is_allowed", default=False)
 
 @contextmanager
 def code_needs_permission(needed: bool = True) -> Iterator[None]:
-    """Context manager: extensions are loaded only if they are allowed, as the configuration is one of a run."""
+    """Context manager for reading the configuration of a run: in it, extensions are loaded only if they are allowed."""
     token = _reads_a_run.set(needed)
     try:
         yield
@@ -42,7 +44,7 @@ def code_needs_permission(needed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def code_is_allowed(allowed: bool = True) -> Iterator[None]:
-    """Context manager: if `allowed`, the configuration of a run may import any module (`--allow-code`)."""
+    """Context manager in which, if `allowed`, the configuration of a run may import any module (`--allow-code`)."""
     token = _all_is_allowed.set(allowed)
     try:
         yield
@@ -54,10 +56,10 @@ def check_permission(text: str, field: str) -> None:
     """Check that `text`, `module:name`, may be imported here.
 
     Raises:
-        ValueError: it comes from the configuration of a run, and is neither allowed nor imported already.
+        ValueError: the name comes from the configuration of a run, and the module is neither allowed nor imported.
     """
     module = text.partition(":")[0]
-    # Python's own modules are imported everywhere, but by no one's choice.
+    # That a module of the standard library is imported does not mean that the user trusts this use of it.
     is_here = module in sys.modules and module.partition(".")[0] not in sys.stdlib_module_names
     if not _reads_a_run.get() or _all_is_allowed.get() or is_here:
         return
@@ -81,16 +83,15 @@ def load_extension(text: str, field: str) -> Any:
         field: dotted field of the configuration, for the message.
 
     Raises:
-        ValueError: there is no such module, or no such name in it; or the configuration is one of a run, which may not
-            import it.
+        ValueError: the module or the name in it does not exist; or the configuration is that of a run, and the module
+            is not allowed.
     """
     check_permission(text, field)
     module, _, name = text.partition(":")
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        # A message that is not Python's own comes from a module that has moved (`hllm_torchrec._moved`): it contains
-        # the new name and must not be replaced.
+        # Other messages are kept: that of a module that has moved (`hllm_torchrec._moved`) contains the new name.
         is_missing = f"{module}.".startswith(f"{error.name}.") and str(error).startswith("No module named")
         remedy = f"there is no module {module!r}: install it, or put its folder on PYTHONPATH"
         why = remedy if is_missing else str(error)
@@ -101,10 +102,10 @@ def load_extension(text: str, field: str) -> Any:
 
 
 def encoder_shape(encoder: str) -> type:
-    """Dataclass of `user.shape`, for every `user.encoder` except llm. The built-in ones are available without torch.
+    """Return the dataclass of `user.shape` for any `user.encoder` except llm; the built-in ones do not import torch.
 
     Raises:
-        ValueError: an unknown name, or a class that is not a user encoder.
+        ValueError: the name is unknown, or the class is not a user encoder.
     """
     if encoder in ENCODERS:
         return ENCODERS[encoder].shape
@@ -119,13 +120,13 @@ def encoder_shape(encoder: str) -> type:
 
 
 def shape_bounds(encoder: str, shape: Any) -> dict[str, str]:
-    """Field -> range, for every field of an encoder's shape that has a range."""
-    own = ENCODERS[encoder].bounds if encoder in ENCODERS else {}
-    return {name: bound for name, bound in {**SHAPE_BOUNDS, **own}.items() if hasattr(shape, name)}
+    """Return field -> range for the fields of an encoder's shape that have a range."""
+    specific = ENCODERS[encoder].bounds if encoder in ENCODERS else {}
+    return {name: bound for name, bound in {**SHAPE_BOUNDS, **specific}.items() if hasattr(shape, name)}
 
 
 def load_user_encoder(encoder: str) -> Any:
-    """Class named by `user.encoder`, one of `ENCODERS` or `module:Name`; its arguments are (shape, dropout).
+    """Return the class that `user.encoder` names, of `ENCODERS` or as `module:Name`; its arguments: (shape, dropout).
 
     Raises:
         ValueError: the class does not exist, is not a `UserEncoder`, or does not declare its `Shape`.

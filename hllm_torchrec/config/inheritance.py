@@ -15,10 +15,10 @@ BASE = "base"
 
 
 def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, Any]]:
-    """(path, content without `base`) of a file and its bases, the furthest base first.
+    """Return (path, content without `base`) of the file and its bases; the base that has no base itself comes first.
 
     Args:
-        above: chain of files based on this one, used to detect cycles.
+        above: chain of the files that are based on this one, used to detect cycles.
 
     Raises:
         ValueError: a file is missing, is not valid YAML, or is based on itself; the message starts with its path.
@@ -42,14 +42,14 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path
 
 
 def merge(base: Any, changes: Any) -> Any:
-    """`base` with `changes`: mappings are merged at any depth, anything else is replaced."""
+    """Return `base` updated by `changes`: mappings are merged at any depth, other values are replaced."""
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
 def read_resolved(path: Path) -> Any:
-    """A file's content with that of its bases merged in.
+    """Return the content of a file merged into that of its bases.
 
     Raises:
         ValueError: as `read_with_bases`.

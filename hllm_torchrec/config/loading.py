@@ -1,9 +1,8 @@
 """Conversion of YAML files and dotted options to a configuration dataclass, and back.
 
-jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
-resolved file (`--print_config`); it was chosen because it works on plain dataclasses, without a second schema.
-Additional checks are in `checking`: unknown keys, with the closest valid name, and wrong types are all reported
-together. `inheritance` merges a file with its bases.
+jsonargparse turns the dataclasses into dotted options such as `--user.layers 2` and reads the YAML; it was chosen
+because it works on plain dataclasses, without a second schema. `checking` first reports all unknown keys, with the
+closest valid name, and all values of a wrong type together. `inheritance` merges a file with its bases.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
 
 RESOLVED = {"resume", "start_from", "max_steps", "data", "evaluation", "parallel", "reliability", "logs"}
-"""Sections and fields of every resolved configuration, from version 0.1 on."""
+"""Top-level keys that every resolved configuration has had since version 0.1; other files rarely have all of them."""
 
 
 def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
@@ -44,8 +43,8 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
     `--print_config` prints the resolved configuration and exits.
 
     Raises:
-        ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
-            broken rules.
+        ConfigError: all unknown keys (each with the closest valid name) and values of a wrong type; or, if there are
+            none, all violated rules.
     """
     given = list(split_arguments(arguments))
     problems = [problem for name, text in given if name == "config" for problem in file_problems(text, cls)]
@@ -56,7 +55,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
     try:
         parsed = _parser(kind, prog, description).parse_args(_for_jsonargparse(arguments))
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
-        # Broken rules are already complete messages; only the parser's errors need the name of the file.
+        # A ConfigError lists violated rules and is complete; the parser's errors need the name of the file.
         if isinstance(error, ConfigError):
             raise
         files = ", ".join(text for name, text in given if name == "config")
@@ -69,20 +68,20 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
 
 
 def _for_jsonargparse(arguments: list[str]) -> list[str]:
-    """Arguments with the resolved content in place of each configuration file, and without --print_config.
+    """Return the arguments without --print_config, and with each configuration file replaced by its resolved content.
 
     jsonargparse does not support `base`, and its own --print_config cannot print dataclasses in a list.
     """
-    found: list[str] = []
+    converted: list[str] = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if found and found[-1] == "--config":  # the option and its file are two arguments: replace both by one
-            found[-1] = _resolved_option(argument)
+        if converted and converted[-1] == "--config":  # the option and its file are two arguments: replace both by one
+            converted[-1] = _resolved_option(argument)
         elif name == "--config" and equals:
-            found.append(_resolved_option(text))
+            converted.append(_resolved_option(text))
         elif argument != "--print_config":
-            found.append(argument)
-    return found
+            converted.append(argument)
+    return converted
 
 
 def _resolved_option(path: str) -> str:
@@ -91,9 +90,10 @@ def _resolved_option(path: str) -> str:
 
 
 def _as_saved(content: Any) -> Any:
-    """A file's content with the fields that a run of an earlier version lacks and whose default does otherwise.
+    """Return the content of a file; if a run of an earlier version saved it, add fields that keep the old behavior.
 
-    A file with all of RESOLVED was written by `save_config` or `--print_config`, with every field of its version.
+    Such a run lacks fields that were added later, and the default of `evaluation.history` would change its results.
+    A file with all keys of RESOLVED was written by `save_config` or `--print_config`, with every field of its version.
     """
     if not isinstance(content, dict) or not RESOLVED <= content.keys() or not isinstance(content["evaluation"], dict):
         return content
@@ -132,15 +132,15 @@ def _build(cls: type, value: Any) -> Any:
 
 
 def _entries(namespace: Namespace) -> dict[str, Any]:
-    """Entries by the names of their fields.
+    """Return field name -> value.
 
-    jsonargparse marks names that are methods of Namespace, such as `items`, with a character of width zero.
+    jsonargparse prefixes names that are methods of Namespace, such as `items`, with a zero-width character.
     """
     return {name.removeprefix("\u200b"): entry for name, entry in vars(namespace).items()}
 
 
 def to_dict(config: Any) -> Any:
-    """Configuration as plain dicts and lists (JSON and YAML); also accepts one that is parsed but not yet built."""
+    """Convert a configuration, a dataclass or jsonargparse's Namespace, to dicts and lists for JSON and YAML."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Namespace):
@@ -149,19 +149,19 @@ def to_dict(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """Configuration as YAML."""
+    """Convert a configuration to YAML."""
     return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def load_config(arguments: list[str]) -> Config:
     """Parse `--config FILE` and dotted overrides: ["--config", "configs/quickstart.yaml", "--seed", "1"].
 
-    `--print_config` prints the resolved configuration and exits. The file of a run, which may come from elsewhere, may
-    import only code that is allowed (`config.extensions`).
+    `--print_config` prints the resolved configuration and exits. The configuration file of a run may come from someone
+    else, so it may import only code that is allowed (`config.extensions`).
 
     Raises:
-        ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
-            broken rules.
+        ConfigError: all unknown keys (each with the closest valid name) and values of a wrong type; or, if there are
+            none, all violated rules; or, if there are none, all URLs that contain credentials.
     """
     files = [Path(text) for name, text in split_arguments(arguments) if name == "config"]
     with code_needs_permission(any((file.parent / "checkpoints").exists() for file in files)):
@@ -173,7 +173,7 @@ def load_config(arguments: list[str]) -> Config:
 
 
 def _secrets(value: Any, name: str) -> Iterator[str]:
-    """Messages for the URLs with credentials in plain values: the configuration is saved, logged and reported."""
+    """Yield a problem for each URL with credentials: the configuration is saved, logged and reported."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
         yield from _secrets(part, f"{name}.{key}".lstrip("."))
@@ -186,7 +186,8 @@ def _secrets(value: Any, name: str) -> Iterator[str]:
 
 def _load(arguments: list[str]) -> Config:
     config = load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
-    for name in filter(is_extension, config.data.numeric_features):  # imported later, where the rule is not known
+    # Numeric features are imported later, outside of `code_needs_permission`, so they are checked here.
+    for name in filter(is_extension, config.data.numeric_features):
         check_permission(name, "data.numeric_features")
     return config
 

@@ -10,9 +10,9 @@ class LoRAConfig:
     rank: int = 0
     """Rank of the adapters; 0: no adapters, the LLM's weights are trained."""
     alpha: float = 16.0
-    """Adapters add alpha / rank times their product. They are initialized to a zero update."""
+    """Scale of the update alpha / rank * B A x. B is initialized to zero, so the initial update is zero."""
     dropout: float = 0.0
     """Dropout probability of the adapter input."""
     targets: tuple[str, ...] = ()
-    """Last name components of the linear layers that get adapters, such as [q_proj, v_proj]; empty: all linear layers
-    of the LLM."""
+    """Linear layers that get adapters, by the last component of their name, such as [q_proj, v_proj]; empty: all linear
+    layers of the LLM."""

@@ -1,4 +1,4 @@
-"""Paths of a configuration: saved as absolute ones with a run, and found again where the run is read."""
+"""Paths in a configuration: a run saves them as absolute paths, and they are located again when the run is read."""
 
 import os
 from dataclasses import replace
@@ -21,16 +21,18 @@ INPUTS = (
     "data.drawn_negatives.item_store",
     "data.drawn_negatives.user_store",
 )
-"""Dotted fields with the path of something that a run reads; any of them but `data.dataset` may be None."""
+"""Dotted fields that contain the path of an input of a run; all except `data.dataset` may be None."""
 TRAINING = INPUTS[-3:]
-"""Those that training alone reads."""
+"""Inputs that only training reads."""
 OPTION = {DATASET: "; name the directory with --dataset"}
+"""Dotted field -> remedy in the message of a missing path."""
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with absolute paths, to be saved with its run; URLs stay as they are.
+    """Return the configuration with absolute paths, to be saved with its run; URLs are not changed.
 
-    A run at a URL is read on other machines, so its paths stay relative to the current folder of whoever reads it.
+    If the run is at a URL, the paths are not changed either: other machines read the run, and resolve its relative
+    paths against their current folder.
     """
     if url_of(config.output) is not None:
         return config
@@ -42,22 +44,24 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def with_found_paths(config: Config, run: Path) -> Config:
-    """The configuration of a run directory with the paths of what exists; others stay as they are.
+    """Return the configuration of a run directory with input paths that exist; paths that are not found do not change.
 
-    A relative path, as earlier versions saved it, is taken from the current folder, or else from the nearest folder
-    above the run. An absolute one that does not exist is taken from the same place relative to the run as when the run
-    was made: a project may be moved as a whole.
+    A relative path, as saved by earlier versions, is resolved against the current folder, else against the nearest
+    folder above the run in which it exists. If an absolute path does not exist, the run and its inputs may have been
+    moved together: the path then keeps its position relative to the run directory.
     """
     for name in INPUTS:
         path = get_value(config, name)
         if path is None or url_of(path) is not None:
             continue
-        found = next((place for place in _places(path, config.output, run) if os.path.exists(place)), path)
-        config = set_value(config, name, str(found))
+        candidates = _candidates(path, config.output, run)
+        existing = next((candidate for candidate in candidates if os.path.exists(candidate)), path)
+        config = set_value(config, name, str(existing))
     return config
 
 
-def _places(path: str, output: str, run: Path) -> list[str]:
+def _candidates(path: str, output: str, run: Path) -> list[str]:
+    """Return the paths at which an input may be, in order of preference; output: run directory when it was saved."""
     above = Path(os.path.abspath(run)).parents
     if not os.path.isabs(path):
         return [path, *(os.path.join(folder, path) for folder in above)]
@@ -67,7 +71,10 @@ def _places(path: str, output: str, run: Path) -> list[str]:
 
 
 def missing_paths(config: Config, source: Path) -> list[str]:
-    """One message for each path of a run's configuration file `source` that does not exist and that every job reads."""
+    """Return a problem for each input path that does not exist, except those that only training reads.
+
+    source: configuration file of the run, for the messages.
+    """
     return [
         f"{source}: {name}: {path}: not found from here, nor from the run's folder{OPTION.get(name, '; restore it')}"
         for name in INPUTS
@@ -79,13 +86,13 @@ def missing_paths(config: Config, source: Path) -> list[str]:
 
 
 def get_value(config: Any, name: str) -> Any:
-    """Value of a dotted field."""
+    """Return the value of a dotted field."""
     for part in name.split("."):
         config = getattr(config, part)
     return config
 
 
 def set_value(config: Any, name: str, value: Any) -> Any:
-    """A copy of a configuration with another value of a dotted field."""
+    """Return a copy of a configuration with another value of a dotted field."""
     first, _, rest = name.partition(".")
     return replace(config, **{first: set_value(getattr(config, first), rest, value) if rest else value})

@@ -1,7 +1,7 @@
-"""Recipes: settings of a task that follow from what is in a dataset, each with its reason.
+"""Recipes: settings of a task that are chosen from the contents of the dataset, each with a reason.
 
-A configuration with `recipe: ranking` (configs/recipes/ranking.yaml) holds what does not depend on the data. What does
-is chosen here from `DatasetFacts`; a value that the file or an option sets stays as it is.
+A configuration file with `recipe: ranking` (configs/recipes/ranking.yaml) contains the settings that do not depend on
+the data. The other settings are chosen here from `DatasetFacts`, unless the file or an option sets them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,35 +11,36 @@ from typing import Any
 from hllm_torchrec.config.rules import OWN_TABLES
 
 ENCODER = ".cache/models/all-minilm-l6-v2"
-"""Sentence encoder of the recipes, relative to the current folder, as `hllm fetch minilm` puts it."""
+"""Sentence encoder of the recipes: path relative to the current folder, to which `hllm fetch minilm` downloads it."""
 TEXT_LENGTHS = (32, 64, 128, 256)
-"""Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
+"""Possible values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
 MANY_USERS = 16_384
-"""Number of users from which on a retrieval model's steps read 128 users instead of 32."""
+"""From this number of training users on, data.batch_users of a retrieval model is 128 instead of 32."""
 EVENTS_READ = 1_600_000
-"""Target for the events read over all epochs of a retrieval model; the number of epochs stays within 4 to 32."""
+"""Events that a retrieval model should read over all epochs; the number of epochs is limited to 4 to 32."""
 TEXT_SIMILARITY = 0.6
-"""Weight of the texts' cosine beside the learned one in a retrieval model."""
+"""objective.text_similarity of a retrieval model."""
 TRANSITIONS = 0.2
-"""Weight of the transitions of items beside the learned cosine in a retrieval model."""
+"""objective.transitions of a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
 FEW_USERS = 20
-"""Training users below which evidence has no other users to be fitted on."""
+"""Minimum number of training users for evidence: its predictors need other users to be fitted on."""
 RARE_BELOW = 20
 """Mean number of training events per item below which text and evidence are used without item IDs."""
 SMALL_TABLE = 5_000
-"""Largest number of values of a user feature that is used; one with more is likely a user id in disguise."""
+"""Maximum number of values of a user feature; a feature with more values probably identifies the user."""
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What the choices depend on.
+    """Properties of a dataset from which settings are chosen.
 
-    users, items, exposures: numbers of the training part (items: of the catalogue); labels: numbers of training
-    exposures with label 0 and 1; graded: True if actions have different numbers (ratings); words: 95th percentile of
-    an item's words, by text column; item_features, user_features: number of values of each categorical feature.
+    users, exposures: numbers in the training part; items: number in the catalogue; labels: numbers of training
+    exposures with label 0 and 1; graded: True if actions have different values (ratings); words: text column -> 95th
+    percentile of the number of words of an item; item_features, user_features: categorical feature -> number of values;
+    split: rule by which the dataset was split.
     """
 
     users: int
@@ -55,7 +56,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    """Value of a dotted field of the configuration, and why."""
+    """Value that a recipe chooses for a dotted field of the configuration, and the reason."""
 
     name: str
     value: Any
@@ -65,7 +66,7 @@ class Choice:
         return f"{self.name}: {_shown(self.value)}, chosen because {self.reason}"
 
     def as_mapping(self) -> dict[str, Any]:
-        """The value as the content of a configuration file."""
+        """Return the choice as the content of a configuration file: nested mappings."""
         content = self.value
         for part in reversed(self.name.split(".")):
             content = {part: content}
@@ -73,10 +74,10 @@ class Choice:
 
 
 def ranking(facts: DatasetFacts) -> Iterator[Choice]:
-    """Choices for a ranking model: text, IDs and evidence of simple predictors.
+    """Yield the choices for a ranking model: text, IDs and the evidence of simple predictors.
 
     Raises:
-        ValueError: all labels are equal, so there is nothing to rank.
+        ValueError: all labels are equal, so a ranking cannot be learned.
     """
     if 0 in facts.labels:
         only = int(facts.labels[0] == 0)
@@ -99,7 +100,7 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
 
 
 def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
-    """Choices for next-item prediction over the catalogue: text and IDs, or IDs alone."""
+    """Yield the choices for next-item prediction over the catalogue, with text and IDs, or with IDs only."""
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
@@ -119,17 +120,20 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
 
 
 def id_choices(facts: DatasetFacts, has_text: bool) -> Iterator[Choice]:
-    """IDs and item factors where items have enough events to learn them from."""
+    """Yield the choices of item IDs and item factors.
+
+    Both are used if items have enough events to learn them from; IDs are also used if items have no texts.
+    """
     events = facts.exposures / max(facts.items, 1)
-    known = events >= RARE_BELOW
-    why = f"an item has {events:.0f} training events on average, {'enough' if known else 'too few'} to learn its ID"
-    stands_in = "" if known or has_text else "items have no texts that could stand for them"
-    yield Choice("features.item_id", known or not has_text, stands_in or why)
-    yield Choice("data.item_vectors", ["factors"] if known else [], why)
+    enough = events >= RARE_BELOW
+    why = f"an item has {events:.0f} training events on average, {'enough' if enough else 'too few'} to learn its ID"
+    no_alternative = "" if enough or has_text else "items have no texts that could stand for them"
+    yield Choice("features.item_id", enough or not has_text, no_alternative or why)
+    yield Choice("data.item_vectors", ["factors"] if enough else [], why)
 
 
 def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
-    """Text columns and length of an item's text; an ID-only model without texts."""
+    """Yield the text columns and the maximum length of an item's text; if there are no texts, an ID-only model."""
     used = {name: words for name, words in facts.words.items() if words > 0}
     if not used:
         yield Choice("item_llm.enabled", False, "items have no texts, or all the same")
@@ -141,7 +145,7 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 
 def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
-    """Categorical features of items and users that exist."""
+    """Yield the categorical features of items and users that the dataset has."""
     yield from item_feature_choices(facts)
     small = [name for name, size in facts.user_features.items() if size <= SMALL_TABLE]
     if small:
@@ -151,14 +155,14 @@ def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 
 def item_feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
-    """Categorical features of items that exist."""
+    """Yield the categorical features of items that the dataset has."""
     if facts.item_features:
         names, others = _named_tables(facts.item_features)
         yield Choice("data.item_features", names, f"items have {', '.join(facts.item_features)}{others}")
 
 
 def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
-    """The features that a table can be named after, and a remark about the others."""
+    """Return the features whose name is a valid name of a table, and a remark about the others."""
     names: list[str] = []
     others: list[str] = []
     for name in features:
@@ -167,9 +171,10 @@ def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
 
 
 RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking, "retrieval": retrieval}
-"""Choices of each value of `recipe`."""
+"""`recipe` -> function that yields its choices."""
 
 
+# Two extreme datasets: every field that a recipe can choose is chosen for one of them.
 _RICH = DatasetFacts(
     10**6, 100, 10**6, (1, 1), True, {"title": 9.0}, {"genre": 9}, {"country": 9}, split="leave_one_out"
 )
@@ -177,31 +182,31 @@ _POOR = DatasetFacts(1, 10**6, 2, (1, 1), False)
 
 
 def chosen_fields(task: str) -> list[str]:
-    """All dotted fields that a recipe chooses on some dataset."""
+    """Return all dotted fields that a recipe chooses for some dataset."""
     return list(dict.fromkeys(choice.name for facts in (_RICH, _POOR) for choice in RECIPES[task](facts)))
 
 
 def choices_of_run(task: str, saved: dict[str, Any], given: dict[str, Any]) -> list[Choice]:
-    """The choices of a recipe in the configuration of a run, without those of fields that `given` sets.
+    """Return a recipe's choices as saved in the configuration of a run, except for fields that `given` sets.
 
-    What the dataset says now may be something else, and also leave a field out that was chosen; a field that came after
-    the run is left at its default, as in the run.
+    A resumed run needs these, because the recipe might choose other values or fields for the present dataset. A field
+    that `saved` lacks, because a later version added it, keeps its default.
     """
     names = [name for name in chosen_fields(task) if has_value(saved, name) and not has_value(given, name)]
     return [Choice(name, value_at(saved, name), "the resumed run has it") for name in names]
 
 
 def recipe_choices(task: str, facts: DatasetFacts, given: dict[str, Any]) -> list[Choice]:
-    """Choices of a recipe, without those of fields that `given`, the content of files and options, sets.
+    """Return the choices of a recipe, except for fields that `given`, the content of files and options, sets.
 
     Raises:
-        ValueError: the dataset does not fit the task.
+        ValueError: the dataset is not suitable for the task.
     """
     return [choice for choice in RECIPES[task](facts) if not has_value(given, choice.name)]
 
 
 def has_value(content: Any, name: str) -> bool:
-    """True if the content of a configuration file sets a dotted field."""
+    """Return True if the content of a configuration file sets a dotted field."""
     for part in name.split("."):
         if not isinstance(content, dict) or part not in content:
             return False
@@ -210,7 +215,7 @@ def has_value(content: Any, name: str) -> bool:
 
 
 def value_at(content: Any, name: str) -> Any:
-    """The value of a dotted field, which the content must set."""
+    """Return the value of a dotted field, which the content must set."""
     for part in name.split("."):
         content = content[part]
     return content

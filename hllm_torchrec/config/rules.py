@@ -1,4 +1,4 @@
-"""Rules of a configuration: the range of each number, and constraints between fields."""
+"""Rules of a configuration: ranges of numbers, and constraints between fields."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config, StageConfig
 
 LLM_SECTIONS = ("item_llm", "user", "creative")
-"""Sections that describe an LLM (`user`: or another user encoder)."""
+"""Sections that configure an LLM; `user` may configure another sequence model instead."""
 
 LORA_BOUNDS = {
     f"{part}.lora.{name}": bound
     for part in LLM_SECTIONS
     for name, bound in {"rank": ">= 0", "alpha": "> 0", "dropout": ">= 0, < 1"}.items()
 }
-"""Ranges of the numbers of adapters."""
+"""Ranges of the numbers of the low-rank adapters."""
 
 BOUNDS = {
     "seed": ">= 0",
@@ -95,7 +95,7 @@ STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
 
 
 def config_problems(config: "Config") -> list[str]:
-    """Every broken rule, as 'field: value: rule; remedy'."""
+    """Return all violated rules, each as 'field: value: rule; remedy'."""
     return [
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
@@ -145,17 +145,17 @@ def _moment_problems(config: "Config") -> Iterator[str]:
     except ValueError as error:
         yield f"data.train_since: {error}"
     if config.data.train_late_after is not None and config.data.train_since is None:
-        yield "data.train_late_after: without data.train_since there is nothing to be late for; give both"
+        yield "data.train_late_after: needs data.train_since, because only older events can be late; give both"
 
 
 TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
-"""Names of `modules.features.timestamps.TIME_FEATURES`, which needs torch."""
+"""Copy of the names in `modules.features.timestamps.TIME_FEATURES`, because importing that module needs torch."""
 OWN_TABLES = ("item_id", "action", "action_gate", *TIMES)
-"""Tables of the model, which no feature of a dataset can be named after."""
+"""Names of the model's own tables; a feature of a dataset cannot have one of these names."""
 
 
 def _feature_name_problems(config: "Config") -> Iterator[str]:
-    """Features that would take the place of another table, or that cannot name one."""
+    """Yield a problem for each feature whose name is that of another table, or is not a valid name of a table."""
     features, data = config.features, config.data
     used = {"item_id": features.item_id, "action": features.action, "action_gate": features.action_gate}
     own = {name for name, is_used in used.items() if is_used} | {*TIMES[: features.time_depth]}
@@ -179,11 +179,11 @@ def _open_table_problems(config: "Config") -> Iterator[str]:
     own = {"item_id": features.item_id, "action": features.action}
     known = [*(name for name, used in own.items() if used), *data.item_features, *data.user_features]
     for name, content in features.tables.items():
-        place = f"features.tables.{name}"
+        field = f"features.tables.{name}"
         if name not in known:
-            yield f"{place}: no feature of this model{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
-        problems = list(dataclass_problems(content, OpenTableConfig, place))
-        yield from problems or out_of_bounds(OpenTableConfig(**content), OPEN_TABLE_BOUNDS, f"{place}.")
+            yield f"{field}: no feature of this model{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+        problems = list(dataclass_problems(content, OpenTableConfig, field))
+        yield from problems or out_of_bounds(OpenTableConfig(**content), OPEN_TABLE_BOUNDS, f"{field}.")
 
 
 def _optimizer_problems(config: "Config") -> Iterator[str]:
@@ -193,7 +193,7 @@ def _optimizer_problems(config: "Config") -> Iterator[str]:
 
 
 def _evidence_problems(config: "Config") -> Iterator[str]:
-    """Evidence without a head that reads it, and neighbors without fixed text embeddings."""
+    """Yield a problem for evidence without a head, and for text evidence without fixed text embeddings."""
     names, item = config.data.evidence, config.item_llm
     if names and not config.objective.has_head:
         yield f"data.evidence: {list(names)}: objective.fusion 'none' has no head that reads it; leave it out"
@@ -208,12 +208,12 @@ def _evidence_problems(config: "Config") -> Iterator[str]:
 
 
 def takes_stored_items(config: "Config") -> bool:
-    """True if item embeddings come from `item_llm.store`; a run uses the store in all stages or in none."""
+    """Return True if item embeddings come from `item_llm.store`; a run uses the store in all stages or in none."""
     return any(stage.item_embeddings == "stored" for stage in config.stages)
 
 
 def _store_problems(config: "Config") -> Iterator[str]:
-    """Missing requirements of stages with stored item embeddings, and fields that only such stages use."""
+    """Yield missing requirements of stages with stored item embeddings, and fields that only such stages use."""
     item = config.item_llm
     if not takes_stored_items(config):
         for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
@@ -246,7 +246,7 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:
-    """Problems of `user` for encoders other than a Hugging Face decoder."""
+    """Yield problems of `user`: of interleaved actions, and of encoders other than a Hugging Face decoder."""
     user, tokens = config.user, 1
     if user.actions == "interleaved":
         tokens = 2
@@ -275,7 +275,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
     # With interleaved actions an event is two tokens, and position tables count tokens.
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
-    # The Shape of a custom encoder need not have these fields; the defaults below then disable each check.
+    # The Shape of a custom encoder may lack these fields; the defaults of `getattr` then disable the checks.
     bound = getattr(shape, "bounds_history", True)
     if bound and getattr(shape, "max_positions", longest) < longest:
         yield (
@@ -318,7 +318,7 @@ def _objective_problems(config: "Config") -> Iterator[str]:
                 "generative loss; set them, or leave it out"
             )
         if config.user.actions == "interleaved":
-            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
+            yield "objective.transitions: action tokens are not items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
@@ -342,17 +342,20 @@ def _objective_problems(config: "Config") -> Iterator[str]:
 
 
 def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]:
-    """Malformed entries of `tasks`; their labels are checked against the dataset (`models.tasks`)."""
+    """Yield problems of the entries of `tasks`; `models.tasks` checks their labels against the dataset.
+
+    setting: dotted field of `tasks`, for messages.
+    """
     from hllm_torchrec.config.schema import TaskConfig
 
     for name, content in tasks.items():
-        place = f"{setting}.{name}"
-        problems = list(dataclass_problems(content, TaskConfig, place))
-        yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+        field = f"{setting}.{name}"
+        problems = list(dataclass_problems(content, TaskConfig, field))
+        yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{field}.")
 
 
 def _task_problems(config: "Config") -> Iterator[str]:
-    """Broken rules of tasks, their weights and the position bias."""
+    """Yield violated rules of tasks, their weights and the position bias."""
     objective = config.objective
     yield from task_entry_problems(objective.tasks, "objective.tasks")
     if objective.tasks and not objective.has_head:
@@ -377,7 +380,7 @@ def _task_problems(config: "Config") -> Iterator[str]:
 
 
 def _drawn_problems(config: "Config") -> Iterator[str]:
-    """Settings that do not fit drawn negatives."""
+    """Yield problems of `data.drawn_negatives`: missing stores, and settings that do not fit drawn negatives."""
     drawn, objective = config.data.drawn_negatives, config.objective
     stores = (drawn.item_store, drawn.user_store)
     if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
@@ -397,7 +400,7 @@ def _drawn_problems(config: "Config") -> Iterator[str]:
 
 
 def lora_problems(config: "Config") -> Iterator[str]:
-    """Adapters without a Hugging Face model, and adapters that would never be trained."""
+    """Yield a problem for adapters without a Hugging Face model, and for adapters that would never be trained."""
     item, user = config.item_llm, config.user
     if item.lora.rank and not item.enabled:
         yield (

@@ -28,14 +28,14 @@ class ReliabilityConfig:
     leakage_above: float = 0.99
     """AUC above which leakage is assumed; `hllm evaluate` warns above the same value."""
     asynchronous_checkpoints: bool = False
-    """Training waits only until its state is copied to host memory (which needs space for a rank's share of the
-    state); a thread writes the checkpoint while training continues."""
+    """True: training waits only until its state is copied to host memory, which needs space for a rank's share of the
+    state; a thread then writes the checkpoint while training continues."""
     disk_full: Literal["stop", "go_on"] = "stop"
-    """If the disk is full: stop, or continue without the checkpoint and try again when the next one is due. The last
+    """If the disk is full: stop, or continue without this checkpoint and write the next one when it is due. The last
     checkpoint of a run is always required."""
     no_checkpoint_left: Literal["stop", "begin"] = "stop"
-    """If a resumed run finds only damaged checkpoints: stop with an error, or start from scratch and leave them in
-    the directory."""
+    """If a resumed run finds only damaged checkpoints: stop with an error, or start from scratch and leave the damaged
+    checkpoints in the directory."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class LogsConfig:
     """Metric sinks in addition to the run directory."""
 
     wandb: str | None = None
-    """Weights & Biases project to which the run's metrics are also logged (package wandb). Configured by its
-    environment variables: WANDB_MODE=offline writes them into the run directory, for `wandb sync` later."""
+    """Weights & Biases project to which the run's metrics are also logged (package wandb). The environment variables of
+    wandb apply: WANDB_MODE=offline writes the metrics into the run directory, for `wandb sync` later."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class DrawnNegativesConfig:
     """Negatives drawn from the catalogue for the ranking head (docs/tasks.md)."""
 
     count: int = 0
-    """Draws per positive exposure in training; 0: none."""
+    """Number of draws per positive exposure in training; 0: none."""
     by: Literal["uniform", "popularity", "batch", "hard"] = "uniform"
-    """uniform; popularity: by training events; batch: items of the other exposures of the step; hard: half uniform,
-    half from the items that a retrieval run finds for the user."""
+    """Distribution of the draws. uniform: all items; popularity: by training events; batch: items of the other
+    exposures of the step; hard: half uniform, half from the items that a retrieval run finds for the user."""
     item_store: str | None = None
-    """hard: store of `hllm embed --items` of the retrieval run."""
+    """Only for `by: hard`: store that `hllm embed --items` has written from the retrieval run."""
     user_store: str | None = None
-    """hard: store of `hllm embed --users` of the same run."""
+    """Only for `by: hard`: store that `hllm embed --users` has written from the same run."""
     top: int = 100
-    """hard: number of candidates per user."""
+    """Only for `by: hard`: number of candidates per user."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,22 @@ class DataConfig:
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
     version: int | None = None
-    """Version of the dataset; none given: the newest one when the run starts. A resumed run continues with that
-    version; other jobs on the run read the newest one when they start."""
+    """Version of the dataset; null: the newest one when the run starts. A resumed run continues with that version;
+    other jobs on the run read the newest version when they start."""
     history: Literal["all", "positive"] = "all"
     """Earlier events that form the history: all events with their actions, or only those with label 1, as in the
     paper."""
     max_history: int = 1024
-    """Maximum number of events per pass; longer user sequences are cut into overlapping pieces, in which an exposure
-    sees between max_history / 2 and max_history events (all, if there are fewer)."""
+    """Maximum number of events per pass. Longer user sequences are cut into overlapping pieces, in which an exposure
+    sees between max_history / 2 and max_history earlier events, or all of them if there are fewer."""
     batch_users: int = 8
-    """User pieces per rank and step."""
+    """Number of user pieces (see max_history) per rank and step."""
     stochastic_length: float = 0.0
-    """alpha of Stochastic Length (HSTU; 1.6 to 1.9 there): in training, a history longer than max_history^(alpha / 2)
-    is usually replaced by a subsample of that length. 0: off. All exposures and generative targets are retained."""
+    """alpha of Stochastic Length (1.6 to 1.9 in the HSTU paper): in training, a history longer than
+    max_history^(alpha / 2) is usually replaced by a subsample of that length. 0: off. All exposures and generative
+    targets are retained."""
     stochastic_choice: Literal["recent", "uniform"] = "recent"
-    """Sampling of these events: with weights that decrease with age, or uniformly."""
+    """Sampling of the events for Stochastic Length: with weights that decrease with age, or uniformly."""
     batch_item_tokens: int = 0
     """Above 0: maximum number of text tokens of the events per rank and training step, instead of batch_users; steps
     then have similar cost. A stage's batch_users takes precedence."""
@@ -97,43 +98,47 @@ class DataConfig:
     """Numbers computed from strictly earlier events, added to queries: names of
     `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
     context: tuple[str, ...] = ()
-    """Context of the request that the dataset declares (docs/tasks.md), added to queries, e.g. [device, price]."""
+    """Context features of the request, as declared by the dataset (docs/tasks.md), added to queries, e.g. [device,
+    price]."""
     item_vectors: tuple[str, ...] = ()
-    """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
-    the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
+    """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`; fitted to the
+    training part when the run starts, and saved with the run), or the name of a float32 array [N, V] in
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
-    """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
-    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors, tastes, crosses. Neighbors, and
-    tastes if there is an Item LLM, need a frozen one."""
+    """Evidence: results of simple predictors for each exposure, computed from strictly earlier events. They are added
+    to the logit and are inputs of the head. Groups (`hllm_torchrec.data.evidence`): factors, items, users, neighbors,
+    tastes, crosses. neighbors needs a frozen Item LLM; tastes needs a frozen one if there is an Item LLM."""
     id_dropout: float = 0.0
-    """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
+    """Probability, in training, that an item's ID is replaced by the unknown ID 0, whose row cold items use."""
     cold_dropout: float = 0.0
     """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
     item of a step is treated the same way with this probability, so the model learns to rely on text and item
     features."""
     negative_rate: float = 1.0
-    """In training, share of the exposures with first label 0 that are kept, drawn anew in every epoch; the logit is
-    corrected for it, so that served probabilities hold on whole traffic. The others stay history."""
+    """In training, share of the negative exposures (first label 0) that are used, with a new draw in every epoch. The
+    training logit is corrected for this share, so that served probabilities are right for the complete traffic. The
+    other negative exposures are still part of the history."""
     drawn_negatives: DrawnNegativesConfig = field(default_factory=DrawnNegativesConfig)
     """Negatives for the ranking head on data in which every event is positive."""
     train_part: Literal["train", "train_and_valid"] = "train"
-    """Events used for training: those of the training part, or of the training and validation parts. Use the second
-    only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
+    """Events used for training: those of the training part, or of the training and validation parts. Use
+    train_and_valid only for the final run, after all choices: validation metrics are then computed on training
+    events."""
     train_since: int | str | None = None
-    """Train on exposures and targets from this moment on (a date, a date-time in UTC, or seconds); older events are
-    their history. None: on all of them. For nightly increments on what is new."""
+    """Train on exposures and targets from this time on (a date, a date-time in UTC, or seconds since 1970); older
+    events are only history. null: train on all. For nightly training on new events."""
     train_late_after: int | None = None
-    """With `train_since`: number of a dataset version, normally that of `start_from`; also train on events before
-    `train_since` that arrived in later versions. None: such late events are history only."""
+    """Only with `train_since`: number of a dataset version, normally that of `start_from`. Events before `train_since`
+    that were added in later versions are then trained on as well. null: such late events are only history."""
     feedback_delay: int = 0
-    """Seconds from an event until it may be seen: a request sees only events more than this long before it, in
-    training, evaluation, embedding jobs and the scorer alike. The delay of the event feed in production."""
+    """Delay in seconds after which an event is visible: a request sees only events that are older than this, in
+    training, evaluation, embedding jobs and the scorer. Set it to the delay of the event feed in production."""
     train_users: float = 1.0
-    """Share of the users used for training, selected by a hash of the user, so that a smaller share is a subset of a
-    larger one: for learning curves. Item counts, `factors` and numeric features still use the complete dataset."""
+    """Share of the users that is used for training, for learning curves. Users are selected by a hash, so the users of
+    a smaller share are a subset of those of a larger share. Item counts, `factors` and numeric features still use the
+    complete dataset."""
     prefetch: int = 2
-    """Batches prepared in advance by the background thread."""
+    """Number of batches that the background thread prepares in advance."""
 
 
 @dataclass(frozen=True)
@@ -145,34 +150,36 @@ class ItemLLMConfig:
     pretrained: str | None = None
     """Hugging Face directory with weights and tokenizer."""
     tokenizer: str | None = None
-    """Directory of the tokenizer, if it is not that of the weights."""
+    """Directory of the tokenizer; null: that of `pretrained`."""
     shape: dict[str, Any] | None = None
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Keep the first n layers (none given: all)."""
+    """Number of first layers to keep; null: all."""
     pooling: Literal["item", "mean", "cls", "last"] | None = None
-    """Item embedding: the output at the learned [ITEM] vector, the mean of the text outputs (the paper's Table 10), or
-    the output at the first or last token. null: as the checkpoint's sentence-transformers files say, else item."""
+    """Item embedding: the output at the learned [ITEM] vector, the mean of the outputs at the text's tokens (the
+    paper's Table 10), or the output at the first or last token. null: as defined by the checkpoint's
+    sentence-transformers files, else item."""
     normalize: bool | None = None
-    """Scale embeddings to an L2 norm of 1. null: as the checkpoint says if its pooling is used, else false."""
+    """Scale embeddings to an L2 norm of 1. null: as defined by the checkpoint if its pooling is used, else false."""
     causal: bool | None = None
-    """True: a token sees the text before it, as in decoders; False: all of it, as in BERT. null: as transformers reads
-    the model."""
+    """True: a token attends to the text before it, as in decoders; False: to the complete text, as in BERT. null: as
+    transformers runs the model."""
     trainable: bool = True
     """False freezes the Item LLM in every stage (the paper's Table 4)."""
     store: str | None = None
-    """Embedding store (see `hllm embed`) for stages with `item_embeddings: stored`; written by the same Item LLM."""
+    """Embedding store of `hllm embed` for stages with `item_embeddings: stored`; its vectors must be of this Item LLM.
+    """
     adapter: int = 0
     """Above 0: width of a trained residual bottleneck applied to stored embeddings; initialized to the identity."""
     standardise: bool = False
-    """Center and scale each dimension of E before the projection to the user encoder's width, with mean and standard
-    deviation of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space are not
-    standardized."""
+    """Center and scale each dimension of the item embedding E before its projection to the user encoder's width, with
+    mean and standard deviation of 1,024 items, measured before the first step. Embeddings in stores, and a loss in the
+    item space `text`, are not standardized."""
     whiten: bool = False
     """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
     and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
     freeze_words: bool = False
-    """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
+    """Freeze the word embeddings, which are the largest part of a small LLM's weights and optimizer state."""
     prompt: str | None = None
     """Prefix of every item's text. null: the checkpoint's prompt for documents, if it has one."""
     text_keys: tuple[str, ...] = ("title",)
@@ -184,13 +191,14 @@ class ItemLLMConfig:
     trained_share: float = 1.0
     """Share of a step's items that receive gradients; the embeddings of the others come from a cache."""
     refresh_after: int = 20
-    """Steps after which a cached embedding is recomputed; only used if trained_share is below 1."""
+    """Maximum age of a cached embedding, in training micro-batches, after which it is recomputed. Only used if
+    trained_share is below 1."""
     items_at_once: int = 0
-    """Above 0: a rank stores the activations of at most this many items of a step; the backward pass recomputes them
-    group by group, for a third more compute. Needed with thousands of negatives."""
+    """Above 0: a rank stores the activations of at most this many items at a time, and recomputes them group by group
+    in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
-    """Encode the tokens that most texts share at the start (the prompt) once per step, and let all items attend to
-    them: the same values and gradients with less computation. Only for causal models with packed texts."""
+    """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
+    the same values and gradients with less computation. Only for causal models with packed texts."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
     flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
@@ -218,9 +226,9 @@ class UserEncoderConfig:
     """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
     fields of HSTUShape, SASRecShape or LiGRShape, or of the custom encoder's `Shape`."""
     layers: int | None = None
-    """Keep the first n layers of the decoder (none given: all)."""
+    """Number of first layers of the decoder to keep; null: all."""
     trainable: bool = True
-    """False freezes it (the paper's Table 4)."""
+    """False freezes the user encoder (the paper's Table 4)."""
     dropout: float = 0.0
     """Dropout probability of the inputs."""
     actions: Literal["summed", "interleaved"] = "summed"
@@ -241,12 +249,12 @@ class OpenTableConfig:
     """Table of an open vocabulary: any number of ids in a fixed number of rows (docs/retrieval.md)."""
 
     kind: Literal["hash"]
-    """hash: TorchRec's managed collisions (ZCH); an id keeps a row of its own until another id takes it
-    after `evict_after` steps without use."""
+    """hash: TorchRec's managed collisions (ZCH). An id has a row of its own until, after `evict_after` steps without
+    use, another id takes the row."""
     rows: int
-    """At least this many rows, rounded up to a multiple of 15,360; about 1.5 times the number of ids in use."""
+    """Minimum number of rows, rounded up to a multiple of 15,360; choose about 1.5 times the number of ids in use."""
     evict_after: int = 10_000
-    """An id that no training step (micro-batch) has read for this many steps may lose its row to a new one."""
+    """Number of training steps (micro-batches) without a lookup of an id after which its row may pass to a new id."""
 
 
 @dataclass(frozen=True)
@@ -260,15 +268,16 @@ class FeatureConfig:
     action_gate: bool = False
     """Scale an event's item features by 1 + gate(action), so that a bad rating can invert them."""
     time_depth: int = 6
-    """Components of year, month, day, hour, minute, second that are used; 0: no time."""
+    """Number of components that are used of year, month, day, hour, minute and second, in this order; 0: no time
+    features."""
     time_width: int = 32
     """Width of each component's table."""
     init_scale: float = 0.02
     """Table entries are initialized uniformly in +-init_scale."""
     new_rows: Literal["noise", "unknown", "neighbors"] = "noise"
-    """Rows of ids that came after a checkpoint was saved. noise: their initialization; unknown: the row of the unknown
-    id 0; neighbors (items, others as `unknown`): the mean ID embedding of the known items most similar in text, or in
-    item features without an Item LLM."""
+    """Initial rows of ids that the loaded checkpoint does not have. noise: the random initialization; unknown: a copy
+    of the row of the unknown id 0; neighbors: for items the mean ID embedding of the known items that are most similar
+    in text (without an Item LLM: in item features), for other ids as `unknown`."""
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated (data parallel) and belong to the dense optimizer."""
     sharding: Literal["table_wise", "column_wise", "row_wise", "auto"] = "table_wise"
@@ -276,12 +285,13 @@ class FeatureConfig:
     table_dtype: Literal["fp32", "fp16"] = "fp32"
     """Data type of the larger tables' weights; their optimizer state is always float32 (bytes: docs/retrieval.md)."""
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Tables of open vocabularies, by feature: {item_id: {kind: hash, rows: 1000000, evict_after: 10000}}. Features:
-    item_id, action, and those of data.item_features and data.user_features; float32, sharded by rows."""
+    """Tables of open vocabularies, by feature: {item_id: {kind: hash, rows: 1000000, evict_after: 10000}}. Possible
+    features: item_id, action, and those of data.item_features and data.user_features. The tables are float32 and
+    sharded by rows."""
 
     @property
     def open_tables(self) -> dict[str, OpenTableConfig]:
-        """`tables`, checked by the rules."""
+        """`tables` as dataclasses; the rules have checked their contents."""
         return {name: OpenTableConfig(**content) for name, content in self.tables.items()}
 
 
@@ -290,10 +300,10 @@ class TaskConfig:
     """Loss of one label (docs/tasks.md)."""
 
     loss: Literal["auto", "bce", "ordinal", "huber", "weighted_logistic"] = "auto"
-    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal one, huber for a regression.
-    weighted_logistic: the odds are the expected value of a label of at least 0, such as watch time."""
+    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal label, huber for a regression.
+    weighted_logistic: the predicted odds are the expected value of a label of at least 0, such as watch time."""
     weight: float = 1.0
-    """Weight of its mean loss in L_cls; 0 leaves it out."""
+    """Weight of the label's mean loss in L_cls; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -308,47 +318,52 @@ class ObjectiveConfig:
     classification_weight: float = 1.0
     """Weight of L_cls; 0 leaves it out (the head is then not trained)."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}; the first label of the
-    dataset is among them. Empty: the first label alone."""
+    """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}. The first label of the
+    dataset must be among them. Empty: only the first label."""
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """uncertainty: a learned factor exp(-s) on each task's loss, plus s (Kendall et al. 2018), besides its weight."""
+    """uncertainty: the loss of each task, with its weight, is multiplied by a learned factor exp(-s), and s is added
+    (Kendall et al. 2018)."""
     position_bias: tuple[str, ...] = ()
-    """Categorical context, such as [position], whose effect on the first label and the other binary ones is learned
-    beside the logit and left out at serving."""
+    """Categorical context features, such as [position], whose effect on binary labels is learned as a separate term of
+    the logit. In evaluation and serving, a constant replaces this term."""
     towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
-    """What tasks share besides the user encoder: one hidden layer, or `experts` of them mixed by a gate per task."""
+    """Layers that tasks share in the head: one hidden layer (shared_bottom), or `experts` hidden layers that are mixed
+    by a gate per task (mmoe)."""
     experts: int = 4
     """Number of experts of `towers: mmoe`."""
     value_weight: float = 0.0
     """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
     item_space: Literal["auto", "text", "features"] = "auto"
-    """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
-    features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
+    """Vector space in which the generative loss compares items. text: only the embedding E of the Item LLM, as in the
+    paper; features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM,
+    else features."""
     text_similarity: float = 0.0
-    """Above 0: retrieval also compares an item's text embedding, in its full width, with the decayed mean of those of
-    the history; the value is the weight of that cosine relative to the learned one. The weight is not trained and does
-    not change training: see `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with
-    item_llm.whiten."""
+    """Above 0: retrieval adds the cosine between an item's text embedding, in its full width, and the decayed mean of
+    the text embeddings of the history. The value is the weight of this cosine relative to the learned cosine. It does
+    not change training: see `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; works best
+    with item_llm.whiten."""
     text_decay: float = 0.7
-    """Weight of an event in that mean, and in the history of `transitions`, relative to the event after it."""
+    """Weight of an event relative to the event after it, in the decayed mean of `text_similarity` and in the history of
+    `transitions`."""
     transitions: float = 0.0
-    """Above 0: retrieval also scores an item by a regression of the next item on the history (and on its texts, if the
-    Item LLM is frozen), which is solved when training starts; the value is the weight, relative to the learned cosine,
-    of this score, whose mean is 1 for the items that came next in training. It does not change training: see
+    """Above 0: retrieval adds a score of an item from a regression of the next item on the history (and on its texts,
+    if the Item LLM is frozen), which is solved when training starts. The value is the weight of this score relative to
+    the learned cosine; the mean score of the items that came next in training is 1. It does not change training: see
     `hllm_torchrec.data.transitions`. Needs the item space features."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
     negatives: int = 512
-    """Items sampled per step from the catalogue, shared by all users and ranks of the step."""
+    """Number of items sampled per step from the catalogue; all users and ranks of the step share them."""
     mask_own_items: bool = True
     """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
     masked (plain softmax), so items that occur later in the sequence are negatives."""
     mask_cosine_above: float | None = None
-    """Also mask negatives whose embedding has a cosine above this with the positive's (infonce only). The published
-    HLLM code masks by 0.99 alone (`mask_own_items: false`); embeddings that collapse then have no negatives left."""
+    """Also mask negatives whose embedding has a cosine above this value with that of the positive (infonce only). The
+    published HLLM code uses only this mask, with 0.99 (`mask_own_items: false`); if embeddings collapse, it masks all
+    negatives."""
     temperature: float = 0.05
-    """Initial value of the learnable temperature of the similarity (bounded below by 0.01)."""
+    """Initial value of the learnable temperature of the similarity, at least 0.01."""
     positive_targets_only: bool = True
     """Only items with label 1 or an unknown label are targets of the generative loss."""
     head_hidden: int = 128
@@ -356,12 +371,12 @@ class ObjectiveConfig:
     head_dropout: float = 0.0
     """Dropout probability in the prediction head."""
     collapse_above: float = 0.98
-    """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this: the embeddings
-    have collapsed."""
+    """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this value, which means
+    that the embeddings have collapsed."""
 
     @property
     def task_configs(self) -> dict[str, TaskConfig]:
-        """`tasks`, checked by the rules."""
+        """`tasks` as dataclasses; the rules have checked their contents."""
         return {name: TaskConfig(**content) for name, content in self.tasks.items()}
 
     @property
@@ -384,13 +399,16 @@ class StageConfig:
     epochs: float = 1.0
     """Passes over the training users; fractions are allowed."""
     item_embeddings: Literal["trained", "cached", "stored"] = "trained"
-    """Source of item embeddings. trained: the Item LLM, with gradients; cached: a cache filled at the start of the
-    stage; stored (the paper's stage II; then in all stages of a run): `item_llm.store` as a frozen table, sharded
-    over the ranks."""
+    """Source of item embeddings. trained: the Item LLM, with gradients; cached: a cache that is filled at the start of
+    the stage; stored (the paper's stage II): `item_llm.store` as a frozen table, sharded over the ranks. If one stage
+    has `stored`, all stages of the run must."""
     max_history: int | None = None
     """Overrides data.max_history (150 in the paper's stage I, 1000 in stage II)."""
     batch_users: int | None = None
     """Overrides data.batch_users."""
+    trains: Literal["all", "creative"] = "all"
+    """What learns. creative: the Creative LLM and its soft prompt alone, all other learning rates are 0: until it can
+    write, its gradients tell the user encoder nothing, and move it all the same."""
 
 
 @dataclass(frozen=True)
@@ -398,23 +416,23 @@ class OptimConfig:
     """Optimizers: AdamW for dense parts, an in-backward optimizer for sharded tables."""
 
     lr: float = 1e-3
-    """Learning rate of dense parts without a learning rate of their own."""
+    """Learning rate of the dense parts for which no other field sets one."""
     item_llm_lr: float = 1e-4
     """Learning rate of the Item LLM (the paper's setting)."""
     user_lr: float | None = None
-    """Learning rate of the user encoder; none given: `lr`."""
+    """Learning rate of the user encoder; null: `lr`."""
     creative_lr: float | None = None
-    """Learning rate of the Creative LLM; none given: `lr`, which its soft prompt always has."""
+    """Learning rate of the Creative LLM; null: `lr`. Its soft prompt always has `lr`."""
     table_lr: float = 0.05
     """Learning rate of sharded tables."""
     table_optimizer: str = "rowwise_adagrad"
     """In-backward optimizer of sharded tables: rowwise_adagrad, adagrad or sgd; adam and partial_rowwise_adam run on
-    CUDA only. Tables are updated at every micro-batch without clipping, independent of `accumulate` and `clip_norm`,
+    CUDA only. Tables are updated in every micro-batch without clipping, independent of `accumulate` and `clip_norm`,
     because the update is part of the backward pass."""
     table_options: dict[str, float] = field(default_factory=dict)
     """Hyperparameters of `table_optimizer` other than the learning rate, such as {eps: 1.0e-6} (adagrad) or
-    {beta1: 0.9, beta2: 0.98} (adam); otherwise FBGEMM's defaults. `hllm_torchrec.config.table_optimizers` lists
-    them."""
+    {beta1: 0.9, beta2: 0.98} (adam); FBGEMM's defaults apply to the others. See
+    `hllm_torchrec.config.table_optimizers`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the mean gradient and mean squared gradient, for the dense parts."""
     weight_decay: float = 0.01
@@ -426,7 +444,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Maximum gradient norm of the dense parts; 0: no clipping."""
     accumulate: int = 1
-    """Micro-batches per dense step."""
+    """Number of micro-batches per step of the dense optimizer."""
     ema: float = 0.0
     """Decay of an exponential moving average of the dense weights, used in evaluation; 0: none."""
 
@@ -458,38 +476,39 @@ class EvaluationConfig:
     checkpoint_every: int = 0
     """Steps between additional checkpoints without an evaluation; 0: none."""
     at_start: bool = False
-    """Also evaluate before the first step: the untrained model can then be the best one. With data.evidence it is the
-    logistic regression on evidence."""
+    """Also evaluate before the first step, so that the untrained model can be the best one. With data.evidence, the
+    untrained model is the logistic regression on the evidence."""
     select_by: Literal["auc", "gauc", "auc_and_gauc"] = "auc"
     """Metric by which checkpoints are compared, for the best one and for `patience`: AUC, GAUC (AUC within a user) or
-    the mean of both. With validation labels of one class it is the log loss, with fusion `none` NDCG at the first of
-    `ks`."""
+    the mean of both. If all validation labels are equal, the log loss is used instead; with fusion `none`, NDCG at the
+    first of `ks`."""
     patience: int = 0
-    """Stop after this many evaluations that are not better by `select_by`; 0: never."""
+    """Stop after this number of successive evaluations without improvement by `select_by`; 0: never."""
     batch_users: int = 16
-    """User pieces per rank and step."""
+    """Number of user pieces per rank and step."""
     history: Literal["request", "split"] = "request"
-    """Events that an exposure of a user with more than `data.max_history` events sees in a dataset split by time.
-    request: the events that the scorer would read at that time (`window_start`), whatever the split; split: the events
-    from half of `data.max_history` before the user's first exposure of the split on. Runs of earlier versions keep
-    `split`."""
+    """History of an exposure in a dataset that is split by time, for users with more than `data.max_history` events.
+    request: the events that the scorer would read at that time (`window_start`), independent of the split; split: the
+    events from `data.max_history` / 2 events before the user's first exposure of the split on. Runs of earlier versions
+    keep `split`."""
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
     """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss). The targets are those
     of the generative loss: positive exposures, or all (objective.positive_targets_only)."""
     filter_seen: bool = True
-    """Exclude the items of a user's history from the candidates: of all earlier events, whatever the model reads."""
+    """Exclude the items of all earlier events of a user from the candidates, also those of events that the model does
+    not read."""
     protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
     """Published protocol of the run; its requirements on other fields are checked, and its name is written into the
     results (`hllm_torchrec.config.eval_protocols`)."""
     drawn_negatives: int = 20
-    """Uniform draws per exposure with data.drawn_negatives: the same for all runs, each with the weight of the items
-    that it stands for."""
+    """Only with data.drawn_negatives: number of uniform draws per exposure. The draws are the same for all runs, and
+    each is weighted by the number of items that it represents."""
     ks: tuple[int, ...] = (10, 50, 200)
-    """K of Recall@K and NDCG@K; with fusion `none` NDCG at the first one selects the best checkpoint."""
+    """Values of K for Recall@K and NDCG@K; with fusion `none`, NDCG at the first one selects the best checkpoint."""
     keep_last: int = 2
-    """Number of recent checkpoints retained, in addition to the best."""
+    """Number of newest checkpoints that are retained, in addition to the best."""
 
 
 @dataclass(frozen=True)
@@ -499,24 +518,24 @@ class Config:
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
     recipe: Literal["ranking", "retrieval"] | None = None
-    """Task for which `hllm train` chooses settings from the contents of the dataset. It prints each with the reason,
-    and keeps what this file or an option sets. The saved configuration of the run has the choices, and `recipe: null`;
-    `hllm init` writes the choices into a file."""
+    """Task for which `hllm train` chooses settings from the contents of the dataset. It prints each setting with the
+    reason; settings in this file or in an option take precedence. The saved configuration of the run contains the
+    chosen settings, and `recipe: null`; `hllm init` writes them into a file."""
     seed: int = 0
     """Random seed of weights, shuffling, negatives and dropout."""
     resume: bool = False
     """Continue from the last complete checkpoint of `output`, or start a new run if there is none: for jobs that are
     restarted after failures."""
     start_from: str | None = None
-    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. Tables
-    may have more rows now: known ids keep theirs. The Item LLM and the user encoder must be the same; other parts that
-    the other run lacks keep their initial values."""
+    """Start with the weights of another run's best checkpoint (path of a run directory) or of a given checkpoint (its
+    path). Tables may have more rows than in that run: known ids keep their rows. The Item LLM and the user encoder must
+    be the same; other parts of the model that the other run lacks keep their initial values."""
     start_from_optimizer: bool = False
-    """Also start with the state of its optimizers (means of gradients, Adagrad's sums): for a run that continues
-    training on newer events. The steps, and with them the learning rate schedule, begin at 0."""
+    """Also start with the state of that run's optimizers (means of gradients, Adagrad's sums), to continue training on
+    newer events. The number of steps, and with it the learning rate schedule, starts at 0."""
     start_from_skip: tuple[str, ...] = ()
     """Parts of the model, such as [features, head], that keep their initial values instead of those of `start_from`:
-    needed if they have another shape, or if the run's ids are not those of the dataset."""
+    needed if they have another shape, or if the ids of that run are not those of this dataset."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -530,13 +549,13 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
     creative: CreativeConfig = field(default_factory=CreativeConfig)
-    """Personalized texts of items."""
+    """Creative LLM: personalized texts of items."""
     stages: tuple[StageConfig, ...] = (StageConfig(name="end to end"),)
     """Training stages, run in sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Distribution and precision."""
+    """Parallelism and precision."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)

@@ -1,6 +1,7 @@
 """Registry of the in-backward optimizers of sharded tables, by name (`TABLE_OPTIMIZERS`).
 
-It is plain data, so that a configuration can be checked without torch; `hllm_torchrec.embedding` applies it.
+The registry contains names of classes, so that a configuration can be checked without torch. `hllm_torchrec.embedding`
+applies the optimizers.
 """
 
 import importlib
@@ -14,22 +15,22 @@ from hllm_torchrec.config.bounds import bound_problems
 
 @dataclass(frozen=True)
 class TableOptimizerKind:
-    """An in-backward optimizer: its class for TorchRec, its options for FBGEMM, its state."""
+    """An in-backward optimizer: its class for TorchRec, its options for FBGEMM, and the size of its state."""
 
     path: str
     """module:Name of the class, which TorchRec maps to FBGEMM's kernel."""
     per_value: int
-    """State values per weight of a shard."""
+    """Number of state values per weight of a shard."""
     per_row: int
-    """State values per row of a shard."""
+    """Number of additional state values per row of a shard."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """FBGEMM argument used by the kernel, other than the learning rate -> range, as in `rules.BOUNDS`."""
+    """Argument of the FBGEMM kernel -> range, as in `rules.BOUNDS`; without the learning rate."""
     cuda_only: bool = False
     """True if FBGEMM has no CPU kernel for it."""
 
     @property
     def optimizer(self) -> Any:
-        """Optimizer class."""
+        """Class of the optimizer, imported on demand."""
         module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -51,7 +52,7 @@ REPLICATED = TableOptimizerKind("torch.optim:AdamW", 2, 0)
 
 
 def table_optimizer_problems(name: str, options: Mapping[str, float]) -> Iterator[str]:
-    """Unknown names of `optim.table_optimizer` and `optim.table_options`, and options out of range."""
+    """Yield problems of `optim.table_optimizer` and `optim.table_options`: unknown names, and values out of range."""
     if name not in TABLE_OPTIMIZERS:
         known = ", ".join(TABLE_OPTIMIZERS)
         yield f"optim.table_optimizer: {name!r}: must be one of {known}{did_you_mean(name, TABLE_OPTIMIZERS)}"

@@ -1,8 +1,8 @@
-"""`append_events`: adds a version to a dataset from a source that holds only what is new.
+"""`append_events`: adds a version to a dataset from a source that holds only the new data.
 
 A version is a folder with the new events by user, new and changed rows of items and users, and new values of features;
-existing files do not change. The cost follows the source, apart from a scan over the known raw ids, and from the
-folding of earlier appends that is due now and then (`data.folding`).
+existing files do not change. The cost is proportional to the size of the source, except for a scan over the known raw
+ids and for the occasional folding of earlier appends into larger ones (`data.folding`).
 """
 
 import logging
@@ -43,7 +43,7 @@ from hllm_torchrec.data.vocabulary import dataset_marks, mark_ids
 
 logger = logging.getLogger(__name__)
 _NAMED_FILES = 10
-"""Most files of a source that the manifest names."""
+"""Maximum number of a source's files that the manifest names."""
 
 
 def append_events(
@@ -62,15 +62,15 @@ def append_events(
     Args:
         policy: handling of bad rows; None: the source's default.
         partitions: number of partitions on disk; None: derived from the size of the event files.
-        split: a split by date, by which the version divides all events; None: that of the version before.
+        split: a split by date, which the new version applies to all events; None: the split of the version before.
 
     Returns:
-        What the version adds (`added` of its manifest) and its number; None if the source holds nothing new: no version
-        is written.
+        The number of the version and the counts of the added rows (`added` in its manifest). None if the source holds
+        nothing new; no version is written then.
 
     Raises:
-        ValueError: a bad row; a source of another kind than the dataset's; a dataset that cannot grow event by event.
-            Nothing is written then.
+        ValueError: a row is bad; the source has other columns, features or labels than the dataset; or the dataset does
+            not support appends (see `_check_fits`). Nothing is written then.
     """
     with write_lock(root):
         dataset = Dataset.open(root)
@@ -127,7 +127,10 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
         "item features": (sorted(source.item_features), sorted(manifest["item_features"])),
         "user features": (sorted(source.user_features), sorted(manifest["user_features"])),
         "label rule": (source.label_rule, manifest["label_rule"]),
-        "labels, weights and context": (source.schema.to_json(), dataset.schema.to_json()),
+        **{
+            f"settings of {name}": (source.schema.described.get(name), dataset.schema.described.get(name))
+            for name in {**source.schema.described, **dataset.schema.described}
+        },
         "actions": ({k: v for k, v in source.action_names.items() if k in names}, names),
     }
     for what, (new, old) in same.items():
@@ -157,7 +160,7 @@ def _check_split(split: Split | None, dataset: Dataset) -> None:
 
 
 def _with_event_files(dataset: Dataset) -> Dataset:
-    """The dataset; for one of an earlier release, a new version of it with event files is written first."""
+    """Return the dataset; if it has no event files (earlier release), write a new version with them and return that."""
     if chain_base(dataset.manifest) is not None:
         return dataset
     root, version = dataset.root, dataset.version + 1
@@ -181,7 +184,7 @@ def _with_event_files(dataset: Dataset) -> Dataset:
 def _fold(
     dataset: Dataset, version: int, added: dict[str, Any], changes: dict[str, Any], own: Path, folder: Path
 ) -> dict[str, Any]:
-    """Move the version's files from `own` to `folder`, folded with earlier appends if it is time to.
+    """Move the version's files from `own` to `folder`; merge them with earlier appends that are due for folding.
 
     Returns `appends` and `files` of the manifest.
     """
@@ -198,7 +201,7 @@ def _fold(
             for one in folded
         ]
         event_files = fold_appends([*parts, Append(own, event_files)], folder, rows)
-    else:  # nothing to fold: the version's own files become its folder by a rename
+    else:  # nothing to fold: rename the folder of the version's files
         folder.rmdir()
         own.rename(folder)
     seconds = [second for one in (*folded, added) for second in one["seconds"] or ()]
@@ -210,14 +213,15 @@ def _fold(
         "events": added["events"] + sum(one["events"] for one in folded),
         "seconds": [min(seconds), max(seconds)] if seconds else None,
     }
-    # The new manifest lists the folded file only; the old folders stay for the versions that name them, until prune.
+    # The new manifest lists only the folded files; the old folders remain until `prune`, for the versions that name
+    # them.
     gone = tuple(f"{one['folder']}/" for one in folded)
     files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
     return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
 
 
 def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the version's files; returns what it adds, and new values of the manifest's fields.
+    """Write the version's files; returns (counts of what it adds, new values of the manifest's fields).
 
     Nothing is written if nothing is new.
     """
@@ -231,7 +235,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
         if len(rows):
             folder.mkdir(exist_ok=True)
             pq.write_table(rows, folder / f"{name}.parquet", compression="zstd")
-    # Marks are hash chains: the new ids continue the chain of the version before, which is not read again.
+    # Marks are hash chains: hashing continues from the mark of the version before, so its ids are not read again.
     marks = dataset_marks(dataset)
     every = {"item_features": staged.item_words, "user_features": staged.user_words}
     every |= {"context_features": staged.context_words} if staged.context_words else {}
@@ -277,7 +281,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
 
 
 def _number_without_features(users: pa.Table) -> int:
-    """Number of users without a value of any feature; 0 if there is no feature."""
+    """Number of users for whom every feature is empty; 0 if the dataset has no user features."""
     lengths = [
         pc.list_value_length(users[name]).to_numpy() for name in users.column_names if name.startswith("feature_")
     ]
@@ -285,7 +289,7 @@ def _number_without_features(users: pa.Table) -> int:
 
 
 def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path) -> dict[str, Any]:
-    """Write the version's event files without events of earlier versions; returns their names and numbers."""
+    """Write event files of the events that no earlier version has; returns the files' names and the counts."""
     last = dataset.manifest["seconds"][1]
     names: list[str] = []
     found = {"events": 0, "late_events": 0, "exposures": 0, "positives": 0, "users": 0}
@@ -316,7 +320,7 @@ def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path
 def _known_events(dataset: Dataset, user_ids: Ints, events: Events, last: int) -> np.ndarray:
     """Mask (bool [n]) of the events that an earlier version has: same user, second and item.
 
-    Only events that are not later than the dataset's last second can be; only their users' histories are read.
+    Only events up to the dataset's last second can be known, so only the histories of their users are read.
     """
     late = np.flatnonzero((events.timestamps <= last) & (user_ids < dataset.num_users))
     found = np.zeros(len(events), bool)
@@ -330,13 +334,13 @@ def _known_events(dataset: Dataset, user_ids: Ints, events: Events, last: int) -
 
 
 def _keys(user_ids: Ints, events: Events) -> np.ndarray:
-    """[n] (user, second, item) as records, which compare as wholes."""
+    """[n] (user, second, item) as records, so that `np.isin` compares all three values together."""
     columns = np.stack([user_ids, events.timestamps, events.item_ids], axis=1)
     return np.ascontiguousarray(columns).view([("", np.int64)] * 3).ravel()
 
 
 def _report_known(staged: Staged, table: pa.Table, known: np.ndarray) -> None:
-    """Count known events; raise ValueError naming the first one's file and row if the policy is "error"."""
+    """Count known events; if the policy is "error", raise ValueError with file and row of the first known event."""
     if staged.log.policy.duplicate_event == "error":
         path, row = staged.locate(int(table["order"].to_numpy()[known].min()))
         rows = np.full(known.size, row)

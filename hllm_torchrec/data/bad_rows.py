@@ -1,4 +1,4 @@
-"""Handling of bad rows: an error that names file and row, or a count in the manifest; never silent."""
+"""Handling of bad rows: each kind either raises an error that names file and row, or is counted in the manifest."""
 
 import re
 from collections import Counter
@@ -37,9 +37,9 @@ _CAUSES = {
 }
 """Likely cause of many bad rows of a kind."""
 _TABLES = {"duplicate_item": "items", "item_without_text": "items", "missing_id": ""}
-"""The table of a kind's rows, if not the events; "": the one that is being read."""
+"""Table that the bad rows of a kind belong to, if not the events; "": the table that is being read."""
 FEW_ROWS = 4
-"""Fewer bad rows of a kind are counted and said, and refuse no table: in a small one they are chance."""
+"""Fewer bad rows of a kind than this never fail `check_shares`: in a small table a few bad rows can be chance."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,18 @@ class BadRows:
     bad_time: str = "error"
     """A time that is not a number or date, or is outside 1970..2099 UTC."""
     duplicate_item: str = "error"
-    """An item that occurs again with a different text. "drop": the first text stays."""
+    """An item that occurs again with a different text. "drop": the first text is kept."""
     item_without_text: str = "keep"
     """An item whose text columns are all empty. "drop": its events are dropped too."""
     unknown_item: str = "error"
     """An event of an item that is not in the item file. "keep": the item is added without text."""
     duplicate_event: str = "keep"
-    """The same user and item in the same second again. "drop": the first stays."""
+    """An event with the same user, item and second as an earlier one. "drop": the first of them stays."""
     largest_share: float = 0.2
-    """Share of a table's rows above which a kind that is dropped or kept is an error all the same."""
+    """Maximum share of a table's rows that may be bad in one way; above it, "drop" and "keep" raise an error too."""
     chosen: frozenset[str] = frozenset()
-    """Kinds that may cover any share, because the description of the data (a mapping) chooses their handling."""
+    """Kinds that `largest_share` does not limit, because the description of the data (a mapping) sets their handling.
+    """
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -76,7 +77,7 @@ class BadRows:
     def changed(
         self, choices: Mapping[str, str], *, chosen: bool = False, largest_share: float | None = None
     ) -> "BadRows":
-        """The policy with other choices. chosen: they may cover any share. Raises ValueError like the constructor."""
+        """A copy with other choices. chosen: exempt them from `largest_share`. Raises ValueError for a bad choice."""
         fields: dict[str, Any] = dict(choices)
         if chosen:
             fields["chosen"] = self.chosen | choices.keys()
@@ -85,12 +86,12 @@ class BadRows:
         return replace(self, **fields)
 
     def to_dict(self) -> dict[str, str]:
-        """The handling of each kind, as JSON values: what determines the dataset."""
+        """The handling of each kind as JSON; the values that change the prepared dataset."""
         return {name: getattr(self, name) for name in _ALLOWED}
 
 
 class BadRowLog:
-    """Applies a `BadRows` policy, counts dropped and kept rows, and collects what is to be said about the tables.
+    """Applies a `BadRows` policy, counts dropped and kept rows, and collects notes on the tables for the user.
 
     `dropped` and `kept` count rows by reason. Reasons that are not fields of the policy, such as
     "event_of_dropped_item", are consequences of other choices.
@@ -106,11 +107,11 @@ class BadRowLog:
         """The table that is being read."""
         self.facts: dict[str, TableFacts] = {}
         self.hints: dict[str, str] = {}
-        """Likely causes that the values themselves show, by reason."""
+        """Reason -> likely cause found in the values, which replaces the general text of `_CAUSES`."""
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def read(self, table: str, path: Path, rows: pa.Table, dialect: str) -> None:
-        """Note that these rows of a table were read."""
+        """Record that these rows of a table were read."""
         self.table = table
         self.rows[table] += len(rows)
         self.facts.setdefault(table, TableFacts(table)).add(path, rows, dialect)
@@ -122,7 +123,7 @@ class BadRowLog:
             self._counts[_TABLES.get(reason, "events") or self.table, reason] += count
 
     def check_shares(self) -> None:
-        """Raise ValueError if rows of a kind are more than the policy's largest share of their table."""
+        """Raise ValueError if the bad rows of a kind exceed the policy's largest share of their table."""
         for (table, reason), count in self._counts.items():
             total, limit = self.rows[table], self.policy.largest_share
             judged = reason in _CAUSES and reason not in self.policy.chosen and count >= FEW_ROWS
@@ -137,7 +138,7 @@ class BadRowLog:
                 )
 
     def notes(self) -> list[str]:
-        """What is to be said about the tables, a line each. Raises ValueError like `check_shares`."""
+        """Notes on the tables for the user, one line each. Raises ValueError like `check_shares`."""
         self.check_shares()
         return [
             note for name in ("events", "items", "users") if name in self.facts for note in self.facts[name].notes()
@@ -176,7 +177,7 @@ def describe_time(text: str | None, second: int | None) -> str:
     if second is None:
         hint = ": set the time unit to iso8601" if text and re.match(r"\s*\d{4}-\d\d-\d\d", text) else ""
         return f"the time {text!r} is not a number or date of the stated unit{hint}"
-    # A value that would be in range in a finer unit most likely is in that unit: suggest it.
+    # If the value is in range when read in a finer unit, it most likely has that unit: suggest it.
     for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
         if MAX_SECOND < second <= MAX_SECOND * scale:
             return (

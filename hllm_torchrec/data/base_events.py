@@ -1,4 +1,4 @@
-"""Event files of a base that an earlier release wrote, from the Parquet files of its parts."""
+"""Conversion of a dataset of an earlier release: writes event files from the Parquet files of its parts."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ _EVENTS_AT_ONCE = 4_000_000
 
 
 def write_base_events(dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write the event files of a dataset without any below `folder`; returns names, and first and last second."""
+    """Write event files below `folder` for a dataset that has none; returns their names and [first, last] second."""
     seen, valid_start = np.zeros(dataset.num_users, bool), np.full(dataset.num_users, -1, np.int64)
     for group in dataset.row_groups("valid"):
         heads = dataset.sequences([group], ["user_id", "target_start", "actions"])
         valid_start[heads.user_ids] = heads.target_start
     names: list[str] = []
     first, last, kept, size = 2**62, 0, [], 0
-    for part in reversed(SPLITS):  # a user's row in the last of its parts holds all its events
+    for part in reversed(SPLITS):  # the user's row in the latest part that has one holds all its events
         groups = dataset.row_groups(part)
         for number, group in enumerate(groups):
             rows = dataset.sequences([group])
@@ -43,7 +43,7 @@ def write_base_events(dataset: Dataset, folder: Path) -> dict[str, Any]:
 
 
 def _chosen(rows: Sequences, own: np.ndarray, part: str, valid_start: np.ndarray) -> tuple:
-    """Users, lengths, events and starts of valid and test of the rows `own`, read from their last part."""
+    """(user ids, lengths, events, starts [R, 2] of valid and test) of the rows with the indices `own` of a part."""
     users, lengths = rows.user_ids[own], rows.lengths[own]
     test = rows.target_start[own] if part == "test" else lengths
     valid = np.where(valid_start[users] >= 0, valid_start[users], test)

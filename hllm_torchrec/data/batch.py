@@ -2,7 +2,8 @@
 
 A batch holds pieces of users. A piece is a contiguous range of one user's events: its *history* (the input of the
 user encoder) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
-seconds (ranking) or earlier positions (leave-one-out retrieval); `query_visible` is the number of these positions.
+seconds (ranking; with a feedback delay, more than this delay earlier) or of earlier positions (leave-one-out
+retrieval); `query_visible` is the number of these positions.
 
 If actions are interleaved, an event takes two positions of the history, an item token and an action token. Both
 have the event's item id and second, and "positions" below are tokens.
@@ -38,7 +39,7 @@ class HybridBatch(Pipelineable):
     timestamps: Tensor
     """[T] seconds UTC."""
     next_times: Tensor
-    """[T] seconds UTC of the history event after each (its own second for the last)."""
+    """[T] seconds UTC of the piece's next event that can be history (its own second for the last one)."""
     query_offsets: Tensor
     """[B+1] boundaries of the pieces in Q."""
     query_times: Tensor
@@ -58,7 +59,7 @@ class HybridBatch(Pipelineable):
     positions: Tensor
     """[X] the exposure's index in the user's complete sequence: (user, position) identifies it."""
     history_lengths: Tensor
-    """[X] events of strictly earlier seconds in the user's complete sequence."""
+    """[X] number of the user's events more than `feedback_delay` seconds earlier, in the complete sequence."""
     next_rows: Tensor
     """[G] rows of T that predict a next item."""
     next_items: Tensor
@@ -78,9 +79,11 @@ class HybridBatch(Pipelineable):
     features: KeyedJaggedTensor
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
-    """[S, F] float32, or None: the numeric features, then the numeric context, NaN where unknown or no query."""
+    """[S, F] float32, or None: numeric features (0 except at queries), then numeric context (NaN except at queries and
+    where unknown).
+    """
     evidence: Tensor | None
-    """[X, F] float32 columns of `data.evidence` of each exposure, or None."""
+    """[X, F] float32 evidence features of each exposure (`data.evidence`), or None."""
     item_vectors: Tensor | None
     """[U, V] float32 dense features of unique_items, or None."""
     target_values: Tensor
@@ -92,14 +95,17 @@ class HybridBatch(Pipelineable):
     bias_ids: Tensor | None = None
     """[X, C] ids of the context of `BatchSpec.bias`, or None."""
     logit_offset: Tensor | None = None
-    """[X] float32, added to the first label's logit in training only: -log of the share of negative exposures that was
-    kept where the row is from; None: all were."""
+    """[X] float32, added to the first label's logit in training only: -log of the sampling rate of the negative
+    exposures at this row; None: no negatives were left out.
+    """
     full_history_items: Tensor | None = None
-    """[F] history items before Stochastic Length removes any; None without Stochastic Length (item_ids then)."""
+    """[F] history items before Stochastic Length removes any; None without Stochastic Length (then equal to
+    `item_ids`).
+    """
     full_history_offsets: Tensor | None = None
     """[B+1] boundaries of the pieces in F, or None."""
     request_query: Tensor | None = None
-    """[N] index in Q of the query of each request beside the exposures (`Piece.requests`); None without any."""
+    """[N] index in Q of the query of each additional request (`Piece.requests`); None without requests."""
     request_index: Tensor | None = None
     """[N] index into unique_items of the item of each request, or None."""
     creative: CreativeBatch | None = None

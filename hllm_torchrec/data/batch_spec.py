@@ -6,7 +6,7 @@ from typing import Literal
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.numeric_features import numeric_problems
-from hllm_torchrec.data.request_context import context_problems
+from hllm_torchrec.data.request_context import bias_problems, context_problems
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -19,17 +19,18 @@ class BatchSpec:
     visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
     feedback_delay: seconds from an event until it may be seen; only with visibility by second;
     negatives: number of items sampled per step (0: no negatives and no generative targets);
-    item_slots: every unique item has its own slot in training, for a generative loss over item features;
+    item_slots: adds a slot for every unique item in training, for a generative loss over item features;
     positive_targets_only: an item with label 0 is not a generative target;
     item_id, action, action_gate, time_depth, item_features, user_features: the bags of the batch;
-    numeric_features: see `hllm_torchrec.data.numeric_features`;
+    numeric_features: names of features in `hllm_torchrec.data.numeric_features`;
     id_dropout: probability that an ID is replaced by the unknown ID in training;
-    cold_dropout: if above 0, items without a training event are read as unknown, and in training also each item of
-    a step with this probability;
+    cold_dropout: if above 0, items without a training event are replaced by the unknown item; in training every other
+    item of a step is replaced too, with this probability;
     interleaved: an event is two tokens of the history, its item and then its action;
-    context: declared context of the request, at queries; bias: categorical context beside the logit;
+    context: declared context of the request, an input of queries; bias: categorical context of the position bias, which
+    is added to the logit;
     tasks: labels to predict; empty: the first label of the dataset;
-    negative_rate: in training, share of the exposures with first label 0 that are kept, drawn by exposure.
+    negative_rate: in training, probability with which an exposure whose first label is 0 is kept.
     """
 
     fusion: Fusion
@@ -55,10 +56,10 @@ class BatchSpec:
     negative_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass its name; the dataclass is frozen
+        object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass the name; the dataclass is frozen
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
-        """Rows of every summed table (time components excluded), in the order of the batch's keys."""
+        """Rows of every embedding table except those of the time features, in the order of the batch's keys."""
         sizes = dataset.manifest
         tables = {"item_id": dataset.num_items} if self.item_id else {}
         if self.action:
@@ -79,10 +80,5 @@ def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
             f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
         ]
     problems += context_problems("data.context", spec.context, dataset.schema)
-    problems += context_problems("objective.position_bias", spec.bias, dataset.schema)
-    problems += [
-        f"objective.position_bias: {name!r} is numeric; only categorical context has a bias of its own: leave it out"
-        for name in spec.bias
-        if name in dataset.schema.numeric
-    ]
+    problems += bias_problems("objective.position_bias", spec.bias, dataset.schema)
     return problems + numeric_problems(spec.numeric_features)

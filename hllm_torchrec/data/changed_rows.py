@@ -1,4 +1,4 @@
-"""Rows of items and users that an append adds or changes, found by comparison with the known ones."""
+"""Rows of items and users that an append adds or changes, found by comparison with the dataset's rows."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from hllm_torchrec.data.user_table import UserTable, known_ids
 def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]) -> pa.Table:
     """New items, and known ones whose text, features or creation time differ, in the columns of `items.parquet`.
 
-    A source without creation times, or without saying what is active, leaves those of known items as they were.
+    If the source has no creation times or no `active` column, known items keep their values.
 
     item_ids: final id of each item number. New values of features are added to `words`.
     """
@@ -25,13 +25,13 @@ def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, wo
     for name in ("created_at", ACTIVE):
         if name in known.column_names and name not in rows.column_names:
             rows = rows.append_column(name, known[name].take(pa.array(ids - 1, mask=ids > len(known))))
-    if ACTIVE in rows.column_names:  # nothing said, as of all items before the column was there: active
+    if ACTIVE in rows.column_names:  # null, also for items from before the column existed, means active
         rows, known = _with_active(rows), _with_active(known)
     return _without_equal(rows, known, "item_id")
 
 
 def _with_active(items: pa.Table) -> pa.Table:
-    """The items with a value of `active` for each."""
+    """The items with the column `active`, in which null is replaced by true."""
     active = items[ACTIVE] if ACTIVE in items.column_names else pa.chunked_array([pa.nulls(len(items), pa.bool_())])
     others = items.drop_columns([ACTIVE]) if ACTIVE in items.column_names else items
     return others.append_column(ACTIVE, pc.fill_null(active, True))
@@ -40,7 +40,7 @@ def _with_active(items: pa.Table) -> pa.Table:
 def changed_users(
     dataset: Dataset, users: UserTable, feature_files: list[Path], words: dict[str, Vocabulary]
 ) -> pa.Table:
-    """New users, and known ones with another value of a feature, in the columns of `users.parquet`.
+    """New users, and known users with a changed feature, in the columns of `users.parquet`.
 
     An empty cell of a known user leaves the feature as it was. New values of features are added to `words`.
     """
@@ -55,7 +55,9 @@ def changed_users(
 
 
 def _user_rows(dataset: Dataset, raw: pa.Array, ids: Ints, table: pa.Table | None, columns: list[str]) -> pa.Table:
-    """Users with events, and known users of the user file, with the values of their first row in it."""
+    """Rows of the users with events and of the known users in the user file, with the features of their first row
+    there.
+    """
     keep = pa.array(ids > 0)
     raw, ids = raw.filter(keep), ids[ids > 0]
     if table is None:
@@ -71,7 +73,7 @@ def _user_rows(dataset: Dataset, raw: pa.Array, ids: Ints, table: pa.Table | Non
 
 
 def _completed(rows: pa.Table, known: pa.Table, columns: list[str]) -> pa.Table:
-    """`rows` with the known values of known users in place of empty ones."""
+    """`rows` in which the empty features of known users are replaced by their known values."""
     ids = rows["user_id"].to_numpy()
     old = np.where(ids <= len(known), ids - 1, 0)
     for name in columns:
@@ -86,13 +88,13 @@ def _completed(rows: pa.Table, known: pa.Table, columns: list[str]) -> pa.Table:
 
 
 def _without_equal(rows: pa.Table, known: pa.Table, key: str) -> pa.Table:
-    """`rows` without those that equal the known row of their id in every column."""
+    """`rows` without the rows that are equal to the known row of the same id in every column."""
     ids = rows[key].to_numpy()
     is_known = np.flatnonzero(ids <= len(known))
     old, new = known.take(pa.array(ids[is_known] - 1)), rows.take(pa.array(is_known))
     differs = np.zeros(is_known.size, bool)
     for name in rows.column_names:
-        if name not in known.column_names:  # a column of the newer source only
+        if name not in known.column_names:  # only the new source has this column
             differs |= new[name].is_valid().to_numpy()
         else:
             differs |= _differing(new[name].combine_chunks(), old[name].combine_chunks())

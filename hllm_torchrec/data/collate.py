@@ -41,8 +41,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that was
-    kept when each was sampled; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: sampling rate of the negative exposures at
+    each exposure; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
     `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -68,14 +68,15 @@ class _View:
 class Collator:
     """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
 
-    context: context of the requests; None if the spec names none.
+    context: reads the context of the requests; None if the spec names no context.
 
-    evidence, of_fit: evidence of the exposures, and whether they are those of the training part to which it was fitted.
+    evidence: computes the evidence features of the exposures; of_fit: True if these are the training exposures to which
+        the evidence was fitted.
 
     stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
     target stays (see `_view`).
 
-    draws: source of negatives that are added to the exposures; None if there is none.
+    draws: draws the negatives that are added to the exposures; None: no negatives are added.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Collator:
     def negatives(self, epoch: int, step: int) -> Ints:
         """[K] distinct items, sampled uniformly from a generator seeded by (seed, epoch, step): equal on every rank.
 
-        Items that the split holds out of train are never negatives, since they do not exist yet in training; nor are
-        withdrawn ones (`Dataset.excluded_items`).
+        Items that the split holds out of train are never negatives, since they do not exist yet in training. Withdrawn
+        and forgotten items (`Dataset.excluded_items`) are never negatives either.
         """
         wanted = self.spec.negatives
         # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
@@ -174,7 +175,7 @@ class Collator:
         )
 
     def item_features(self, items: Ints) -> KeyedJaggedTensor:
-        """The bags of `items` [n] only, in the layout of a batch's slots for its unique items."""
+        """The bags of `items` [n], one slot per item, in the layout of the slots for a batch's unique items."""
         rng = np.random.default_rng(0)  # unused: ID dropout applies to histories and targets only
         unknown = items[:0] if self._cold is None else items[self._cold[items]]
         return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng, unknown)
@@ -188,7 +189,7 @@ class Collator:
         return self._cold[unique] | drawn
 
     def _view(self, piece: Piece, epoch: int = 0, pool: Ints | None = None) -> _View:
-        """Filter the history, then compute what each exposure sees and which item each position predicts next.
+        """Filter the history, then compute the events that each exposure sees and the item that each position predicts.
 
         pool: items of the exposures of all pieces, from which negatives are drawn.
 
@@ -244,7 +245,7 @@ class Collator:
         names, delay = self.spec.numeric_features, self.spec.feedback_delay
         found = [numeric_columns(names, piece.timestamps, piece.labels, targets, delay)]
         for second in requests.timestamps if names else ():
-            # A request is no event: it stands behind the events before it, as the exposure of a nightly job does.
+            # A request is not an event: append it to the events before it, like the exposure of a nightly job.
             before = piece[: visible_before(piece.timestamps, int(second))]
             times, labels = np.append(before.timestamps, second), np.append(before.labels, np.float32(np.nan))
             found.append(numeric_columns(names, times, labels, np.array([len(before)]), delay))
@@ -253,7 +254,7 @@ class Collator:
         return np.concatenate(found)
 
     def _evidence(self, piece: Piece, targets: Ints, items: Ints) -> Floats:
-        """[X, F] evidence of `items` [X] at the exposures `targets` [X] of a piece, from the user's whole sequence."""
+        """[X, F] evidence of `items` [X] at the exposures `targets` [X] of a piece, from the complete sequence."""
         if self.evidence is None:
             return np.empty((targets.size, 0), np.float32)
         events, seconds = piece.complete or piece, piece.timestamps[targets]
@@ -264,13 +265,13 @@ class Collator:
         return self.evidence.columns(events, seen, items, seconds, piece.user_id, self.of_fit)
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
-        """Sorted indices of the history events, at `times` [n], that are read."""
+        """Sorted indices of the history events (at `times` [n]) that Stochastic Length selects; without it, all."""
         if self.stochastic_length is None:
             return np.arange(times.size)
         return self.stochastic_length.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
 
     def _queries(self, targets: Events, visible: Ints) -> tuple[Ints, Ints]:
-        """(representative exposure of each query [Q], query of each exposure [X]).
+        """(index of the first exposure of each query [Q], query of each exposure [X]).
 
         Early fusion: one query per exposure. Late fusion: exposures of the same second and context that see the same
         history share one query.
@@ -286,8 +287,8 @@ class Collator:
     def _generative(self, piece: Piece, eligible: Ints) -> tuple[Ints, Ints]:
         """(rows [G] of the eligible history, next items [G]): the generative targets of this piece.
 
-        A row's next item is the item of the eligible event after it. With a feedback delay it is that of every event
-        for which the row is the last one that may be seen; an event that may see nothing is no target.
+        A row's next item is the item of the eligible event after it. With a feedback delay, an event is a target of the
+        last row that it may see, so a row may have several targets; an event that may see no row is not a target.
         """
         if not self.spec.negatives or eligible.size < 2 or not self.training:
             return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -322,7 +323,7 @@ class Collator:
         of_events = self._item_of_slot(view, queries)
         item_of_slot = np.concatenate([of_events, items])
         slots = item_of_slot.size
-        # User features are read at queries only: their slots follow the history's.
+        # User features are read only at queries, whose slots follow those of the history.
         user_of_slot = np.full(slots, -1)
         user_of_slot[history : history + queries] = query_users[:queries]
         bags: dict[str, Bags] = {}
@@ -347,7 +348,7 @@ class Collator:
             ids = self.context.ids(view.queries, name, count=not self.training)[:queries]
             bags[CONTEXT + name] = ids, _present(np.concatenate([np.zeros(history, bool), asks]), slots)
         if spec.time_depth:
-            # A nightly job may ask at midnight after the last day of the time tables: read as that day's last second.
+            # A nightly job may request midnight after the last day of the time tables: use the last second of that day.
             asked = view.queries.timestamps[:queries]
             asked = np.where(asked == MAX_SECOND + 1, MAX_SECOND, asked)
             stamps = np.concatenate([view.history.timestamps[is_item], asked])
@@ -372,7 +373,8 @@ class Collator:
         return is_item, ~is_item
 
     def _item_of_slot(self, view: _View, queries: int) -> Ints:
-        """[S] item of each slot; -1: no item (action tokens, and late-fusion queries, whose targets follow as slots).
+        """[S] item of each slot; -1: no item (action tokens, and late-fusion queries, whose targets have slots of their
+        own).
 
         The order is that of `HybridBatch`: T history, then Q queries (early fusion: the targets themselves), then X
         targets for late fusion.
@@ -384,7 +386,7 @@ class Collator:
         return np.concatenate([of_history, none, view.targets.item_ids])
 
     def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
-        """Replace ids by 0 with probability `id_dropout` in training, so that the unknown row learns for cold items."""
+        """Replace ids by 0 with probability `id_dropout` in training, so that the unknown item's row is trained."""
         if not (self.training and self.spec.id_dropout):
             return item_of_slot
         dropped = rng.random(item_of_slot.size) < self.spec.id_dropout
@@ -448,7 +450,7 @@ def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _Vi
     for name in (field.name for field in fields(_View)):
         parts = [getattr(view, name) for view in views]
         if name in counted_from:
-            # Offsets have one entry more than pieces (or, without pieces, as many as the one empty view): not strict.
+            # Not strict: offsets have one entry more than pieces (without pieces: one entry for the empty view).
             parts = [part + first for part, first in zip(parts, counted_from[name], strict=False)]
         joined[name] = Events.concat(parts) if isinstance(parts[0], Events) else np.concatenate(parts)
     return _View(**joined)
@@ -476,12 +478,12 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
 
 
 def possible_negatives(dataset: Dataset) -> Ints | None:
-    """The items that negatives are drawn from; None: all."""
+    """Ids of the items that negatives are drawn from; None: all items."""
     holds_out, excluded = "hold_out_items" in dataset.manifest["split"], dataset.excluded_items
     if not holds_out and not excluded.size:
         return None
-    whole = np.flatnonzero(dataset.training_item_counts()) if holds_out else np.arange(1, dataset.num_items)
-    return np.setdiff1d(whole, excluded)
+    items = np.flatnonzero(dataset.training_item_counts()) if holds_out else np.arange(1, dataset.num_items)
+    return np.setdiff1d(items, excluded)
 
 
 def _present(where: NDArray[np.bool_], total: int) -> Ints:
@@ -490,5 +492,5 @@ def _present(where: NDArray[np.bool_], total: int) -> Ints:
 
 
 def _cat(parts: Sequence[Ints]) -> Ints:
-    """Concatenation as int64, also without any part."""
+    """Concatenate as int64; no parts give an empty array."""
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)

@@ -25,6 +25,8 @@ class CreativeBatch(Pipelineable):
     """Prompts and responses."""
     may_match: Tensor
     """[N, K] bool: the negative is not an item of the user's sequence, nor of the user's creatives."""
+    profiles: PackedTexts | None = None
+    """Profiles as responses to their prompt; None: no loss reads them."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CreativeBatch":
         """A copy on `device`."""
@@ -46,7 +48,8 @@ class CreativeBatch(Pipelineable):
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CreativeBatch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {
-            name: x.map(function) if isinstance(x, PackedTexts) else function(x) for name, x in values.items()
+            name: x.map(function) if isinstance(x, PackedTexts) else x if x is None else function(x)
+            for name, x in values.items()
         }
         return CreativeBatch(**mapped)
 
@@ -54,6 +57,11 @@ class CreativeBatch(Pipelineable):
     def token_weight(self) -> float:
         """sum_n w_n Y_n: the denominator of L_write."""
         return float((self.weights.double() * self.texts.response_tokens).sum())
+
+    @property
+    def profile_weight(self) -> float:
+        """Denominator of L_recon: as `token_weight`, of the profiles."""
+        return 0.0 if self.profiles is None else float((self.weights.double() * self.profiles.response_tokens).sum())
 
     @property
     def pairs(self) -> float:

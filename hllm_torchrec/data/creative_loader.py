@@ -39,6 +39,7 @@ class CreativeLoader:
         part, tokens: the creatives and their texts.
         spec: seed, shuffle, max_history, prefetch and timeout of the loader.
         per_batch: creatives per rank and step, at about the same number of tokens on every rank.
+        never_alone: the last user of an epoch joins the step before, instead of having one alone.
 
     Raises:
         ValueError: the part has no creative.
@@ -54,9 +55,10 @@ class CreativeLoader:
         per_batch: int,
         rank: int = 0,
         world_size: int = 1,
+        never_alone: bool = False,
     ) -> None:
         self.dataset, self.collator, self.part, self.tokens = dataset, collator, part, tokens
-        self.spec, self.per_batch = spec, per_batch
+        self.spec, self.per_batch, self.never_alone = spec, per_batch, never_alone
         self.rank, self.world_size = rank, world_size
         self._cached: OrderedDict[int, Events] = OrderedDict()
         if not len(tokens):
@@ -132,9 +134,15 @@ class CreativeLoader:
         while at < count:
             before = spent[at - 1] if at else 0
             end = max(at + 1, int(np.searchsorted(spent, before + budget, side="right")))
+            if self.never_alone and 0 < count - end <= budget and self._users_of(order[end:]).size == 1:
+                end = count
             plan.append(assign_balanced(order[at:end], costs, self.world_size, end - at))
             at = end
         return plan
+
+    def _users_of(self, passes: Ints) -> Ints:
+        """The different users of some passes."""
+        return np.unique(self.part.user_ids[self.tokens.rows[[self.passes[one][0] for one in passes]]])
 
     def _build(self, passes: Ints, epoch: int, step: int) -> HybridBatch:
         index = np.concatenate([np.empty(0, np.int64), *(self.passes[one] for one in passes)]).astype(np.int64)
@@ -152,6 +160,7 @@ class CreativeLoader:
             weights=torch.from_numpy(self.part.weights[rows]),
             texts=self.tokens.gather(index),
             may_match=torch.from_numpy(may_match),
+            profiles=self.tokens.gather_profiles(index),
         )
         if batch.request_query is None:
             empty = torch.empty(0, dtype=torch.int64)

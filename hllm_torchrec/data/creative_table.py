@@ -3,12 +3,15 @@
     <dataset>/creatives/<name>/manifest.json                     counts, origin, split, vocabulary marks, files
     <dataset>/creatives/<name>/{train,valid,test}/part-0.parquet rows sorted by user and second
     <dataset>/creatives/<name>/dropped.parquet                   rows that were left out, with reasons
+    <dataset>/creatives/.answers/<name>/*.jsonl                  answers of the language model that wrote the rows
 
 Rows hold raw ids. A table serves every version of the dataset whose ids continue those it was made with.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Floats, Ints
-from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder
+from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder, replace_file
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.hashing import hash_file, hash_json
+from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.validation import error_location, read_table
 from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, map_problems
 
-FOLDER, MANIFEST, DROPPED = "creatives", "manifest.json", "dropped.parquet"
+FOLDER, MANIFEST, DROPPED, ANSWERS = "creatives", "manifest.json", "dropped.parquet", ".answers"
+NAME = re.compile(r"[\w-][\w.-]*")
+"""Names of tables."""
 _FORMAT = 1
 _REMEDY = "build the table again (`hllm creatives`)"
 
@@ -47,9 +53,12 @@ SCHEMA = pa.schema(
 """Columns of a table. timestamp: second UTC, whose strictly earlier events the user vector sees (null: all events);
 source, description, profile: texts of the row (null: the dataset's text columns are all there is); origin: template,
 llm:MODEL, human, import:NAME."""
+CHECKS = pa.field("checks", pa.map_(pa.string(), pa.float32()))
+"""Column that only some tables have: the value of each filter that measures something."""
 TEXTS = ("source", "description", "profile")
 """Columns of a table that a prompt may name, beside the dataset's text columns."""
-_NEEDED = ("raw_user_id", "raw_item_id", "response")
+NEEDED = ("raw_user_id", "raw_item_id", "response")
+"""Columns that every table has."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,32 @@ class CreativeTable:
             raise ValueError(f"{path}: a weight is negative or no number; {_REMEDY}")
         return Creatives(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
 
+    def dropped(self) -> pa.Table:
+        """Rows that were left out: raw_user_id, raw_item_id, response, reasons (a list).
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        names = ["raw_user_id", "raw_item_id", "response", "reasons"]
+        path = self.path / DROPPED
+        return read_table(path, names) if path.is_file() else pa.table({name: [] for name in names})
+
 
 def table_path(dataset: Dataset, name: str) -> Path:
     """Folder of a table of this name."""
     return dataset.root / FOLDER / name
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that is no folder's, such as one with a slash."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"--name {name!r}: must be letters, digits, '-', '_' and '.', and not begin with '.'")
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise ValueError for shares of the parts that are no shares, or none of train."""
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0]:
+        raise ValueError(f"--fractions {fractions}: three shares, none negative, that of train above 0, that sum to 1")
 
 
 def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) -> Ints:
@@ -204,12 +235,12 @@ def write_table(
 def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
     """Write every table below a dataset's folder again without the rows of users and items; returns their number.
 
-    Tokens of the tables, which hold their texts, are removed.
+    Tokens of the tables, which hold their texts, are removed. So are answers to prompts about a user or an item.
 
     Raises:
         ValueError: a table is damaged.
     """
-    found = 0
+    found = sum(_forget_answers(file, users, items, dry_run) for file in (root / FOLDER / ANSWERS).glob("*/*.jsonl"))
     for file in sorted((root / FOLDER).glob(f"*/{MANIFEST}")):
         with error_location(file, _REMEDY):
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -233,6 +264,27 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
     return found
 
 
+def answers_lock(folder: Path) -> AbstractContextManager[None]:
+    """Context manager with the lock of a folder of answers. Raises Locked if another process holds it."""
+    return hold_lock(folder / ".lock", f"{folder}: another process is building this table")
+
+
+def _forget_answers(file: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
+    """Write a file of answers again without those about users and items; returns their number."""
+    with answers_lock(file.parent), error_location(file, "remove the file (its answers are then asked for again)"):
+        # A line that a killed build did not finish ends without a newline.
+        lines = file.read_bytes().split(b"\n")[:-1]
+        facts = [json.loads(line) for line in lines]
+        kept = [
+            line
+            for line, one in zip(lines, facts, strict=True)
+            if one["user"] not in users and one["item"] not in items
+        ]
+        if len(kept) < len(lines) and not dry_run:
+            replace_file(file, "".join(f"{line.decode()}\n" for line in kept))
+    return len(lines) - len(kept)
+
+
 def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]) -> None:
     with atomic_folder(path, replace=True, marker=MANIFEST) as folder:
         for name, rows in files.items():
@@ -247,14 +299,17 @@ def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]
 
 def _complete(rows: pa.Table, split: str) -> pa.Table:
     """The rows in `SCHEMA`; columns that are missing are null, weights 1."""
-    for name in _NEEDED:
+    for name in NEEDED:
         if name not in rows.column_names:
-            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(_NEEDED)}")
+            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(NEEDED)}")
     columns = [
         rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
         for field in SCHEMA
     ]
-    return pa.table(columns, schema=SCHEMA)
+    complete = pa.table(columns, schema=SCHEMA)
+    if CHECKS.name in rows.column_names:
+        complete = complete.append_column(CHECKS, rows[CHECKS.name].cast(CHECKS.type))
+    return complete
 
 
 def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:

@@ -9,7 +9,7 @@ Legend: N creatives, T tokens of all texts.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _FACTS = "tokens.json"
 _ARRAYS = ("values", "offsets", "soft_at", "response_from", "rows")
+_PROFILES = ("profile_values", "profile_offsets", "profile_of")
+"""Arrays of the training part of a table whose profiles are read: its different profiles, and that of each creative."""
 _AT_ONCE = 4096
 
 
@@ -109,6 +111,7 @@ class CreativeTokens:
         self.prefix = torch.tensor(self.facts["prefix"], dtype=torch.int64)
         arrays = {name: np.load(folder / f"{split}-{name}.npy", mmap_mode="r") for name in _ARRAYS}
         self.values, self.offsets, self.soft_at, self.response_from, self.rows = arrays.values()
+        self._profiles = [np.load(path, mmap_mode="r") for path in _profile_files(folder, split) if path.is_file()]
 
     def __len__(self) -> int:
         return self.rows.size
@@ -128,6 +131,20 @@ class CreativeTokens:
             response_from=torch.from_numpy(self.response_from[index].astype(np.int64)),
             prefix_ids=self.prefix,
         )
+
+    def gather_profiles(self, index: Ints) -> PackedTexts | None:
+        """The profiles of the creatives at `index` [n] as responses to their prompt; None: they are not read."""
+        if not self._profiles:
+            return None
+        values, offsets, of = self._profiles
+        prompt, chosen = TextTokens(*self.facts["profile_prompt"]), of[index]
+        starts, lengths = offsets[chosen], offsets[chosen + 1] - offsets[chosen]
+        profiles = np.split(values[concat_ranges(starts, lengths)], np.cumsum(lengths)[:-1]) if index.size else []
+        return pack_texts([prompt] * index.size, [ids.tolist() for ids in profiles], torch.tensor(prompt.before))
+
+
+def _profile_files(folder: Path, split: str) -> list[Path]:
+    return [folder / f"{split}-{name}.npy" for name in _PROFILES]
 
 
 def pack_texts(prompts: Sequence[TextTokens], responses: Sequence[Sequence[int]], prefix: torch.Tensor) -> PackedTexts:
@@ -161,6 +178,8 @@ def build_creative_tokens(dataset: Dataset, table: CreativeTable, section: Creat
         "prompt": section.prompt,
         "lengths": [section.max_prompt_length, section.max_response_length, section.over_long],
     }
+    if section.losses.read_profiles:
+        request["profile"] = [section.profile.prompt, section.profile.max_length]
     path = derived_path(dataset, "tokens", f"creatives-{hash_json(request)[:16]}")
     if (path / _FACTS).is_file():
         return path
@@ -177,9 +196,35 @@ def build_creative_tokens(dataset: Dataset, table: CreativeTable, section: Creat
             largest = max(largest, int(arrays["values"].max(initial=0)))
             for name, array in arrays.items():
                 np.save(folder / f"{split}-{name}.npy", array)
+            if split == "train" and section.losses.read_profiles:
+                facts["profile_prompt"], profiles = _tokenize_profiles(section, parts[split], arrays["rows"], table)
+                largest = max(largest, int(profiles[0].max(initial=0)))
+                for file, array in zip(_profile_files(folder, split), profiles, strict=True):
+                    np.save(file, array)
         facts["vocab_size"] = largest + 1
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
     return path
+
+
+def _tokenize_profiles(
+    section: CreativeConfig, part: Creatives, rows: Ints, table: CreativeTable
+) -> tuple[tuple[list[int], list[int]], list[Ints]]:
+    """Tokens of the profiles' prompt before and after {user}, and the arrays of _PROFILES; rows: [N] of the part."""
+    column = part.rows["profile"].take(pa.array(rows)).combine_chunks().dictionary_encode()
+    missing = column.null_count + sum(not text.strip() for text in column.drop_null().to_pylist())
+    if missing:
+        raise ConfigError(
+            f"creative.losses: recon and align read profiles, and {missing} training rows of {table.path} have none: "
+            "write recon: 0 and align: 0, or give the table a column profile"
+        )
+    tokenizer = CreativeTokenizer(
+        replace(section, prompt=section.profile.prompt, max_response_length=section.profile.max_length)
+    )
+    [prompt] = tokenizer.prompts({}, 1)
+    profiles = tokenizer.responses(column.dictionary.to_pylist())
+    values = np.fromiter((token for ids in profiles for token in ids), np.int32)
+    offsets = offsets_from_lengths([len(ids) for ids in profiles])
+    return (prompt.before, prompt.after), [values, offsets, column.indices.to_numpy().astype(np.int64)]
 
 
 def _check_columns(dataset: Dataset, section: CreativeConfig) -> None:

@@ -4,18 +4,18 @@ Layout (written by `prepare`):
 
     manifest.json                     counts, split, features, fingerprint, sizes of the files
     items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>;
-                                      perhaps created_at int64 and active bool
+                                      optional: created_at int64 and active bool
     users.parquet                     user_id int64 dense from 1, raw_user_id, feature_<name> list<int32>
     features/<name>.parquet           id int32 from 1, value: the vocabulary
     training_item_counts.npy          int64 [num_items], events of each item in train
     sequences/<part>/part-*.parquet   one row per user with an event in the part: user_id, target_start, and the
                                       lists item_ids, timestamps, labels, actions of the history to the part's end,
                                       and those of the columns that the source declares (`event_schema`)
-    events/part-*.arrow               the same events once per user, which appended ones are merged with
+    events/part-*.arrow               the same events, each once, by user; appended events are merged with these
                                       (`event_files.EventFile`)
     tokens/<fingerprint>/             token stores (`token_store.TokenStore`)
 
-Files that later versions add: `data.versions`. Only files that the opened version's manifest lists are read.
+`data.versions` describes the files that later versions add. Only files in the manifest of the opened version are read.
 """
 
 import re
@@ -52,7 +52,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 @dataclass(frozen=True)
 class FileGroup:
-    """A unit of reading of a part's sequences in Parquet files: file, index of the row group, number of users."""
+    """One row group of a Parquet file of a part's sequences: file, index of the row group, number of users."""
 
     path: Path
     index: int
@@ -61,9 +61,9 @@ class FileGroup:
 
 @dataclass(frozen=True)
 class UserGroup:
-    """A unit of reading of merged sequences: users number `first` to `first` + `rows` - 1 of a part.
+    """A group of rows of merged sequences: the users with the indices `first` to `first` + `rows` - 1 in a part.
 
-    since: only users with an event in the part from this second on are counted.
+    since: the indices count only users with an event of the part from this second on.
     """
 
     part: str
@@ -73,7 +73,7 @@ class UserGroup:
 
 
 RowGroup = FileGroup | UserGroup
-"""A group of rows, as `Dataset.row_groups` returns and `Dataset.sequences` reads it."""
+"""A group of rows, returned by `Dataset.row_groups` and read by `Dataset.sequences`."""
 
 
 class Dataset:
@@ -119,7 +119,7 @@ class Dataset:
 
     @property
     def num_table_items(self) -> int:
-        """Rows of an ID table; ids from there on (`inference.new_items`) read the row of the unknown item."""
+        """Rows of an ID table; larger ids (of `inference.new_items`) use the row of the unknown item."""
         return self.num_items
 
     @property
@@ -163,35 +163,37 @@ class Dataset:
 
     @cached_property
     def tombstones(self) -> Tombstones:
-        """The ids that were forgotten; their rows of `items` and `users` are empty, and no event names them."""
+        """The forgotten ids; their rows in `items` and `users` are empty, and no event refers to them."""
         return Tombstones.read(self.root, self.manifest)
 
     @cached_property
     def excluded_items(self) -> Ints:
         """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
         forgotten, items = self.tombstones.numbers(ITEMS), self.items
-        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column's name
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column
             return forgotten
         withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
         return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
 
     @property
     def items_fingerprint(self) -> str:
-        """Hash of the files with the items' rows; it changes with any text."""
+        """Hash of the files with the items' rows; it changes with every text."""
         names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
         hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
-        # A compacted base has the texts of the version before, and keeps its fingerprint.
+        # A compacted base has the same texts as the version before, so it keeps that version's fingerprint.
         hashes[0] = self.manifest.get("base", {}).get("items_fingerprint", hashes[0])
         return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
 
     def _files(self, name: str) -> list[Path]:
-        """The files of this name: the base's, then those of the appends that have one."""
+        """Paths of the file `name` in the base and in each append that has one."""
         parts = (self.manifest.get("base", {"folder": ""}), *self.manifest.get("appends", ()))
         names = [f"{one['folder']}/{name}".lstrip("/") for one in parts]
         return [self.root / one for number, one in enumerate(names) if number == 0 or one in self.manifest["files"]]
 
     def _rows_by_id(self, name: str, key: str, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table whose row i has id i + 1, the newest of its rows; raises ValueError naming a file and row if not."""
+        """A table whose row i is the newest row of id i + 1. Raises ValueError that names the file and row if an id is
+        wrong.
+        """
         paths = self._files(name)
         base, size = paths[0], rows - 1
         wanted = None if columns is None else [key, *columns]
@@ -235,7 +237,8 @@ class Dataset:
     def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
         """All row groups of a part, in order of file and of position in it.
 
-        since: leave out groups without an event of the part from this second on, where that is known without reading.
+        since: leave out users without an event of the part from this second on; only merged sequences support this,
+            Parquet files return all groups.
         """
         if self._is_merged:
             return list(self._user_groups(split, since))
@@ -250,7 +253,7 @@ class Dataset:
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
         count = self._reader(split, since).users.size
-        # As in files that `prepare` writes: small datasets get smaller groups, so that every rank has some to read.
+        # As in the files of `prepare`: small datasets get smaller groups, so that every rank has at least one to read.
         size = max(1, min(self.manifest["request"]["users_per_row_group"], -(-count // GROUPS_AT_LEAST)))
         for first in range(0, count, size):
             yield UserGroup(split, since, first, min(size, count - first))
@@ -270,7 +273,7 @@ class Dataset:
         """Sequences by user.
 
         Raises:
-            ValueError: a dataset of an earlier release, without event files; or one of them is damaged.
+            ValueError: the dataset is from an earlier release without event files, or an event file is damaged.
         """
         rows, split, base = self.table_rows, self.manifest["split"], chain_base(self.manifest)
         if base is None:
@@ -285,7 +288,7 @@ class Dataset:
 
     @property
     def table_rows(self) -> TableRows:
-        """Number of rows of the tables, and the declared columns: what event files are checked against."""
+        """Number of rows of the tables, and the declared columns; used to check the values of event files."""
         return TableRows(self.num_items, self.num_users, self.num_actions, self.schema)
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -296,7 +299,7 @@ class Dataset:
         return read_sequences(path, index, columns, self.table_rows)
 
     def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
-        """The decoded rows of the row groups (no groups: no rows); columns that are not named hold "unknown".
+        """The decoded rows of the row groups (no groups: no rows). Columns not in `columns` are filled with "unknown".
 
         Raises ValueError like `read_row_group`.
         """
@@ -318,27 +321,28 @@ class Dataset:
         return [column.name for column in self.schema.columns]
 
     def heads(self, group: RowGroup, since: int = 0) -> RowHeads:
-        """What is known of a group's rows without their events; for Parquet files one column of events is read.
+        """Users, lengths and `target_start` of a group's rows, without events; reads one event column of Parquet files.
 
         since: second UTC before which `before` counts events; 0: none.
         """
         if isinstance(group, UserGroup):
             users = self._reader(group.part, group.since).users[group.first : group.first + group.rows]
             return self.merged.heads(users, group.part, since)
-        # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
+        # Only the lengths of the lists are needed, so read the smallest column, the actions, unless `since` needs the
+        # times.
         rows = self.sequences([group], ["user_id", "target_start", "timestamps" if since else "actions"])
         before = rows.events_before(since) if since else np.zeros_like(rows.target_start)
         return RowHeads(rows.user_ids, rows.lengths, rows.target_start, before)
 
     def tails(self, group: RowGroup, skipped: Ints, columns: Sequence[str] | None = None) -> Sequences:
-        """A group's rows without the first `skipped` [R] events of each user; rows of Parquet files are complete."""
+        """A group's rows without the first `skipped` [R] events of each user; Parquet files ignore `skipped`."""
         if not isinstance(group, UserGroup):
             return self.sequences([group], columns)
         users = self._reader(group.part, group.since).users[group.first : group.first + group.rows]
         return self.merged.read(users, group.part, columns or self._columns, skipped)
 
     def recent(self, split: str, since: int, columns: Sequence[str]) -> Iterator[Events]:
-        """The events of a part's rows from second `since` on (`columns` must have timestamps), by group; 0: all."""
+        """Yield, by group, the events of a part's rows from second `since` on (0: all); needs the column timestamps."""
         for group in self.row_groups(split, since) if since else self.row_groups(split):
             rows = (
                 self.tails(group, self.heads(group, since).before, columns)
@@ -395,7 +399,7 @@ class Dataset:
 
     @property
     def all_features(self) -> dict[str, Any]:
-        """Facts of all categorical features by name: of items, users and requests."""
+        """Name -> manifest entry of all categorical features: of items, users and requests."""
         manifest = self.manifest
         return {**manifest["item_features"], **manifest["user_features"], **manifest.get("context_features", {})}
 
@@ -421,27 +425,27 @@ class Dataset:
 
 
 def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Path]) -> pa.Table:
-    """One row for each id 1..size: the one of the last table that has it.
+    """One row for each id 1..size, from the last table that has this id.
 
     Raises:
-        ValueError: an id is missing or beyond `size`; names the file that should have it.
+        ValueError: an id is missing or above `size`; the message names the file that should have the id.
     """
     base, added = len(tables[0]), np.concatenate([table[key].to_numpy() for table in tables[1:]])
-    # Appends hold few changed rows, and new ones in order: then the tables follow each other.
+    # If the appends only add new rows in order, concatenating the tables is enough.
     if np.array_equal(added, np.arange(base + 1, size + 1)):
         return pa.concat_tables(tables, promote_options="default")  # a source may have no creation times
     if added.size and not 1 <= added.min() <= added.max() <= size:
         raise ValueError(f"{paths[-1]}: {key} must lie in 1..{size}; {REMEDY}")
     row = np.full(size, -1, np.int64)
     row[:base] = np.arange(base)
-    row[added - 1] = base + np.arange(added.size)  # of repeated ids, the assignment keeps the last
+    row[added - 1] = base + np.arange(added.size)  # an id that is repeated in the table gets its last row
     if (row < 0).any():
         raise ValueError(f"{paths[-1]}: {key} {int((row < 0).argmax()) + 1} is missing; {REMEDY}")
     return pa.concat_tables(tables, promote_options="default").take(pa.array(row))
 
 
 def base_rate(dataset: Dataset, since: int = 0) -> float:
-    """Share of positive labels among the training exposures since a second; 0.5 if there is only one class."""
+    """Share of positive labels among training exposures from second `since` on; 0.5 if all labels are equal."""
     total = positive = 0.0
     for events in dataset.recent("train", since, ["labels", "timestamps"] if since else ["labels"]):
         total += np.count_nonzero(~np.isnan(events.labels))

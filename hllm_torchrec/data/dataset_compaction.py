@@ -1,4 +1,4 @@
-"""`compact`: folds the appends of a dataset into a new base, so that reading costs what it costs without appends."""
+"""`compact`: merges the appends of a dataset into a new base, so that reading is as fast as without appends."""
 
 import logging
 from pathlib import Path
@@ -24,13 +24,14 @@ from hllm_torchrec.data.versions import (
 
 logger = logging.getLogger(__name__)
 EVENTS_AT_ONCE = 8_000_000
-"""Number of events of a file, and in memory at once."""
+"""Maximum number of events per file, and so in memory at once (more only if a single user has more)."""
 
 
 def compact(root: Path) -> int | None:
-    """Write a version whose base holds everything; returns its number, or None if there is nothing to fold.
+    """Write a version whose base holds all data; returns its number, or None if there are no appends.
 
-    Sequences, ids, texts and parts are those of the version before. Earlier versions keep their files (`prune`).
+    Sequences, ids, texts and parts are the same as in the version before. The files of earlier versions remain until
+    `prune`.
 
     Raises:
         ValueError: the dataset is damaged, or another process is writing to it.
@@ -65,7 +66,7 @@ def write_base(dataset: Dataset) -> int:
 
 
 def _write_tables(dataset: Dataset, folder: Path) -> None:
-    """Write items, users and values of features as whole files."""
+    """Write items, users and the values of each feature, one complete file each."""
     pq.write_table(dataset.items, folder / "items.parquet", compression="zstd")
     pq.write_table(dataset.users, folder / "users.parquet", compression="zstd")
     (folder / "features").mkdir()
@@ -76,7 +77,7 @@ def _write_tables(dataset: Dataset, folder: Path) -> None:
 
 
 def _write_events(dataset: Dataset, folder: Path) -> list[str]:
-    """Write the event files, users in the order of their ids; returns their names."""
+    """Write the event files, users in ascending order of their ids; returns the files' names."""
     merged = dataset.merged
     names: list[str] = []
     users, lengths, starts = merged.layout()
@@ -88,7 +89,7 @@ def _write_events(dataset: Dataset, folder: Path) -> list[str]:
 
 
 def _chunks(lengths: Ints) -> list[slice]:
-    """Consecutive rows of at most EVENTS_AT_ONCE events together, or of one row."""
+    """Slices of consecutive rows with at most EVENTS_AT_ONCE events in total, or of a single longer row."""
     ends, first, found = offsets_from_lengths(lengths), 0, []
     while first < lengths.size:
         last = max(first + 1, int(np.searchsorted(ends, ends[first] + EVENTS_AT_ONCE, side="right")) - 1)

@@ -1,4 +1,4 @@
-"""Files that are computed from a dataset, such as tokens and item factors: within it, or in this host's cache."""
+"""Paths of files computed from a dataset, such as tokens and item factors: in its folder or in this host's cache."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,13 @@ from hllm_torchrec.data.dataset import Dataset
 
 
 def derived_path(dataset: Dataset, *names: str) -> Path:
-    """Path at which a derived file or folder of the dataset is, or is to be written.
+    """Path of a derived file or folder of the dataset, which may not exist yet.
 
-    It is within the dataset if it is there already or can be written there, else in the cache, under the dataset's
-    fingerprint. A dataset can be shared and read-only.
+    The path is in the dataset's folder if the file exists or can be written there. Otherwise (datasets may be shared
+    and read-only) it is in the cache, under the dataset's fingerprint.
 
     Raises:
-        ValueError: the file exists in neither, and neither can be written; or it is a link.
+        ValueError: the file exists in neither folder and neither is writable; or the file is a link.
     """
     own = dataset.root.joinpath(*names)
     refuse_links(dataset.root, own)
@@ -30,10 +30,10 @@ def derived_path(dataset: Dataset, *names: str) -> Path:
 
 
 def refuse_links(root: Path, path: Path) -> None:
-    """Check that `path`, below `root` and not named by the manifest, leads nowhere else; if it is a folder, its files.
+    """Check that `path`, which is below `root` and not in the manifest, and the entries in it are not links.
 
     Raises:
-        ValueError: it is a link, in a linked folder, or has one; or a file in it is not a plain one.
+        ValueError: `path`, a folder above it or an entry in it is a link, or is neither a regular file nor a folder.
     """
     steps = [path, *(folder for folder in path.parents if folder.is_relative_to(root) and folder != root)]
     inside = list(path.iterdir()) if path.is_dir() else []

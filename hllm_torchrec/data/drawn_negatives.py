@@ -1,11 +1,12 @@
 """Negatives drawn for the ranking head from the catalogue, for data in which every event is positive.
 
-For each exposure `count` items are drawn from q and shown at its request with label 0; a draw of the exposure's own
-item is left out. Item j is then a negative of a request r_j = count * q_j times on average; with the whole catalogue as
-negatives it would be one exactly once. With the correction of thinned-out negatives (`data.task_targets`), z_train = z
-- log r_j on positive and negative rows alike, z is the logit of P(a request chooses j): in the sample the odds of a
-positive row of j are P_j / (r_j (1 - P_j)). This holds for any q above 0. In evaluation the draws are uniform and the
-same for all runs, and each negative weighs 1 / r, so that metrics are those of ranking in the catalogue.
+For each exposure, `count` items are drawn from the distribution q and added to its request with label 0; a draw of the
+exposure's own item is left out. Item j is then a negative of a request r_j = count * q_j times on average; if the
+complete catalogue were used as negatives, it would be a negative once. The loss corrects for this like for subsampled
+negatives (`data.task_targets`): z_train = z - log r_j, on positive and negative rows. Then z is the logit of P_j = P(a
+request chooses j), because the odds of a positive row of j in the sample are P_j / (r_j (1 - P_j)). This holds for any
+q above 0. In evaluation the draws are uniform and the same for all runs, and each negative has the weight 1 / r, so
+that the metrics estimate those of ranking the complete catalogue.
 
     uniform      q_j = 1 / N
     popularity   q_j proportional to 1 + training events of j
@@ -34,13 +35,13 @@ HARD = 0.5
 STRIDE = 1 << 24
 """Added to the position of an exposure for each of its draws, so that (user, position) identifies a row."""
 MOST = 100
-"""Most draws per exposure: positions are stored as int32."""
+"""Maximum number of draws per exposure: positions are stored as int32."""
 
 
 class DrawnRows(NamedTuple):
-    """Exposures [X] of a piece, then their draws [M].
+    """Rows of a piece: its exposures [X], followed by their drawn negatives [M].
 
-    source: index in the piece of the exposure that each row was drawn for; rates: r of each row's item.
+    source: index in the piece of the exposure that a row is or was drawn for; rates: r of each row's item.
     """
 
     source: Ints
@@ -50,13 +51,13 @@ class DrawnRows(NamedTuple):
 
 
 class NegativeDraws:
-    """Draws of a dataset: functions of (seed, epoch, user, position), the same on any rank.
+    """Draws negatives for a dataset, as a function of (seed, epoch, user, position), so equally on every rank.
 
     Args:
-        items: candidates [n].
+        items: ids [n] that may be drawn.
         count: draws per exposure.
-        candidates: hard: (items [n], offsets [users + 1]) of each user; for users without candidates all draws are
-            uniform.
+        candidates: for "hard" negatives, (items [n], offsets [users + 1]) of each user; for users without candidates
+            all draws are uniform.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class NegativeDraws:
             mass = events + (1 if by == "popularity" else 0)
         total = mass[items].sum()
         self._shares = mass / (total or 1.0)
-        """[N] q of each item; those that are no candidates have the share that they would have."""
+        """[N] q of each item; for items that cannot be drawn, the value by the same formula."""
         self._ends = np.cumsum(mass[items]) / (total or 1.0)
 
     def rows(self, piece: Piece, targets: Ints, epoch: int, pool: Ints) -> DrawnRows:
@@ -90,7 +91,7 @@ class NegativeDraws:
         again = (np.repeat(column, self.count) for column in (users, positions))
         at = hash_columns(*keys, *again, numbers) / 2.0**64
         drawn = self._item_at(at, pool, piece.user_id)
-        kept = drawn != np.repeat(own, self.count)  # the exposure's own item is no negative
+        kept = drawn != np.repeat(own, self.count)  # the exposed item itself is not a negative
         source = np.concatenate([targets, np.repeat(targets, self.count)[kept]])
         events = Events.concat([piece[targets], self._negatives(piece[source[targets.size :]], drawn[kept])])
         # STRIDE is above every position of a sequence, so (user, position) stays unique over exposures and draws.
@@ -106,7 +107,7 @@ class NegativeDraws:
         return (self.count * shares).astype(np.float32)
 
     def _item_at(self, at: NDArray[Any], pool: Ints, user: int) -> Ints:
-        """Items of uniform numbers [m] in [0, 1)."""
+        """Items [m] drawn by uniform numbers [m] in [0, 1)."""
         if self.by == "batch":
             return pool[np.minimum(at * pool.size, pool.size - 1).astype(np.int64)]
         own = self._of_user(user)
@@ -116,7 +117,7 @@ class NegativeDraws:
         return np.where(at < HARD, hard, self._at((at - HARD) / (1 - HARD)))
 
     def _at(self, at: NDArray[Any]) -> Ints:
-        """Items of q at the numbers [m]."""
+        """Items [m] drawn from q by its inverse distribution function at uniform numbers [m]."""
         return self._items[np.minimum(np.searchsorted(self._ends, at, side="right"), self._items.size - 1)]
 
     def _of_user(self, user: int) -> Ints:
@@ -127,7 +128,7 @@ class NegativeDraws:
 
     @staticmethod
     def _negatives(requests: Events, items: Ints) -> Events:
-        """The events of requests [M] with other items, label 0, an unknown action and no further labels."""
+        """Copies of the requests' events [M] with `items`, label 0, the unknown action and NaN for all other labels."""
         extra = {
             name: np.full_like(values, np.nan) if name.startswith(LABEL) else values
             for name, values in requests.extra.items()

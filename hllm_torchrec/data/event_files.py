@@ -1,9 +1,9 @@
-"""Event files: users' complete sequences as memory-mapped columns, from which any users are read without decoding.
+"""Event files: users' complete sequences as memory-mapped columns, with random access by user and no decoding.
 
 A file is an Arrow IPC file, uncompressed, with one record batch of one row per user, in ascending order of the user
-ids: `user_id`, `valid_start` and `test_start` (the user's events before the cuts of the base's split; in an append,
-where they have no meaning, 0), and a list column of each column of the dataset's events (`EventSchema.columns`). Labels
-have NaN for null, so that all columns are views of the file.
+ids: `user_id`, `valid_start` and `test_start` (the number of the user's events before each cut of the base's split;
+always 0 in an append, where they have no meaning), and one list column for each column of the dataset's events
+(`EventSchema.columns`). A missing label is NaN instead of null, so that all columns can be views of the file.
 
 Legend: R rows (users), T events of all rows.
 """
@@ -37,8 +37,8 @@ def _file_schema(stored: Mapping[str, pa.DataType]) -> pa.Schema:
 class EventFile:
     """An open event file; `events` are views of the mapped file.
 
-    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: bounds
-    of the events' seconds, which need not be the narrowest; None: they are not known.
+    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: a lower
+    and an upper bound of the events' seconds; None: unknown.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class EventFile:
         """Map a file, and check its users and offsets; events are checked when they are read.
 
         Raises:
-            ValueError: the file is damaged or has another layout; names it.
+            ValueError: the file is damaged or has another layout; the message names the file.
         """
         with error_location(path), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
             names = [column.name for column in rows.schema.columns]
@@ -61,7 +61,7 @@ class EventFile:
             if not reader.schema.equals(schema) or reader.num_record_batches != 1:
                 raise ValueError("it is not one batch of the columns of an event file")
             batch = reader.get_batch(0)
-            batch.validate()  # what a full one adds is checked below, of all columns at once
+            batch.validate()  # the further checks of full=True are made below, for all columns together
             lists = [batch.column(name) for name in names]
             if any(column.null_count for column in batch.columns) or any(one.values.null_count for one in lists):
                 raise ValueError("a value is null")
@@ -90,7 +90,7 @@ class EventFile:
     def lengths_before(self, second: int) -> Ints:
         """[R] number of events of each row before a second."""
         first, last = self.seconds or (-math.inf, math.inf)
-        if last < second:  # of most files, since cuts are late: no event has to be looked at
+        if last < second:  # true for most files, since cuts are late: no event has to be read
             return self.lengths
         if first >= second:
             return np.zeros_like(self.lengths)
@@ -109,16 +109,16 @@ class EventFile:
         return None
 
     def rows_of(self, users: Ints) -> tuple[Ints, Ints]:
-        """(places in `users`, rows) of the users that the file has, both ascending; `users` ascend."""
+        """(indices in `users`, rows of the file) of the `users` that the file has, both ascending; `users` ascend."""
         first, last = np.searchsorted(self.user_ids, [users[0], users[-1] + 1])
-        own = self.user_ids[first:last]
-        if own.size < users.size:  # the smaller one is looked up in the larger one
-            places = np.searchsorted(users, own)
-            rows = np.flatnonzero(users[places] == own)
-            return places[rows], first + rows
-        rows = np.minimum(np.searchsorted(own, users), own.size - 1)
-        places = np.flatnonzero(own[rows] == users)
-        return places, first + rows[places]
+        stored = self.user_ids[first:last]
+        if stored.size < users.size:  # look up the smaller array in the larger one
+            indices = np.searchsorted(users, stored)
+            rows = np.flatnonzero(users[indices] == stored)
+            return indices[rows], first + rows
+        rows = np.minimum(np.searchsorted(stored, users), stored.size - 1)
+        indices = np.flatnonzero(stored[rows] == users)
+        return indices, first + rows[indices]
 
     def columns(self, where: slice | Ints, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Columns of the events at `where` as they are stored, unchecked; views for a slice."""
@@ -126,7 +126,7 @@ class EventFile:
         return {name: every[name][where] for name in names}
 
     def check(self, rows: Ints, names: Iterable[str], table_rows: TableRows) -> None:
-        """Raise ValueError for a value of `rows` [k] that is not allowed; names file, row, column and value."""
+        """Raise ValueError with file, row, column and value for the first value of `rows` [k] that is not allowed."""
         first = int(rows[0]) if rows.size else 0
         place = f"{self.path}, from row {first} on" if first else str(self.path)
         lengths = self.lengths[rows]
@@ -143,14 +143,14 @@ def check_columns(place: str, columns: Mapping[str, NDArray[Any]], lengths: Ints
 
 
 def _by_name(events: Events) -> dict[str, NDArray[Any]]:
-    """All columns of events, the extra ones among them."""
+    """Name -> values of all columns of events, including the declared ones."""
     return {column.name: getattr(events, column.name) for column in EVENT_COLUMNS} | events.extra
 
 
 def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, starts: Ints | None = None) -> None:
-    """Write the sequences of `user_ids` [R], in any order, whose `events` [T] follow each other.
+    """Write the sequences of `user_ids` [R], which may be in any order; `events` [T] are grouped in the same order.
 
-    starts: [R, 2]; None: an append's.
+    starts: [R, 2]; None: zeros, as in an append.
     """
     starts = np.zeros((user_ids.size, 2), np.int64) if starts is None else starts
     if (np.diff(user_ids) < 0).any():

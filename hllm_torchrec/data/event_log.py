@@ -1,11 +1,10 @@
-"""Events that a service was given, by user, in SQLite: what is appended is on the disk when `append` returns.
+"""Log of the events that a service received, by user, in SQLite; events are on disk when `append` returns.
 
 The file is in write-ahead mode with full synchronization, so a kill or a power failure loses nothing that was
 acknowledged. It holds raw ids. A forgotten user's events are overwritten on disk; only a keyed hash of the user's id
 remains, so that the user's events in a dataset that still has them are not read again.
 
-Events that a newer dataset version also contains are in both the log and the dataset; `ServiceHistories` counts them
-once.
+Events that a newer dataset version also contains are in the log and in the dataset; `ServiceHistories` uses them once.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ FORMAT = "1"
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """An event by raw ids. label: None if it is no exposure; action: its name, or None."""
+    """An event with raw ids. label: None if the event is not an exposure; action: name of the action, or None."""
 
     item: str
     timestamp: int
@@ -43,11 +42,11 @@ class LoggedEvent:
 
 
 class EventLog:
-    """Opens (or makes) the file; any thread may use it. One process at a time.
+    """Opens or creates the file. Any thread may use the object; only one process may open the file at a time.
 
     Raises:
-        ValueError: it cannot be opened, or another process has it.
-        UnavailableError: by all other methods: the file cannot be read or written (a full disk).
+        ValueError: the file cannot be opened, or another process has it open.
+        UnavailableError: raised by all methods when the file cannot be read or written (for example, a full disk).
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +54,7 @@ class EventLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
-            # The lock of the first write is kept: a second service of the same file would not see these events.
+            # EXCLUSIVE keeps the lock of the first write: a second service on the same file would miss events.
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._connection.executescript(_TABLES)
@@ -73,7 +72,7 @@ class EventLog:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The lock of the connection; errors of SQLite name the file."""
+        """Hold the lock of the connection; convert errors of SQLite to UnavailableError that names the file."""
         with self._lock:
             try:
                 yield
@@ -108,7 +107,7 @@ class EventLog:
                 self._connection.execute("BEGIN")
                 deleted = self._connection.execute("DELETE FROM events WHERE user = ?", (user,)).rowcount
                 self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
-            # What was deleted would stay in the write-ahead file until it is written over.
+            # Without this, the deleted rows would remain in the write-ahead file until they are overwritten.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for listener in list(self.listeners):
             listener(user)
@@ -133,7 +132,7 @@ class EventLog:
     def forget_those_of(self, tombstones: Tombstones) -> int:
         """Forget the users and items that a dataset has forgotten; returns the number of events.
 
-        A user who was forgotten here before, and came back, keeps what came since.
+        A user that this log has already forgotten, and who came back, keeps the events logged since then.
         """
         if not tombstones:
             return 0
@@ -151,7 +150,7 @@ class EventLog:
         return self._number("WHERE user = ? AND number <= ?", user, until)
 
     def number_of(self, users: Collection[str], items: Collection[str]) -> int:
-        """Number of events of the users or of the items."""
+        """Number of events whose user is in `users` or whose item is in `items`."""
         of_users = {user: self._number("WHERE user = ?", user) for user in users}
         both = sum(self._number("WHERE user = ? AND item = ?", user, item) for user in of_users for item in items)
         return sum(of_users.values()) + sum(self._number("WHERE item = ?", item) for item in items) - both
@@ -162,7 +161,7 @@ class EventLog:
         return int(found[0])
 
     def is_forgotten(self, user: str) -> bool:
-        """True if `forget` was called for the user: what a dataset has of the user is not to be read."""
+        """True if `forget` was called for the user: the user's events in a dataset must not be read."""
         with self._held():
             found = self._connection.execute("SELECT 1 FROM forgotten WHERE user = ?", (self._hash(user),)).fetchone()
         return found is not None
@@ -180,10 +179,10 @@ class EventLog:
 
 
 def is_event_log(path: Path) -> bool:
-    """True if an SQLite file is one of this module's.
+    """True if an SQLite file has the tables of an event log.
 
     Raises:
-        sqlite3.Error: it is damaged, or another process has it.
+        sqlite3.Error: the file is damaged, or another process has it open.
     """
     with closing(sqlite3.connect(path, timeout=1)) as connection:
         found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

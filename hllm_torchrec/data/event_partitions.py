@@ -1,4 +1,4 @@
-"""Partitions of events on disk, divided by user, so that memory is bounded by a partition and not by the dataset.
+"""Partitions of events on disk, divided by user, so that memory is bounded by the size of a partition.
 
 A partition holds all events of its users. It is written in source order while the source is read, then rewritten
 once, sorted by (user, timestamp, source row) with user numbers instead of raw ids.
@@ -97,7 +97,7 @@ def hash_strings(values: pa.Array) -> np.ndarray:
         place = np.arange(len(data)) - np.repeat(starts, lengths)
         # reduceat sums from each start to the next one; an empty string would give a wrong sum, hence the assertion.
         sums = np.add.reduceat((data.astype(np.uint64) + np.uint64(1)) * powers[place], starts)
-        # The low bits of the product depend on few bits of the sum: callers take a remainder, so drop them.
+        # Drop the low bits: callers take a remainder, and the low bits of the product depend on few bits of the sum.
         return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
 
 
@@ -105,8 +105,8 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
     """Sort one partition by (user, timestamp, order) and apply the policy for duplicate events.
 
     Args:
-        table: columns `raw_user_id`, those of the dataset's events (`item` int64 is an item number) and `order`; rows
-            by ascending order.
+        table: has the columns `raw_user_id` and `order` and the columns of the dataset's events, of which `item` int64
+            is an item number; its rows are sorted by `order`.
         first_user: number of the partition's first user.
 
     Returns:
@@ -122,7 +122,7 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
     sort = np.lexsort((time, user))  # stable, so ties keep the order of the source
     repeated = _repeated(user[sort], time[sort], item[sort])
     if repeated.any():
-        # Report the duplicate that comes first in the source, not the one of the smallest user number.
+        # Report the first duplicate in the order of the source; the table is now sorted by user number.
         first = sort[repeated][np.argmin(order[sort][repeated])]
         path, row = locate(int(order[first]))
         problem = f"user {users.dictionary[int(user[first])]} has this item in this second already"
@@ -195,7 +195,7 @@ class SortedPartitions:
             if self.alive_users is None or self.alive_items is None:
                 yield read_stream(path, columns)
                 continue
-            # The masks need `user` and `item`, also if the caller does not.
+            # The masks need `user` and `item`, even if the caller does not ask for them.
             table = read_stream(path, columns and list(dict.fromkeys(["user", "item", *columns])))
             assert table is not None, path
             user, item = table["user"].to_numpy(), table["item"].to_numpy()

@@ -1,15 +1,15 @@
-"""`EventSchema`: the columns that events have besides item, time, first label and action, as data in the manifest.
+"""`EventSchema`: columns of events in addition to item, time, first label and action, declared in the manifest.
 
-The table mapping declares labels of several kinds, a weight, a sampling rate and request context; the manifest keeps
-them, and ingest, append, reader, collator, tasks, predictions and scorer take their columns from here. No code names a
-column of a source. A dataset without a declaration has one binary label.
+The table mapping declares labels of several kinds, a weight, a sampling rate and request context; the manifest stores
+the declaration, and all code from ingest to scoring takes the columns from `EventSchema`, so no code contains a column
+name of a source. A dataset without a declaration has one binary label.
 
-The first label decides what an exposure is: an event whose first label is known. It is the column `labels` of `Events`;
-all others are columns of `Events.extra`:
+An exposure is an event whose first label is known. The first label is the column `labels` of `Events`; all other
+declared columns are in `Events.extra`:
 
     label_<name>      float32: 0 or 1, a number, or the index of an ordinal value; NaN where it is not defined
     weight            float32, at least 0
-    sampling_rate     float32 in (0, 1]: the share of exposures with first label 0 that was kept in the row's source
+    sampling_rate     float32 in (0, 1]: sampling rate of the exposures with first label 0 in the row's source
     context_<name>    int32 id of a categorical value (0: unknown), or float32 number (NaN: unknown)
 """
 
@@ -29,6 +29,8 @@ LABEL_KINDS = ("binary", "regression", "ordinal")
 CONTEXT_KINDS = ("categorical", "numeric")
 TRANSFORMS = ("log1p",)
 WEIGHT, SAMPLING_RATE = "weight", "sampling_rate"
+WHOLE_FLOAT = r"^(-?\d+)\.0+$"
+"""Regular expression of a whole number that was written as a float: categorical values are read without the zeros."""
 LABEL, CONTEXT = "label_", "context_"
 """Prefixes of the columns of labels and of context."""
 
@@ -37,8 +39,8 @@ LABEL, CONTEXT = "label_", "context_"
 class LabelColumn:
     """A label: its kind and where it is defined.
 
-    transform: of a regression, "log1p" (the loss compares transformed values) or None; values: of an ordinal, in
-    order; given: another label; this one is defined only where that is 1 (a like, given a click).
+    transform: for regression, "log1p" (the loss compares transformed values) or None; values: for ordinal, all values
+    in order; given: name of another label; this label is defined only where that label is 1 (a like, given a click).
     """
 
     name: str
@@ -49,25 +51,25 @@ class LabelColumn:
 
     @property
     def column(self) -> str:
-        """Name of its column, unless it is the first label."""
+        """Name of the label's column in `Events.extra`; not used for the first label."""
         return f"{LABEL}{self.name}"
 
     def to_json(self) -> dict[str, Any]:
-        """Its entry in the manifest."""
-        own = {"kind": self.kind, "transform": self.transform, "values": list(self.values), "given": self.given}
-        return {"name": self.name} | {key: value for key, value in own.items() if value}
+        """The label's entry in the manifest."""
+        optional = {"kind": self.kind, "transform": self.transform, "values": list(self.values), "given": self.given}
+        return {"name": self.name} | {key: value for key, value in optional.items() if value}
 
 
 @dataclass(frozen=True)
 class ContextColumn:
-    """A value of the request: categorical or numeric."""
+    """A declared value of the request: categorical or numeric."""
 
     name: str
     kind: Literal["categorical", "numeric"] = "categorical"
 
     @property
     def column(self) -> str:
-        """Name of its column."""
+        """Name of the column in `Events.extra`."""
         return f"{CONTEXT}{self.name}"
 
 
@@ -84,10 +86,10 @@ class EventSchema:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> "EventSchema":
-        """The schema of a dataset; of one without a declaration, one binary label.
+        """The schema of a dataset; without a declaration it has one binary label.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the declaration is damaged.
         """
         declared = manifest.get("event_schema")
         if declared is None:
@@ -113,6 +115,14 @@ class EventSchema:
         }
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Each declared column as it is in the manifest, by what it is: equal exactly for equal schemas."""
+        found: dict[str, Any] = {f"label {one.name}": one.to_json() for one in self.labels}
+        found |= {"labels": list(self.label_names), "context": [one.name for one in self.context]}
+        found |= {WEIGHT: self.weighted, SAMPLING_RATE: self.sampled}
+        return found | {f"context {one.name}": one.kind for one in self.context}
+
+    @property
     def is_default(self) -> bool:
         """True if events have one binary label and nothing else."""
         return self == EventSchema()
@@ -128,7 +138,7 @@ class EventSchema:
 
     @property
     def columns(self) -> tuple[EventColumn, ...]:
-        """All columns of an event, in the order of files."""
+        """All columns of an event, in the order of the files."""
         return (*EVENT_COLUMNS, *self.extra)
 
     @property
@@ -147,10 +157,10 @@ class EventSchema:
         return tuple(label.name for label in self.labels)
 
     def label(self, name: str) -> LabelColumn:
-        """The label of a name.
+        """The label with this name.
 
         Raises:
-            ValueError: there is none; names those that there are.
+            ValueError: the dataset has no such label; the message lists its labels.
         """
         for label in self.labels:
             if label.name == name:
@@ -159,11 +169,14 @@ class EventSchema:
         raise ValueError(f"no label {name!r}{did_you_mean(name, known)}; the dataset has {', '.join(known)}")
 
     def label_values(self, name: str, labels: NDArray[Any], extra: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The values [n] of a label among the columns of events; NaN where it is not defined."""
+        """The values [n] of the label `name`, taken from events' `labels` or `extra`; NaN where it is not defined."""
         return labels if name == self.labels[0].name else extra[self.label(name).column]
 
     def broken_rule(self, column: str, values: NDArray[Any]) -> tuple[NDArray[np.bool_], str]:
-        """(bool [n] of the values that a column of `extra` may not hold, the rule). NaN is an unknown value."""
+        """(mask (bool [n]) of the values that are not allowed in a column of `extra`, the rule). NaN: unknown, allowed.
+
+        Weights and sampling rates must not be NaN.
+        """
         known = ~np.isnan(values)
         if column == WEIGHT:
             return ~((values >= 0) & (values < np.inf)), "a weight is a number of at least 0"
@@ -180,7 +193,7 @@ class EventSchema:
 
 
 def label_range(label: LabelColumn, values: NDArray[Any]) -> NDArray[np.bool_]:
-    """True for the stored values [n] that a label of this kind can have."""
+    """Mask (bool [n]) of the stored values that a label of this kind can have."""
     if label.kind == "binary":
         return (values == 0) | (values == 1)
     if label.kind == "ordinal":
@@ -189,7 +202,7 @@ def label_range(label: LabelColumn, values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def label_rule(label: LabelColumn) -> str:
-    """The range of a label's kind in words."""
+    """Description of the values that a label of this kind can have, for messages."""
     if label.kind == "binary":
         return "0 or 1"
     if label.kind == "ordinal":
@@ -198,7 +211,7 @@ def label_rule(label: LabelColumn) -> str:
 
 
 def schema_problems(schema: EventSchema) -> list[str]:
-    """Every broken rule of a declaration, as 'field: problem; remedy'."""
+    """All broken rules of a declaration, each as 'field: problem; remedy'."""
     found, names = [], schema.label_names
     first = schema.labels[0]
     if first.kind != "binary" or first.given:

@@ -1,9 +1,9 @@
 """Events and users' sequences of events as columns; `Events` is the single definition of the columns of every event.
 
-Columns that a source declares (further labels, weights, context: `data.event_schema`) are carried along in `extra`, by
-name: preparation writes them, and loader, embedding jobs, scorer and baselines pass them on.
+Columns that a source declares (further labels, weights, context: `data.event_schema`) are in `extra`, by name, from
+preparation to scoring.
 
-Legend: n events of one user, T events of R users one after the other.
+Legend: n events of one user, T events of R users, concatenated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: 
 
 @dataclass(frozen=True)
 class Events:
-    """Events of one user, or of several users one after the other, sorted by time within a user.
+    """Events of one user, or the concatenated events of several users, sorted by time within a user.
 
     All columns are [n]. A field's metadata becomes its entry of `EVENT_COLUMNS`. extra: declared columns by name,
     float32 (NaN: unknown) or int64 (0: unknown); empty if the dataset has none or they were not read.
@@ -46,7 +46,7 @@ class Events:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns by name, and `extra` if there are any: the arguments of the constructor."""
+        """The constructor's arguments: the columns by name, and `extra` if it is not empty."""
         return {name: getattr(self, name) for name in _NAMES} | ({"extra": self.extra} if self.extra else {})
 
     def __getitem__(self, chosen: slice | NDArray[Any]) -> "Events":
@@ -56,7 +56,7 @@ class Events:
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, ArrayLike]) -> "Events":
-        """Events of all their columns by name, those of `extra` among them, as arrays of the columns' dtypes."""
+        """Build events from all columns by name (declared ones go to `extra`), converted to the columns' dtypes."""
         extra = {name: np.asarray(values) for name, values in columns.items() if name not in _NAMES}
         return Events(*(columns[name] for name in _NAMES), extra=extra).as_arrays()  # type: ignore[arg-type]
 
@@ -68,18 +68,18 @@ class Events:
         return Events(**(values | known | {"timestamps": times})).as_arrays()
 
     def column(self, column: "EventColumn") -> NDArray[Any]:
-        """A column of `extra`; unknown if it was not read."""
+        """A column of `extra`; filled with its unknown value if it was not read."""
         return self.extra.get(column.name, _unknown(np.dtype(column.dtype), len(self)))
 
     def as_arrays(self) -> "Events":
-        """A copy with columns, which may be any sequences of numbers, as arrays of the columns' dtypes."""
+        """Convert the columns, which may be any sequences of numbers, to arrays of the columns' dtypes."""
         extra = {name: np.asarray(values) for name, values in self.extra.items()}
         extra = {name: values.astype(_extra_dtype(values.dtype), copy=False) for name, values in extra.items()}
         return Events(*(np.asarray(getattr(self, column.name), column.dtype) for column in EVENT_COLUMNS), extra=extra)
 
     @classmethod
     def concat(cls, parts: Iterable["Events"]) -> "Events":
-        """Concatenate the events of all parts (at least one); an extra column that a part lacks is unknown there."""
+        """Concatenate all parts (at least one); an extra column that a part lacks gets its unknown value there."""
         kept = list(parts)
         unknown = {name: values[:0] for part in kept for name, values in part.extra.items()}
         extra = {
@@ -93,9 +93,9 @@ class Events:
 class EventColumn:
     """Description of an event column.
 
-    name: its name in `Events` and, as lists, in sequence files; single: its name in the tables that preparation
-    sorts, with one row per event; stored: Arrow type in files; dtype: numpy dtype in memory; unknown: the value that
-    represents an unknown one.
+    name: name in `Events` and, as a list column, in sequence files; single: name in the tables of preparation, which
+    have one row per event; stored: Arrow type in files; dtype: numpy dtype in memory; unknown: the value that stands
+    for "unknown".
     """
 
     name: str
@@ -130,10 +130,11 @@ def _unknown(dtype: np.dtype[Any], size: int) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Piece(Events):
-    """A contiguous range of one user's events; `first_target` is the index in it of the first possible exposure.
+    """A contiguous range of one user's events.
 
-    offset: index of the range's first event in the user's complete sequence; complete: that sequence, up to the end of
-    the part; None: the range itself; requests: further requests, at seconds and for items that need not be events.
+    first_target: index in the range of the first possible exposure; offset: index of the range's first event in the
+    user's complete sequence; complete: the user's sequence up to the end of the part; None: the range itself; requests:
+    additional requests, whose seconds and items need not belong to an event.
     """
 
     user_id: int = field(kw_only=True)
@@ -155,7 +156,7 @@ class Piece(Events):
 
 @dataclass(frozen=True)
 class RowHeads:
-    """Facts of rows of a part's sequences: users, numbers of events, the first event of the part, and the number of
+    """Facts of the rows of a part's sequences: users, number of events, index of the part's first event, and number of
     events before a second, all int64 [R]."""
 
     user_ids: Ints
@@ -169,8 +170,8 @@ class Sequences(Events):
     """Rows of a part's sequences: each user's complete history up to the part's end. The event columns are [T].
 
     user_ids: int64 [R]; target_start: int64 [R], index in the user's sequence of the first event that belongs to the
-    part; offsets: int64 [R + 1], boundaries of the rows in the events, from 0; skipped: int64 [R], number of events
-    before the row's first one that were not read; None: rows are complete.
+    part; offsets: int64 [R + 1], boundaries of the rows in the events, from 0; skipped: int64 [R], number of events at
+    the start of each user's sequence that were not read; None: rows are complete.
     """
 
     user_ids: Ints = field(kw_only=True)
@@ -189,7 +190,7 @@ class Sequences(Events):
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
     def between(self, first: int, last: int) -> "Sequences":
-        """Complete rows number `first` to `last` - 1, as views."""
+        """The rows `first` to `last` - 1, as views; the rows must be complete."""
         assert self.skipped is None
         if first == 0 and last == self.user_ids.size:
             return self
@@ -203,26 +204,26 @@ class Sequences(Events):
 
     @property
     def own_events(self) -> Ints:
-        """Indices of the events that belong to the part itself, without the history before; of complete rows."""
+        """Indices of the events that belong to the part, without the history before it; the rows must be complete."""
         assert self.skipped is None
         return concat_ranges(self.offsets[:-1] + self.target_start, self.lengths - self.target_start)
 
     def piece(self, row: int) -> Piece:
-        """A row as one piece with the user's complete sequence."""
+        """A row as one piece that contains the user's complete sequence."""
         return self.cut(row, 0, int(self.offsets[row + 1] - self.offsets[row]), int(self.target_start[row]))
 
     def cut(self, row: int, start: int, end: int, first_target: int) -> Piece:
-        """The range [start, end) of a user's sequence, with exposures from `first_target` on; all count from its start.
+        """The range [start, end) of a user's sequence, with exposures from `first_target` on.
 
-        It must be within the row.
+        All three are indices in the user's complete sequence; the row must contain the range.
         """
         skipped = 0 if self.skipped is None else int(self.skipped[row])
         assert skipped <= start, "events that were not read"
         first = int(self.offsets[row]) - skipped
         part = self[first + start : first + end]
-        whole = self[first : int(self.offsets[row + 1])] if self.skipped is None else None
+        complete = self[first : int(self.offsets[row + 1])] if self.skipped is None else None
         target, user = first_target - start, int(self.user_ids[row])
-        return Piece(**part.columns, user_id=user, offset=start, first_target=target, complete=whole)
+        return Piece(**part.columns, user_id=user, offset=start, first_target=target, complete=complete)
 
     def pieces(self) -> Iterable[Piece]:
         """Iterate over all rows as pieces."""
@@ -232,8 +233,8 @@ class Sequences(Events):
 def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
     """Concatenate and decode tables of `sequence_schema`, or of equal subsets of its columns; no tables: no rows.
 
-    Missing columns hold their unknown value and take no memory, missing extra columns are left out; at least one event
-    column must be present.
+    Missing columns are filled with their unknown value, which takes no memory; missing extra columns are left out. At
+    least one event column must be present.
     """
     table = pa.concat_tables(tables or [SEQUENCE_SCHEMA.empty_table()]).combine_chunks()
     heads = [field.name for field in _HEADS]

@@ -1,24 +1,25 @@
-"""Evidence: what the log says about an exposure before its second, as a few numbers per exposure.
+"""Evidence: a few features per exposure that simple predictors compute from the events before it.
 
-A user encoder has to learn from gradients what simple predictors compute in closed form. Evidence hands it their
-results: a linear layer on these numbers is already a strong ranking model, and the network adds to its logit.
+A user encoder would have to learn from gradients what these predictors compute in closed form. A linear layer on the
+evidence features is already a strong ranking model; the network's output is added to its logit.
 
 Groups of columns (`data.evidence` names them):
 
-- factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the
-  user's visible events; and the item's bias in it.
-- items: mean value of the item's earlier events of all users, less the overall mean and shrunk; log of their number.
-- users: mean residual of the user's visible events, shrunk, and of the last ten of them; log of their number; log of
-  the seconds since the last one. A residual is value - mean - item bias.
+- factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the user's
+  visible events; and the item's bias in that model.
+- items: mean value of the item's earlier events of all users minus the overall mean, shrunk; log of their number.
+- users: mean residual of the user's visible events, and of the last ten of them, both shrunk; log of their number; log
+  of the seconds since the last one. A residual is value - mean - item bias.
 - neighbors: mean residual of the user's visible events, weighted by the similarity of their item's text embedding to
-  the candidate's, less the user's own mean; for two sharpnesses of the weights.
+  the candidate's, minus the user's mean residual; one column for each of two sharpnesses of the weights.
 - tastes: expected value of the item for this user by a regression on factors, texts and item statistics (`tastes`).
-- crosses: products of pairs of the CROSSED columns of the other groups, standardized first, so that a linear layer can
-  weigh a column by another one, such as a user's mean by the number of her events.
+- crosses: products of pairs of the CROSSED columns of the other groups, standardized before they are multiplied. With
+  them a linear layer can weight one column by another, such as the user's mean by the number of the user's events.
 
-Training, evaluation and serving call one function, `Evidence.columns`, which reads events of strictly earlier seconds
-only. The factors are fitted to the training part, so the training exposures themselves would be predicted too
-well: they are predicted by a fit without their user's fold (cross-fitting), all later ones by the fit of all users.
+Training, evaluation and serving call the same function, `Evidence.columns`, which uses only the user's events that the
+exposure may see. The factors are fitted to the training part, so they would predict the training exposures too well.
+Training exposures are therefore predicted by a fit without their user's fold (cross-fitting), all later exposures by
+the fit of all users.
 
 Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
 """
@@ -50,7 +51,7 @@ GROUPS = {
 }
 """Columns of each group that `data.evidence` may name, except CROSSES."""
 CROSSES = "crosses"
-"""Group of products of the others' columns, the last of all columns."""
+"""Group of the products of columns of the other groups; its columns come last."""
 CROSSED = (
     "expected",
     "item_mean",
@@ -62,32 +63,32 @@ CROSSED = (
     "neighbors_sharp",
 )
 LARGEST_FACTOR = 4.0
-"""Bound of the factors of a product, in standard deviations."""
+"""Columns are clipped to this absolute value, in standard deviations, before they are multiplied."""
 TEXT_GROUPS = ("neighbors", "tastes")
-"""Groups that use text embeddings; tastes also work without them."""
+"""Groups that use text embeddings; "tastes" also works without them."""
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
 FOLDS = 5
 SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
-"""Pseudo-residuals of 0 in means over all, and over the last RECENT, events."""
+"""Number of pseudo-events with residual 0 in the means over all events, and over the last RECENT events."""
 RECENT = 10
 SHARPNESS = (5.0, 10.0)
 """Weight of a neighbor: exp(sharpness * cosine)."""
 TYPICAL_COSINE = 0.2
-"""The neighbors' mean is shrunk by SHRINKAGE pseudo-events of this cosine."""
+"""Cosine of the SHRINKAGE pseudo-events that shrink the neighbors' mean."""
 _EXPOSURES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class EvidenceModel:
-    """The fitted part of evidence; belongs to a run and does not change during it.
+    """The fitted parameters of evidence; they belong to a run and do not change during it.
 
-    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the
-    users of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]:
+    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, fit k without the
+    users of fold k, the last one with all users; fitted_until: last second of the fit's events; center, spread [F]:
     mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression
     of the labels on the columns; text_center [E]: mean text embedding, empty without texts; taste_text [E, P]:
-    projection of unit embeddings to descriptors; taste_center, taste_spread [2]: an item's shrunk mean value and log
-    count, less the center and divided by the spread, are descriptors; all three empty without tastes. All float64.
+    projection of unit embeddings to descriptors; taste_center, taste_spread [2]: mean and scale by which an item's
+    shrunk mean value and log count become descriptors; all three are empty without tastes. All float64.
     """
 
     loadings: Doubles
@@ -136,7 +137,7 @@ class EvidenceModel:
 
 
 def _is_new(one: Field[Any]) -> bool:
-    """True for a field that files of earlier versions lack."""
+    """True for a field that files of earlier versions do not have."""
     return one.default_factory is not MISSING
 
 
@@ -159,10 +160,10 @@ def crossed_pairs(names: tuple[str, ...]) -> list[tuple[int, int]]:
 
 
 def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
-    """[X, F] standardized columns of the groups `names`, and products of pairs of them, standardized as well.
+    """[X, F] standardized columns of the groups `names`, then the products of pairs of them.
 
-    raw: the columns without products; center, spread: of all columns, or without those of products, which then are not
-    standardized.
+    raw: the columns without products; center, spread: of all columns, so that the products are standardized too; or
+    only of the columns without products, so that the products are not standardized.
     """
     width, pairs = raw.shape[1], crossed_pairs(names)
     columns: Doubles = (raw - center[:width]) / spread[:width]
@@ -177,7 +178,7 @@ def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[st
 
 
 def fold_of_users(user_ids: Ints) -> Ints:
-    """Fold [n] of each user, a function of its id alone."""
+    """Fold [n] of each user, a function of the user id only."""
     return (hash_columns(user_ids) % np.uint64(FOLDS)).astype(np.int64)
 
 
@@ -186,10 +187,10 @@ class Evidence:
 
     Args:
         model: fitted to the run's training part.
-        statistics: of all events of the dataset.
+        statistics: item statistics of all events of the dataset.
         action_values: `Dataset.action_values`.
-        text: [N, E] text embeddings of all items, for "neighbors" and "tastes" (which also work without); else None.
-        delay: seconds after which an event may be seen (`data.feedback_delay`).
+        text: [N, E] text embeddings of all items for "neighbors" and "tastes", or None ("tastes" works without them).
+        delay: seconds from an event until it may be seen (`data.feedback_delay`).
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class Evidence:
         self._text = None if text is None else unit_rows(text, model.text_center)
 
     def with_new_items(self, text: Floats | None) -> "Evidence":
-        """The evidence of a catalogue followed by new items with text embeddings `text` [n, E]."""
+        """A copy for the catalogue followed by new items with text embeddings `text` [n, E]."""
         found = copy(self)
         if text is not None and self._text is not None:
             found._text = np.concatenate([self._text, unit_rows(text, self.model.text_center)])
@@ -221,8 +222,8 @@ class Evidence:
         """[X, F] float32 standardized columns of exposures of `items` [X] at `seconds` [X] to one user.
 
         events: the user's complete sequence; seen: [X] number of its events, from the first, that each exposure may
-        see; fitted: the exposures are of the training part (those up to `fitted_until` are then predicted without the
-        user's fold).
+        see; fitted: True for exposures of the training part (those up to `fitted_until` are then predicted by the fit
+        without the user's fold).
         """
         found = np.empty((items.size, self.width), np.float32)
         held_out = fitted & (seconds <= self.model.fitted_until)
@@ -238,7 +239,7 @@ class Evidence:
         """[X, F] columns before standardization."""
         values = event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
-        rated = np.concatenate([[0], np.cumsum(known)])[seen]  # of the seen events, those with a value
+        rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value
         past, fitted_items = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
         groups = {
             "factors": lambda: past.expected(fitted_items),
@@ -256,7 +257,7 @@ class Evidence:
         return np.stack([(total - count * mean) / (count + SHRINKAGE), np.log1p(count)], axis=1)
 
     def _tastes(self, timestamps: Ints, past: "_Past", items: Ints, seconds: Ints) -> Doubles:
-        """[X, 1] expected value of the items by the user's tastes; timestamps: of the past's events."""
+        """[X, 1] expected value of the items by the user's tastes; timestamps: seconds of the events of `past`."""
         fit, known = past.fit, _known(items, past.fit)
         of_past = self._descriptors(past.items, timestamps, fit)
         asked = self._descriptors(items, seconds, fit)
@@ -264,7 +265,7 @@ class Evidence:
         return (fit.mean + fit.bias[known] + residual)[:, None]
 
     def _descriptors(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
-        """[n, J] descriptors of `items` [n] as of `seconds` [n]: see `tastes`."""
+        """[n, J] descriptors of `items` [n] from the events before `seconds` [n]; see `tastes`."""
         statistics = (self._of_items(items, seconds, fit.mean) - self.model.taste_center) / self.model.taste_spread
         parts = [fit.loadings[_known(items, fit)], statistics]
         if self._text is not None:
@@ -273,7 +274,7 @@ class Evidence:
 
 
 class _Past:
-    """One user's events with a value, of which exposure x sees the first rated[x]."""
+    """One user's events that have a value; exposure x sees the first rated[x] of them."""
 
     def __init__(self, items: Ints, values: AnyFloats, rated: Ints, fit: ItemFactors) -> None:
         self.items, self.values, self.rated, self.fit = items, values, rated, fit
@@ -288,7 +289,7 @@ class _Past:
         return np.stack([self.fit.mean + bias + (self.fit.loadings[items] * z).sum(1), bias], axis=1)
 
     def means(self) -> Doubles:
-        """[X, 2]: shrunk mean residual of all seen events, and of the last RECENT of them."""
+        """[X, 2]: shrunk mean residual of all visible events, and of the last RECENT of them."""
         first = np.maximum(self.rated - RECENT, 0)
         recent = (self._sums[self.rated] - self._sums[first]) / (self.rated - first + RECENT_SHRINKAGE)
         return np.stack([self._user_mean, recent], axis=1)
@@ -298,7 +299,7 @@ class _Past:
         return self._sums[self.rated] / (self.rated + SHRINKAGE)
 
     def neighbors(self, items: Ints, text: Floats | None) -> Doubles:
-        """[X, 2] similarity-weighted mean residuals, less the user's mean, for both values of SHARPNESS."""
+        """[X, 2] similarity-weighted mean residuals minus the user's mean, one column per value of SHARPNESS."""
         assert text is not None
         found = np.zeros((items.size, len(SHARPNESS)))
         history, user_mean = text[self.items], self._user_mean
@@ -315,12 +316,12 @@ class _Past:
 
 
 def _known(items: Ints, fit: ItemFactors) -> Ints:
-    """Items that came after the fit as the unknown item 0: the mean loadings of the prior, and no bias."""
+    """Replace items that were added after the fit by the unknown item 0 (mean loadings of the prior, bias 0)."""
     return np.where(items < fit.bias.size, items, 0)
 
 
 def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
-    """[X] log(1 + seconds since the last seen event); 0 without one."""
+    """[X] log(1 + seconds since the last visible event); 0 without a visible event."""
     if timestamps.size == 0:
         return np.zeros(seen.size)
     last = timestamps[np.maximum(seen - 1, 0)]
@@ -328,13 +329,13 @@ def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
 
 
 def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:
-    """Embeddings [n, E] less `center` [E], each of unit length."""
+    """Embeddings [n, E] minus `center` [E], scaled to unit length."""
     centered = embeddings - center
     return (centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-6)).astype(np.float32)
 
 
 def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
-    """The evidence of the run in `folder`; None if its configuration names no groups.
+    """The fitted evidence of the run in `folder`; None if `names` is empty.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -346,7 +347,7 @@ def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
 
 
 def evidence_problems(names: tuple[str, ...]) -> list[str]:
-    """Messages for names of `data.evidence` that are no group."""
+    """Error messages for names in `data.evidence` that are not groups."""
     groups = [*GROUPS, CROSSES]
     if names == (CROSSES,):
         return [f"data.evidence: {CROSSES!r} multiplies columns of other groups: name {', '.join(GROUPS)} as well"]

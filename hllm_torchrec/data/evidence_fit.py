@@ -1,4 +1,4 @@
-"""Fit of evidence to the training part: item factors with and without each fold, the columns' scales, and the weights.
+"""Fit of evidence to the training part: item factors of all users and without each fold, columns' scales, weights.
 
 Legend: X training exposures, F columns.
 """
@@ -27,9 +27,9 @@ from hllm_torchrec.data.tastes import STATISTICS_SCALE, TEXT_SCALE, principal_co
 from hllm_torchrec.data.visibility import visible_before
 
 MAX_EXPOSURES = 200_000
-"""Training exposures, of the first users, to which scales and weights are fitted."""
+"""Approximate maximum of training exposures (those of the first users) to which scales and weights are fitted."""
 RIDGE, CROSS_RIDGE, NEWTON_STEPS = 1.0, 30.0, 12
-"""Penalties of the squared weights of columns and of their products; steps of the regression."""
+"""Ridge penalties of the weights of columns, and of the weights of products; Newton steps of the regression."""
 
 
 def fit_evidence(
@@ -43,11 +43,11 @@ def fit_evidence(
 
     Args:
         names: groups of columns, see `evidence.GROUPS`.
-        text: [N, E] text embeddings of all items, for neighbors and tastes; else None.
+        text: [N, E] text embeddings of all items for "neighbors" and "tastes", or None.
         delay: seconds from an event until it may be seen.
 
     Raises:
-        ValueError: all training values are equal, or are without the users of a fold.
+        ValueError: without the users of some fold, the training values are missing or all equal.
     """
     options = options or FactorOptions()
     ratings = training_ratings(dataset, options.max_users)
@@ -80,7 +80,7 @@ def fit_evidence(
     raw = Evidence(plain, unscaled, statistics, dataset.action_values, text, delay)
     x, y = _training_columns(dataset, raw)
     center, spread = x.mean(0), _spread(x)
-    # Unscaled: `standardized` scales products only if `center` covers them, and here it ends with the plain columns.
+    # The products are not standardized here, because `center` covers only the columns without products.
     products = standardized(x, center, spread, names)[:, width:]
     center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
     penalties = np.append(np.full(width, RIDGE), np.full(products.shape[1], CROSS_RIDGE))
@@ -95,9 +95,9 @@ def _spread(x: Doubles) -> Doubles:
 def _with_tastes(
     model: EvidenceModel, dataset: Dataset, statistics: ItemStatistics, text: Floats | None, delay: int, scale: float
 ) -> EvidenceModel:
-    """The model with descriptors of tastes; scale: standard deviation of the values."""
-    # The two columns of the group "items", unscaled. Their spread is divided so that one standard deviation of a
-    # descriptor has a prior effect of STATISTICS_SCALE standard deviations of the values (see `tastes`).
+    """The model with the parameters of the descriptors for tastes; scale: standard deviation of the values."""
+    # The two columns of the group "items", unscaled. The division makes the descriptors' standard deviation
+    # STATISTICS_SCALE * scale, which sets their prior effect on the value (see `tastes`).
     items = Evidence(("items",), _without_scales(model, 2), statistics, dataset.action_values, None, delay)
     x, _ = _training_columns(dataset, items)
     found = replace(model, taste_center=x.mean(0), taste_spread=_spread(x) / (STATISTICS_SCALE * scale))
@@ -111,7 +111,7 @@ def _without_scales(model: EvidenceModel, width: int) -> EvidenceModel:
 
 
 def _training_columns(dataset: Dataset, evidence: Evidence) -> tuple[Doubles, Doubles]:
-    """Columns [X, F] and labels [X] of training exposures: those of the first users, about MAX_EXPOSURES at most."""
+    """Columns [X, F] and labels [X] of the training exposures of the first users, until MAX_EXPOSURES are reached."""
     by_second = dataset.visibility == "second"
     columns, labels, count = [], [], 0
     for events, targets, user in _training_users(dataset):
@@ -139,7 +139,7 @@ def _last_training_second(dataset: Dataset) -> int:
 
 
 def _logistic_regression(x: Doubles, y: Doubles, penalties: Doubles) -> Doubles:
-    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton; ridge penalties [F]."""
+    """[F + 1] bias and weights of a logistic regression of labels [X] on columns [X, F]; Newton steps, ridge [F]."""
     with_bias = np.column_stack([np.ones(len(x)), x])
     ridge = np.diag([1e-9, *penalties])
     beta = np.zeros(with_bias.shape[1])

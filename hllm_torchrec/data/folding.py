@@ -1,8 +1,9 @@
-"""Folding of appends, so that reading a year of days costs little more than reading one base.
+"""Folding of appends, so that reading a base with a year of daily appends costs little more than reading one base.
 
-Every two appends of a level are folded into one of the next level, and appends that have outgrown their base are
-folded with it into a new base. So an event is copied only a few times in all, without parsing text or looking up ids. A
-version's manifest lists the folded files instead of those whose contents they have; earlier versions keep their own.
+Two appends of the same level are merged into one of the next level. When the appends together are large compared to
+their base, they are merged with it into a new base. So each event is copied only a few times, without parsing text or
+looking up ids. The manifest of the new version lists the merged files instead of the original ones; earlier versions
+continue to list the original files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,23 +22,23 @@ from hllm_torchrec.data.merging import UserEvents
 from hllm_torchrec.data.validation import TableRows, read_table
 
 FACTOR = 2
-"""Number of appends of a level that one of the next level holds."""
+"""Number of appends of one level that are merged into an append of the next level."""
 MOST_EVENTS = 20_000_000
-"""Largest number of events that are folded, in memory; larger appends are few, and stay as they are."""
-OUTGROWN, LEAST_EVENTS = 0.125, 50_000
-"""Appended events above this share of the base's events, and above this number, are folded with the base."""
+"""Maximum number of events merged in memory; larger appends are few, and are not folded."""
+OUTGROWN, LEAST_EVENTS = 0.05, 50_000
+"""Appends are merged with the base if they have more than this share of its events, and more than this number."""
 
 
 @dataclass(frozen=True)
 class Append:
-    """Files that an append, or several folded ones, added: `event_files` below `folder`; others by their names."""
+    """Files of an append or of several folded ones: `event_files` in `folder`; other files have fixed names."""
 
     folder: Path
     event_files: Sequence[str]
 
 
 def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int, int]:
-    """(number of the last entries of `appends` to fold with a new one of `events` events, level of the result)."""
+    """(number of the newest `appends` to fold with a new append of `events` events, level of the result)."""
     level = taken = 0
     while True:
         same = 0
@@ -51,8 +52,8 @@ def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int
 
 def is_outgrown(manifest: Mapping[str, Any]) -> bool:
     """True if a version's appends should be folded with its base into a new one."""
-    whole, appended = manifest["counts"]["events"], sum(one["events"] for one in manifest.get("appends", ()))
-    return whole <= MOST_EVENTS and appended > max(LEAST_EVENTS, OUTGROWN * (whole - appended))
+    total, appended = manifest["counts"]["events"], sum(one["events"] for one in manifest.get("appends", ()))
+    return total <= MOST_EVENTS and appended > max(LEAST_EVENTS, OUTGROWN * (total - appended))
 
 
 def fold_appends(parts: Sequence[Append], folder: Path, rows: TableRows) -> list[str]:
@@ -89,9 +90,9 @@ def _tables(parts: Sequence[Append], name: str) -> list[pa.Table]:
 
 
 def _newest(tables: list[pa.Table], key: str) -> pa.Table:
-    """The last row of each id, by id."""
-    whole = pa.concat_tables(tables, promote_options="default")
-    ids = whole[key].to_numpy()
+    """The last row of each id, sorted by id."""
+    rows = pa.concat_tables(tables, promote_options="default")
+    ids = rows[key].to_numpy()
     order = np.argsort(ids, kind="stable")
     last = np.append(np.diff(ids[order]) > 0, True)
-    return whole.take(pa.array(order[last]))
+    return rows.take(pa.array(order[last]))

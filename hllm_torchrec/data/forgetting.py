@@ -1,11 +1,11 @@
-"""`forget`: takes users and items out of every version of a dataset; their numbers stay, as tombstones.
+"""`forget`: removes users and items from every version of a dataset; their numbers remain reserved as tombstones.
 
-Files of a version are never changed. What holds an event or a row of a forgotten id is written again without it, below
-`bases/<version>` of a new version, and the manifests of all kept versions name the new files (`data.rewriting`). So no
-reader of any version finds the events, and no number changes. `prune` removes the old files later; with `erase` they
-are removed at once.
+Files of a version are never changed. Each file with an event or a row of a forgotten id is written again without it,
+into `bases/<version>` of a new version, and the manifests of all existing versions are replaced by manifests that name
+the new files (`data.rewriting`). So no reader of any version finds the events, and no other number changes. `prune`
+removes the old files later; with `erase` they are removed at once.
 
-A process that is killed leaves each version as it was or without the ids; the same call finishes the rest.
+If the process is killed, each version either still has all the ids or none of them; the same call completes the work.
 """
 
 import logging
@@ -56,16 +56,16 @@ class Names:
     items: Sequence[str] = ()
 
     def of(self, name: str) -> Sequence[str]:
-        """The raw ids of a map."""
+        """The raw ids for one table, "users" or "items"."""
         return self.users if name == USERS else self.items
 
 
 @dataclass
 class DatasetReport:
-    """What `forget` did, or would do.
+    """Result of `forget`, or of its dry run.
 
-    numbers: map -> raw id -> number (0: the dataset never had it); found: number of what was found, by kind; version:
-    the new version, None if nothing was left to do; freed: bytes.
+    numbers: table -> raw id -> number (0: the dataset never had the id); found: kind -> number of removed things
+    (versions, rows, events); version: the new version, None if nothing was changed; freed: bytes.
     """
 
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -74,19 +74,21 @@ class DatasetReport:
     freed: int = 0
 
     def ids(self, name: str) -> Ints:
-        """Ascending numbers of a map's ids that the dataset has."""
+        """Ascending numbers of the ids of a table that the dataset has."""
         return np.array(sorted({number for number in self.numbers[name].values() if number}), np.int64)
 
 
 def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = False) -> DatasetReport:
-    """Forget ids in every kept version of the dataset in `root`; ids that it lacks are recorded for later sources.
+    """Forget ids in every version of the dataset in `root`; unknown ids are recorded too, to be left out of later
+    sources.
 
     Args:
-        erase: also remove the old files, tokens of items and rows of item vectors, so that no byte of the ids is left.
-        dry_run: only find out what would be done.
+        erase: also remove the old files, all token stores and the items' rows of vectors, so that no byte of the ids is
+            left.
+        dry_run: only report what would be done.
 
     Raises:
-        ValueError: `root` is no dataset in a folder, it is damaged, or another process is writing to it.
+        ValueError: `root` is not the folder of a dataset, the dataset is damaged, or another process is writing to it.
     """
     with write_lock(root):
         dataset = Dataset.open(root)
@@ -101,7 +103,7 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
 
 
 class _NumberFinder:
-    """Finds the numbers of raw ids in versions of a dataset; each file is read once, however many versions have it."""
+    """Finds the numbers of raw ids in versions of a dataset; a file that several versions share is read once."""
 
     def __init__(self, root: Path, names: Names) -> None:
         self._root = root
@@ -110,7 +112,7 @@ class _NumberFinder:
         self._tombstones: dict[str, Tombstones] = {}
 
     def numbers(self, manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
-        """Map -> raw id -> number in a version, forgotten or not; 0 if it does not have it."""
+        """Table -> raw id -> number in a version, also of forgotten ids; 0 if the version does not have the id."""
         found, tombstones = {}, self.tombstones(manifest)
         for name, wanted in self._wanted.items():
             numbers = {raw: tombstones.find(name, raw) or 0 for raw in wanted}
@@ -139,22 +141,22 @@ class _NumberFinder:
 def _rewrite(
     dataset: Dataset, finder: _NumberFinder, names: Names, report: DatasetReport, erase: bool, dry_run: bool
 ) -> None:
-    """Commit a version without the ids, and then replace the manifests of the other versions that have them."""
+    """Commit a version without the ids, then replace the manifests of all other versions that have them."""
     root, version, changed = dataset.root, newest_version(dataset.root) + 1, {}
     vectors = list(_vector_tombstones(dataset, report)) if erase else []
     with draft_folder(root, BASES, version) as folder:
         rewriting = Rewriting(root, folder, f"{BASES}/{version_name(version)}")
         for number, own_manifest in sorted(kept_versions(root).items(), reverse=True):
             one = Dataset(root, own_manifest)
-            # By version: an older one may be of another dataset (`--overwrite`), with other numbers.
+            # Per version: an older version may be of a different dataset (`--overwrite`), with different numbers.
             numbers, before = finder.numbers(own_manifest), finder.tombstones(own_manifest)
             rows = [(name, n, id_digest(raw)) for name, own in numbers.items() for raw, n in own.items()]
             tombstones = before.with_rows(rows + vectors)
             is_newest, has_any = number == dataset.version, any(n for own in numbers.values() for n in own.values())
             found = rewriting.without(one, {name: np.array([*own.values()], np.int64) for name, own in numbers.items()})
             report.found["versions"] += found is not None
-            # No event or row changes, but the tombstones do: the newest version, and any that has an id, must name
-            # them.
+            # No event or row changes, but the tombstones do: they must be in the manifest of the newest version and of
+            # each version that has one of the ids.
             if found is None and (is_newest or has_any) and tombstones != before:
                 found = rewriting.as_chain(one)
             if found is not None:
@@ -176,7 +178,7 @@ def _rewrite(
 
 
 def _vector_tombstones(dataset: Dataset, report: DatasetReport) -> Iterator[Row]:
-    """Tombstones of the items' rows in files of vectors."""
+    """Yield the tombstones of the forgotten items' rows in the files of item vectors."""
     for path, vectors in _vector_files(dataset.root):
         erased = dataset.tombstones.digests(f"{VECTORS}/{path.stem}")
         for number in report.ids(ITEMS).tolist():
@@ -185,14 +187,14 @@ def _vector_tombstones(dataset: Dataset, report: DatasetReport) -> Iterator[Row]
 
 
 def _without_notes(manifest: dict[str, Any], names: Names) -> dict[str, Any]:
-    """The manifest without the notes that name one of the raw ids."""
+    """The manifest without the notes that contain one of the raw ids."""
     words = [re.compile(rf"(?<![\w-]){re.escape(raw)}(?![\w-])") for raw in (*names.users, *names.items)]
     notes = [note for note in manifest.get("notes", ()) if not any(word.search(str(note)) for word in words)]
     return {**manifest, "notes": notes} if "notes" in manifest else manifest
 
 
 def _vector_files(root: Path) -> Iterator[tuple[Path, np.ndarray]]:
-    """The files of item vectors beside a dataset, mapped."""
+    """Yield the path and the memory-mapped array of each file of item vectors in the dataset's folder."""
     for path in sorted((root / VECTORS).glob("*.npy")):
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         if vectors.ndim == 2:
@@ -206,12 +208,12 @@ def _erase(root: Path, report: DatasetReport, dry_run: bool) -> None:
         rows = [row for row in items[items < len(vectors)].tolist() if np.asarray(vectors[row]).any()]
         report.found["rows of vectors"] += len(rows)
         if rows and not dry_run:
-            whole = np.array(vectors)
-            whole[rows] = 0
-            beside = path.with_name(f"{path.name}.erasing")
-            with beside.open("wb") as file:
-                np.save(file, whole)
-            beside.replace(path)
+            erased = np.array(vectors)
+            erased[rows] = 0
+            temporary = path.with_name(f"{path.name}.erasing")
+            with temporary.open("wb") as file:
+                np.save(file, erased)
+            temporary.replace(path)
     if items.size and (root / TOKENS).is_dir():
         report.found["token stores"] += len(list((root / TOKENS).iterdir()))
         if not dry_run:

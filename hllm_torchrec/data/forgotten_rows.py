@@ -1,4 +1,4 @@
-"""Rows of a source that name a forgotten id: they are left out, and counted."""
+"""Filter that leaves out, and counts, the rows of a source that contain a forgotten id."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hllm_torchrec.data.tombstones import ITEMS, USERS, Tombstones
 
 
 def without_forgotten(source: Source, forgotten: Tombstones, log: BadRowLog) -> Source:
-    """The source without events of forgotten users and items, and without their rows.
+    """The source without the forgotten users' and items' events and rows.
 
     log: counts the rows as `forgotten_user` and `forgotten_item`.
     """

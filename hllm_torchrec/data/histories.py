@@ -28,9 +28,10 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Histories(Sequences):
-    """Rows of a part's sequences with the visibility rule of their exposures: earlier "second"s or "position"s.
+    """Rows of a part's sequences, and the rule by which an exposure sees only events from an earlier "second" or
+    "position".
 
-    feedback_delay: seconds from an event until it may be seen; schema: of the dataset's events.
+    feedback_delay: seconds from an event until it may be seen; schema: schema of the dataset's events.
     """
 
     visibility: str = field(kw_only=True)
@@ -49,7 +50,7 @@ class Histories(Sequences):
 
     @cached_property
     def events_of_earlier_seconds(self) -> Ints:
-        """[T] number of events of the same user more than the feedback delay earlier."""
+        """[T] number of events of the same user that are more than `feedback_delay` seconds earlier."""
         return visible_at_each_event(self.timestamps, self.offsets, self.feedback_delay)
 
     @cached_property
@@ -73,7 +74,7 @@ class Histories(Sequences):
     def prediction_columns(
         self, scores: NDArray, probabilities: NDArray, cold: NDArray[np.bool_], rows: Ints | slice = ALL
     ) -> PredictionColumns:
-        """PredictionColumns of the predictions format (`hllm_torchrec.data.predictions`).
+        """Columns of the exposures' predictions, in the predictions format (`hllm_torchrec.data.predictions`).
 
         Args:
             scores, probabilities: one value for each exposure of `rows`.
@@ -114,7 +115,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup], feedback_delay:
     """The rows of the row groups as `Histories` (no groups: no rows).
 
     Raises:
-        ValueError: a feedback delay in a dataset without seconds to compare.
+        ValueError: a feedback delay in a dataset whose visibility rule or timestamps do not support one.
     """
     for problem in delay_problems(feedback_delay, dataset.manifest):
         raise ValueError(problem)
@@ -142,7 +143,7 @@ def score_by_group(
     groups = rank_row_groups(dataset, split)
     parts = []
     with progress(len(groups), f"score {split}", coordination.rank() == 0) as bar:
-        # A rank without row groups still scores once without rows, which gives its predictions every column.
+        # A rank without row groups scores zero rows once, so that its predictions have all columns.
         for share in [[group] for group in groups] or [[]]:
             histories = read_histories(dataset, share, feedback_delay)
             parts.append(histories.prediction_columns(*score(histories), cold))

@@ -1,10 +1,10 @@
-"""`IdMap`: raw ids to numbers without Python objects, about 40 bytes and the text for each id.
+"""`IdMap`: maps raw ids to numbers without Python objects; takes about 40 bytes plus the text for each id.
 
-An open-addressing hash table in numpy arrays: slots hold numbers, the texts lie in one buffer, and equal hashes are
-compared byte by byte. All operations work on whole arrays. 10^8 ids of 10 bytes are 5 GB, and
-8 at the peak, while arrays grow; a dict of str takes 12.
+An open-addressing hash table in numpy arrays: slots hold numbers, the texts are in one buffer, and ids with equal
+hashes are compared byte by byte. All operations are vectorized. 10^8 ids of 10 bytes take 5 GB (8 GB at the peak, while
+arrays grow); a dict of str takes 12 GB.
 
-Legend: n ids of a call, k of them still searching for their slot.
+Legend: n ids of a call; k of them whose slot has not been found yet.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ _FEWEST_SLOTS = 1024
 
 
 class IdMap:
-    """Numbers ids from 0 on in the order in which they are added."""
+    """Map from ids to numbers; ids are numbered from 0 in the order in which they are added."""
 
     def __init__(self) -> None:
         self._slots = np.full(_FEWEST_SLOTS, _FREE, np.int32)
@@ -48,7 +48,7 @@ class IdMap:
         return numbers[index]
 
     def ids(self, first: int = 0, last: int | None = None) -> pa.Array:
-        """The ids of the numbers first..last - 1 (None: to the end), string."""
+        """The ids (string array) of the numbers first..last - 1; last None: to the end."""
         last = self._count if last is None else last
         ends = self._ends[first : last + 1] - self._ends[first]
         data = self._bytes[self._ends[first] : self._ends[last]]
@@ -81,7 +81,7 @@ class IdMap:
         return equal
 
     def _append(self, ids: pa.StringArray, hashes: NDArray[np.uint64]) -> Ints:
-        """Give the next numbers to distinct ids that are not in the map."""
+        """Add distinct ids that are not in the map; returns their numbers."""
         first, count = self._count, self._count + len(ids)
         starts, lengths, data = _bytes_of(ids)
         end = int(self._ends[first] + lengths.sum())
@@ -104,12 +104,12 @@ class IdMap:
         return numbers
 
     def _place(self, numbers: Ints) -> None:
-        """Put numbers into free slots, from that of their hash on."""
+        """Store each number in the first free slot at or after the slot of its hash."""
         mask = np.uint64(self._slots.size - 1)
         slot = self._hashes[numbers] & mask
         while numbers.size:
             free = self._slots[slot] == _FREE
-            # Of several numbers that want a free slot, the last assignment stays; the others go on.
+            # If several numbers are assigned to one free slot, the last one gets it; the others try the next slot.
             self._slots[slot[free]] = numbers[free]
             moved = self._slots[slot] != numbers
             numbers, slot = numbers[moved], (slot[moved] + np.uint64(1)) & mask
@@ -130,10 +130,10 @@ def _bytes_of(ids: pa.StringArray) -> tuple[Ints, Ints, NDArray[np.uint8]]:
 
 
 def grown(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, or a longer one with the same contents and zeros behind, with room for `size` entries."""
+    """The array if it has at least `size` entries, else a longer copy padded with zeros."""
     if size <= array.size:
         return array
-    # Half as much again: then all growing together copies each entry a few times only.
+    # Growth by a factor of 1.5, so that each entry is copied only a few times in total.
     longer = np.zeros(max(size, array.size + array.size // 2), array.dtype)
     longer[: array.size] = array
     return longer

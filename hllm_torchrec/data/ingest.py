@@ -84,9 +84,9 @@ def _handled(
 def _checked(
     chunk: Chunk, source: Source, catalogue: ItemCatalogue, known: int, log: BadRowLog, locate: RowLocator
 ) -> pa.Table:
-    """The accepted events of a chunk, with item numbers, seconds and orders; known: number of the item file's items."""
+    """The accepted events of a chunk with item numbers, seconds and orders; known: number of items in the item file."""
     path, table = chunk.path, chunk.table
-    # Orders are given before any row is dropped, so that an order maps back to its row in the file.
+    # Assign the orders before any row is dropped, so that an order can be mapped back to its row in the file.
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))
     blank = blank_mask(table["raw_user_id"]) | blank_mask(table["raw_item_id"])
     table = _handled(log, "missing_id", blank, table, path, lambda _: "the user id or the item id is missing")
@@ -110,8 +110,8 @@ def _checked(
 def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: BadRowLog) -> pa.Table:
     """The events with their declared columns checked, and labels only where they are defined.
 
-    A label that cannot be read, or is given where the first label is not, is a bad row of the kind `nan_label`; weights
-    and rates outside their range too, but these cannot be kept.
+    A label that cannot be read, or that is given although the first label is missing, is a bad row of the kind
+    `nan_label`. So is a weight or rate outside its range, but such rows cannot be kept.
     """
     categories = [f"{CONTEXT}{name}" for name in schema.categorical]
     for column in (one for one in schema.extra if one.name not in categories):
@@ -122,7 +122,7 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
             table = _required(table, path, column.name, bad, rule, log)
             continue
         bad = (bad | np.isnan(values)) & ~absent
-        # Null before the policy: a row that it keeps has no such label, or unknown context.
+        # Set to null before the policy is applied: a kept row then has no such label, or unknown context.
         table = _replaced(table, column.single, pa.array(values, pa.float32(), mask=absent | bad))
         table = _handled(log, "nan_label", bad, table, path, _says(f"{rule}; it is another value"))
     for label in schema.labels[1:]:
@@ -139,12 +139,12 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
 
 
 def _says(problem: str) -> Callable[[int], str]:
-    """The same problem for every row."""
+    """A function that returns `problem` for every row."""
     return lambda _: problem
 
 
 def _required(table: pa.Table, path: Path, name: str, bad: np.ndarray, rule: str, log: BadRowLog) -> pa.Table:
-    """`table` without the rows whose weight or rate is bad if the policy drops them. Raises ValueError if not."""
+    """`table` without the rows whose weight or rate is bad. Raises ValueError if the policy is not to drop them."""
     if not bad.any():
         return table
     if log.policy.nan_label != "drop":
@@ -160,7 +160,7 @@ def _required(table: pa.Table, path: Path, name: str, bad: np.ndarray, rule: str
 
 
 def _with_context_ids(table: pa.Table, words: Mapping[str, Vocabulary]) -> pa.Table:
-    """Ids instead of the values of categorical context; null becomes 0."""
+    """`table` with the ids of categorical context instead of its values; null becomes 0."""
     for name, vocabulary in words.items():
         values = table[f"{CONTEXT}{name}"].combine_chunks()
         known = values.is_valid().to_numpy(zero_copy_only=False)
@@ -172,23 +172,23 @@ def _with_context_ids(table: pa.Table, words: Mapping[str, Vocabulary]) -> pa.Ta
 
 
 class SamplingRates:
-    """Refuses sampling rates of single rows, 1 for each positive one and less for each other one.
+    """Detects sampling rates that were written per row: 1 on every positive row, less than 1 on every negative row.
 
-    The rate corrects a row's logit, so on such a file it would tell the label.
+    The rate is added to a row's logit as a correction, so such rates would leak the label.
     """
 
     def __init__(self) -> None:
         self._lowest_of_positive, self._highest_of_negative = np.inf, -np.inf
 
     def add(self, table: pa.Table) -> None:
-        """Note the rates of a chunk of events."""
+        """Record the rates of a chunk of events."""
         if SAMPLING_RATE in table.column_names:
             label, rate = table["label"].fill_null(np.nan).to_numpy(), table[SAMPLING_RATE].to_numpy()
             self._lowest_of_positive = rate[label == 1].min(initial=self._lowest_of_positive)
             self._highest_of_negative = rate[label == 0].max(initial=self._highest_of_negative)
 
     def check(self, source: Source) -> None:
-        """Raise ValueError if they are those of single rows."""
+        """Raise ValueError if the rates differ by label, as described in the class docstring."""
         if self._lowest_of_positive == 1 and -np.inf < self._highest_of_negative < 1:
             raise ValueError(
                 f"{source.event_files[0]}: {SAMPLING_RATE} is 1 on every positive exposure and below 1 on every other: "
@@ -210,13 +210,13 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
 
 def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, known: int, log: BadRowLog) -> pa.Table:
     """Add the column `item`; handle events of unknown items and of dropped items."""
-    # Items dropped by the policy are not unknown: their events follow the item's choice, not `unknown_item`.
+    # Items that the policy dropped are not unknown: their events are dropped too, without applying `unknown_item`.
     refused = catalogue.was_refused(table["raw_item_id"])
     if refused.any():
         log.count("event_of_dropped_item", int(refused.sum()))
         table = table.filter(pa.array(~refused))
     raw, number = table["raw_item_id"], catalogue.look_up(table["raw_item_id"])
-    # From `known` on are items that an earlier chunk added: their events are counted, too.
+    # Numbers from `known` on are items that an earlier chunk added without text: their events are counted, too.
     unknown = (number < 0) | (number >= known)
     if unknown.any() and "unknown_item" not in log.hints:
         log.hints |= _unknown_hint(raw, unknown, table["raw_user_id"], catalogue)
@@ -233,7 +233,7 @@ def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, kn
 def _unknown_hint(
     raw: pa.ChunkedArray, unknown: np.ndarray, users: pa.ChunkedArray, catalogue: ItemCatalogue
 ) -> dict[str, str]:
-    """The likely cause of unknown items, if the ids themselves show it."""
+    """The likely cause of unknown items, if the ids show one; otherwise empty."""
     some = raw.filter(pa.array(unknown)).slice(0, 1000)
     if (catalogue.look_up(users.slice(0, 1000)) >= 0).mean() > 0.5:
         return {"unknown_item": "users and items have changed places: the ids of the users are in the item file"}
@@ -256,13 +256,13 @@ _SPELLINGS: dict[str, Callable[[pa.ChunkedArray], pa.ChunkedArray]] = {
     "ids are in another case": pc.utf8_lower,
     "ids are in another case ": pc.utf8_upper,
 }
-"""Ways in which two tables spell the same ids differently."""
+"""Cause -> conversion of the events' ids that makes them equal to the ids of the items in this case."""
 
 
 class RepeatedFeatures:
-    """Notices rows of an item whose features differ from those of its first row, as in a file with a row per genre.
+    """Finds rows whose features differ from those of the first row of the same item, as in a file with a row per genre.
 
-    They are bad rows of the kind `duplicate_item`: one of the values would be lost.
+    Such rows are bad rows of the kind `duplicate_item`, because one of the values would be lost.
     """
 
     def __init__(self, features: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from hllm_torchrec.data.split import Split
 
 FEATURE_TYPE = pa.list_(pa.int32())
 _OPTIONAL = {"created_at": pa.int64(), ACTIVE: pa.bool_()}
-"""Columns that a source may have, beside texts and features."""
+"""Optional columns of a source, in addition to texts and features."""
 _OWN = ("item_id", "raw_item_id", "row", *_OPTIONAL)
 _ROWS_PER_BATCH = 16_384
 
@@ -37,7 +37,7 @@ class Vocabulary:
         return len(self._ids) + 1
 
     def encode(self, values: pa.Array | pa.ChunkedArray) -> pa.Array:
-        """Encode list<string> [n] as list<int32> [n]; new values get the next ids, a null list becomes empty."""
+        """Encode list<string> [n] as list<int32> [n]; new values get the next free ids, a null list becomes empty."""
         lists = pa.chunked_array([values]).combine_chunks() if isinstance(values, pa.Array) else values.combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
         flat = lists.flatten().dictionary_encode()
@@ -52,7 +52,7 @@ class Vocabulary:
 
 
 def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vocabulary]:
-    """The vocabularies of `names`; those that the existing dataset (if any) has are continued."""
+    """The vocabularies of the features `names`; they start with the values of the existing dataset `old`, if any."""
     known = {} if old is None else old.all_features
     return {
         name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
@@ -61,7 +61,7 @@ def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vo
 
 
 def check_text_columns(source: Source) -> None:
-    """Raise ValueError for a text column with the name of one of the catalogue's own columns."""
+    """Raise ValueError if a text column has the name of another column of `items.parquet`."""
     for name in source.text_columns:
         if name in _OWN or name.startswith("feature_"):
             raise ValueError(
@@ -88,8 +88,8 @@ class ItemCatalogue:
         self._spool = spool
         self._writer = pa.ipc.new_stream(str(spool), self._schema)
         self._numbers = IdMap()
-        # By item number, with room for more: hash of the text, whether this source has the item, and row of its latest
-        # text in the spool.
+        # Arrays indexed by item number, longer than needed: hash of the text; True if this source has the item; row of
+        # the item's latest text in the spool.
         self._digests, self._seen, self._current_row = np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.int64)
         self._rows = 0
         self._refused: set[str] = set()
@@ -107,7 +107,7 @@ class ItemCatalogue:
         return self._log
 
     def load(self, old: Dataset, *, with_rows: bool) -> None:
-        """Add the items of an existing dataset; with_rows: its rows too, with features decoded from ids to values."""
+        """Add the items of an existing dataset. with_rows: add their rows too, with feature ids decoded to values."""
         assert not len(self._numbers), "existing items come first"
         self._old, self.existing = old, len(old.items)
         number = 0
@@ -122,7 +122,7 @@ class ItemCatalogue:
             self._append(self._known_rows(every, [*self._columns, *_OPTIONAL]), every)
 
     def _known_rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Rows of existing items in the columns of the spool, of which those that are not named are null."""
+        """Rows of existing items with the columns of the spool; columns that are not in `columns` are null."""
         assert self._old is not None, "existing items are those of a dataset"
         items = self._old.items.take(pa.array(numbers))
         found = {"raw_item_id": items["raw_item_id"]}
@@ -135,7 +135,7 @@ class ItemCatalogue:
         return self._completed(pa.table(found))
 
     def _grow(self) -> None:
-        """Make room in the arrays by item number for all items."""
+        """Extend the arrays that are indexed by item number to all items."""
         size = len(self._numbers)
         self._digests, self._seen, self._current_row = (
             grown(array, size) for array in (self._digests, self._seen, self._current_row)
@@ -162,7 +162,7 @@ class ItemCatalogue:
         numbers, take = self._place(table["raw_item_id"], digests, chunk.path, rows[accepted])
         self._append(table.take(pa.array(take)), numbers[take])
         if drop_empty and (empty.any() or self._refused):
-            # A row of the same item with text, earlier or later, counts.
+            # An item is refused only if no row of it, earlier or later, has a text.
             refused = pa.array([*self._refused, *raw_ids.filter(pa.array(empty)).to_pylist()], pa.string())
             self._refused = set(refused.filter(pa.array(self._numbers.find(refused) < 0)).to_pylist())
 
@@ -176,9 +176,10 @@ class ItemCatalogue:
     def _place(
         self, raw_ids: pa.ChunkedArray, digests: np.ndarray, path: Path, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of items [n], new ones for new items, and the indices of the rows that must be stored.
+        """(number of each row's item [n], indices of the rows to store).
 
-        These are the first rows of this source of each item, which replace those of existing items; others repeat them.
+        New items get the next numbers. Only the first row of each item in this source is stored; it replaces the row of
+        an existing item. Later rows are repetitions.
         """
         known = len(self._numbers)
         numbers = self._numbers.add(raw_ids)
@@ -225,7 +226,7 @@ class ItemCatalogue:
         """Write the rows to the spool and record the latest row of each number."""
         if len(numbers) == 0:
             return
-        # The spool is append-only: an updated item has two rows, and `_final_batches` takes the latest.
+        # The spool is append-only: an updated item has two rows, and `_final_batches` uses the latest.
         self._current_row[numbers] = self._rows + np.arange(len(numbers))
         self._rows += len(numbers)
         self._writer.write_table(table.add_column(0, "number", pa.array(numbers, pa.int64())))
@@ -242,7 +243,7 @@ class ItemCatalogue:
         return pc.is_in(raw_ids, value_set=refused).to_numpy(zero_copy_only=False)
 
     def add_without_text(self, raw_ids: Iterable[str]) -> None:
-        """Add items that occur in events only, with empty texts."""
+        """Add items that occur only in events, with empty texts."""
         new = pa.array(dict.fromkeys(raw_ids), pa.string())
         new = new.filter(pa.array(self._numbers.find(new) < 0))
         numbers = self._numbers.add(new)
@@ -258,7 +259,7 @@ class ItemCatalogue:
     def final_ids(self, has_event: np.ndarray, keep_all: bool) -> np.ndarray:
         """The final id (int64; 0: dropped) of each number; `has_event` is bool [len(self)]."""
         keep = np.ones(len(self), bool) if keep_all else has_event.copy()
-        keep[: self.existing] = True  # an extended dataset keeps all its ids, also of items without events now
+        keep[: self.existing] = True  # an extended dataset keeps all its ids, including those of items without events
         return np.where(keep, np.cumsum(keep), 0)
 
     def held_out(self, split: Split, final_ids: np.ndarray) -> np.ndarray:
@@ -273,9 +274,9 @@ class ItemCatalogue:
         """Write `items.parquet`: the rows with a final id, in order of the id, with encoded features."""
         self._writer.close()
         batches = self._final_batches(final_ids)
-        if self.existing:  # rows of updated items are at the end of the spool: sort them back
-            whole = pa.concat_tables(batches)
-            batches = iter(whole.sort_by("item_id").to_reader(max_chunksize=_ROWS_PER_BATCH))
+        if self.existing:  # rows of updated items are at the end of the spool, so sort by id
+            rows = pa.concat_tables(batches)
+            batches = iter(rows.sort_by("item_id").to_reader(max_chunksize=_ROWS_PER_BATCH))
             batches = (pa.Table.from_batches([batch]) for batch in batches)
         writer: pq.ParquetWriter | None = None
         for table in batches:
@@ -287,10 +288,10 @@ class ItemCatalogue:
         writer.close()
 
     def source_rows(self, final_ids: np.ndarray) -> pa.Table:
-        """The rows of the items that this source has and that have a final id; features as values."""
+        """The rows, with features as values, of the items that are in this source and have a final id."""
         self._writer.close()
         tables = list(self._final_batches(final_ids))
-        whole = (
+        rows = (
             pa.concat_tables(tables)
             if tables
             else self._schema.empty_table().rename_columns(["item_id", *self._schema.names[1:]])
@@ -298,7 +299,7 @@ class ItemCatalogue:
         of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)
         of_source[final_ids[self._seen[: len(self)]]] = True
         of_source[0] = False
-        return whole.filter(pa.array(of_source[whole["item_id"].to_numpy()]))
+        return rows.filter(pa.array(of_source[rows["item_id"].to_numpy()]))
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
         """The rows of the spool, batch by batch, that are the latest of their item and have a final id."""
@@ -315,12 +316,12 @@ class ItemCatalogue:
 
 
 def _digests(texts: list[tuple[str, ...]]) -> np.ndarray:
-    """Hash of each item's texts, int64 [n]; of this process only, because Python's hashes are salted."""
+    """Hash of each item's texts, int64 [n]; valid in this process only, because Python's hashes are salted."""
     return np.fromiter((hash(text) for text in texts), np.int64, len(texts))
 
 
 def encode_features(table: pa.Table, vocabularies: dict[str, Vocabulary]) -> pa.Table:
-    """The table with the values of its columns `feature_<name>` as ids; new values are added to the vocabularies."""
+    """Replace the values in the columns `feature_<name>` by ids; new values are added to the vocabularies."""
     for name, vocabulary in vocabularies.items():
         column = f"feature_{name}"
         encoded = vocabulary.encode(table[column])
@@ -329,7 +330,7 @@ def encode_features(table: pa.Table, vocabularies: dict[str, Vocabulary]) -> pa.
 
 
 def decode_feature(ids: pa.ListArray, vocabulary: pa.ChunkedArray) -> pa.ListArray:
-    """Decode list<int32> ids to list<string> by the values of a feature, see `Dataset.feature_values`."""
+    """Decode list<int32> ids to list<string>; vocabulary: the values of the feature (`Dataset.feature_values`)."""
     values = vocabulary.combine_chunks().take(pc.subtract(ids.flatten(), 1))
     offsets = offsets_from_lengths(pc.list_value_length(ids).to_numpy())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
@@ -341,8 +342,11 @@ def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def _placed(raw_ids: pa.Array, first: int) -> pa.Array:
-    """The raw ids, with a text that no source has in the place of each forgotten one; first: number of the first."""
+    """Replace each null (the id of a forgotten item) by a unique text that no source contains, "\\0<item number>".
+
+    first: item number of the first raw id.
+    """
     if not raw_ids.null_count:
         return raw_ids
-    places = pa.array([f"\0{first + row}" for row in range(len(raw_ids))], pa.string())
-    return pc.coalesce(raw_ids.cast(pa.string()), places)
+    substitutes = pa.array([f"\0{first + row}" for row in range(len(raw_ids))], pa.string())
+    return pc.coalesce(raw_ids.cast(pa.string()), substitutes)

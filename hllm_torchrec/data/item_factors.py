@@ -2,12 +2,13 @@
 
     value(u, i) = mean + b_i + v_i . z_u + noise,   z_u ~ N(0, I),  v_i ~ N(v_0, I / prior),  noise ~ N(0, s^2)
 
-v_0 puts a constant loading on the first user factor, so that z_u[0] is the user's own mean. The user factors are
-integrated out (probabilistic PCA with missing entries), a solution that stochastic gradients on a few hundred users
-do not reach. Given any history, z_u has a closed-form posterior: `hllm_torchrec.baselines.gaussian` predicts with
-it, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense item features.
+v_0 is zero except for a constant loading on the first user factor, so that z_u[0] models the mean of the user. The user
+factors are integrated out (probabilistic PCA with missing entries), which gives a better solution than stochastic
+gradients on a few hundred users. Given any history, z_u has a closed-form posterior. `hllm_torchrec.baselines.gaussian`
+predicts with this posterior, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense item features.
 
-Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user, T events of R users.
+Legend: N items (0 is unknown), K factors without that of the user's mean, J = K + 1, n events of a user, T events of R
+users.
 """
 
 import logging
@@ -29,7 +30,7 @@ _logger = logging.getLogger(__name__)
 FACTORS = "factors"
 """Name of the fitted item vectors in `data.item_vectors`."""
 MEAN_LOADING = 0.45
-"""v_0[0]: the standard deviation of users' means, in standard deviations of the values."""
+"""v_0[0], in standard deviations of the values: the prior standard deviation of users' means."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class FactorOptions:
     """Settings of the fit. The defaults were chosen on MovieLens-100k's validation part."""
 
     factors: int = 5
-    """K, without the user's mean."""
+    """K, not counting the factor of the user's mean."""
     prior: float = 40.0
     """Precision of an item's loadings around v_0, in units of the users' factors."""
     noise: float = 0.8
-    """s^2, in variances of the values."""
+    """s^2, in units of the variance of the values."""
     iterations: int = 30
     """EM steps."""
     bias_shrinkage: float = 3.0
-    """Number of pseudo-residuals of 0 added to each item's residuals."""
+    """Pseudo-count: number of zero residuals added to each item's residuals."""
     max_users: int = 20_000
     """Maximum number of users (the first ones) that the fit uses."""
     seed: int = 0
@@ -54,7 +55,7 @@ class FactorOptions:
 
 @dataclass(frozen=True)
 class ItemFactors:
-    """A fitted model, on the scale of the values.
+    """A fitted model; its parameters are in the units of the values.
 
     loadings: [N, J]; bias: [N]; mean: mean of all values; noise: variance s^2. The unknown item and items without
     training events have loading v_0 and bias 0.
@@ -73,10 +74,10 @@ class ItemFactors:
         return mean
 
     def running_posterior(self, items: Ints, values: AnyFloats, counts: Ints) -> AnyFloats:
-        """`posterior_mean` [X, J] of a user after the first counts[x] of the ratings `items` [n], `values` [n]."""
+        """[X, J] `posterior_mean` of one user; row x uses the first counts[x] ratings of `items` [n], `values` [n]."""
         v, width = self.loadings[items], self.loadings.shape[1]
         centred = (values - self.mean - self.bias[items])[:, None]
-        # Running sums over the events, with the sum of none first; exposures with equal counts share a solution.
+        # Running sums over the events, preceded by zeros for count 0; rows with equal counts share one solution.
         outer = np.cumsum(v[:, :, None] * v[:, None, :], axis=0)
         distinct, which = np.unique(counts, return_inverse=True)
         precision = np.concatenate([np.zeros((1, width, width)), outer])[distinct] / self.noise + np.eye(width)
@@ -89,7 +90,7 @@ class ItemFactors:
         return self.mean + self.bias[items] + self.loadings[items] @ z
 
     def scaling(self) -> tuple[AnyFloats, AnyFloats]:
-        """([J + 1], [J + 1]) mean and standard deviation (1 for a constant) of loadings and bias over known items."""
+        """(mean [J + 1], standard deviation [J + 1], 1 for a constant) of loadings and bias over all known items."""
         raw = self._columns()[1:]
         spread = raw.std(axis=0)
         return raw.mean(axis=0), np.where(spread > 0, spread, 1.0)
@@ -97,7 +98,7 @@ class ItemFactors:
     def vectors(self, scaling: tuple[AnyFloats, AnyFloats] | None = None) -> NDArray[np.float32]:
         """[N, J + 1] float32: loadings and bias, each column standardized; row 0 is 0.
 
-        scaling: mean and standard deviation of each column; None: those of these items.
+        scaling: mean and standard deviation of each column; None: `self.scaling()`.
         """
         center, spread = scaling or self.scaling()
         scaled = (self._columns() - center) / spread
@@ -137,8 +138,8 @@ def _are_graded(action_values: AnyFloats) -> bool:
 def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy.
 
-    `factors` is fitted if it does not exist, and has zeros for items that came later: only runs that do not have their
-    own (`run_factors`) read it.
+    The file `factors` is fitted if it does not exist; items added after the fit have zeros. Only runs without a file of
+    their own (`run_factors`) use it.
 
     Raises:
         ValueError: the file does not exist, or its number of rows differs from the dataset's number of items.
@@ -151,7 +152,7 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
         path = derived_path(dataset, "vectors", f"{name}.npy")
     if name == FACTORS and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written under another name and renamed, so that a file of the final name is complete.
+        # Write to a temporary name, then rename, so that a file with the final name is always complete.
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, fit_item_factors(dataset).vectors())
         temporary.rename(path)
@@ -181,7 +182,7 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
 
 
 def number_of_vectors(dataset: Dataset, name: str) -> int:
-    """Number of rows of `item_vectors` that are its file's own; items that came later read row 0."""
+    """Number of rows that the file of `item_vectors` has; items that were added later use row 0."""
     path = dataset.root / "vectors" / f"{name}.npy"
     with error_location(path, "save it again"):
         return min(len(np.load(path, mmap_mode="r", allow_pickle=False)), dataset.num_items)
@@ -199,7 +200,7 @@ def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> 
 
 @dataclass(frozen=True)
 class Ratings:
-    """Values of users' events, one user after the other: items [T], values [T], user_ids [R], offsets [R + 1]."""
+    """Values of users' events, grouped by user: items [T], values [T], user_ids [R], offsets [R + 1] of the users."""
 
     items: Ints
     values: AnyFloats
@@ -215,7 +216,7 @@ class Ratings:
 
 
 def training_ratings(dataset: Dataset, max_users: int) -> Ratings:
-    """The events with a value of the training part, of at most `max_users` users with such an event.
+    """The training events that have a value, of the first `max_users` users with such an event.
 
     Raises:
         ValueError: all values are equal.
@@ -263,7 +264,7 @@ def fit_factors(ratings: Ratings, num_items: int, options: FactorOptions) -> Ite
 
 
 def _em_step(model: ItemFactors, ratings: "_Sparse", v_0: AnyFloats, options: FactorOptions) -> ItemFactors:
-    """One EM step, in products of the sparse matrix of ratings with per-item and per-user moments.
+    """One EM step, computed by products of the sparse rating matrix with per-item and per-user moments.
 
     E: the Gaussian posterior of every user's z. M: the ridge solution of every item's loading from the expected
     moments sum(E[z z']) and sum(value * E[z]), and every item's shrunk bias.
@@ -280,7 +281,7 @@ def _em_step(model: ItemFactors, ratings: "_Sparse", v_0: AnyFloats, options: Fa
     sum_z = ratings.sum_by_item(z)
     first = ratings.sum_by_item(z, values=True) - sum_z * (model.mean + model.bias)[:, None]
     residual = ratings.item_total - ratings.item_count * model.mean - (v * sum_z).sum(1)
-    # The prior's precision is per unit of squared factor, as the second moments are.
+    # The prior's precision has the same unit as the second moments (squared user factors), so it is simply added.
     right = (first + options.prior * v_0)[..., None]
     loadings: AnyFloats = np.linalg.solve(second + options.prior * eye, right)[..., 0]
     bias = residual / (ratings.item_count + options.bias_shrinkage)
@@ -293,7 +294,7 @@ def _outer(rows: AnyFloats) -> AnyFloats:
 
 
 class _Sparse:
-    """Ratings as sparse matrices [R, N], of ones and of the values, and their transposes."""
+    """Ratings as two sparse matrices [R, N], one with ones and one with the values, and their transposes."""
 
     def __init__(self, ratings: Ratings, num_items: int) -> None:
         import scipy.sparse as sp  # the import takes a fifth of a second, and most jobs fit nothing
@@ -307,11 +308,11 @@ class _Sparse:
         self.item_total = np.bincount(ratings.items, ratings.values, num_items)
 
     def sum_by_user(self, of_items: AnyFloats, values: bool = False) -> AnyFloats:
-        """[R, w] sum of rows of `of_items` [N, w] over each user's events, times their values if wanted."""
+        """[R, w] sum of rows of `of_items` [N, w] over each user's events; values: weighted by the events' values."""
         found: AnyFloats = (self._values if values else self._ones) @ of_items
         return found
 
     def sum_by_item(self, of_users: AnyFloats, values: bool = False) -> AnyFloats:
-        """[N, w] sum of rows of `of_users` [R, w] over each item's events, times their values if wanted."""
+        """[N, w] sum of rows of `of_users` [R, w] over each item's events; values: weighted by the events' values."""
         found: AnyFloats = (self._values_of_item if values else self._ones_of_item) @ of_users
         return found

@@ -1,6 +1,6 @@
-"""`ItemStatistics`: number and sum of the values of an item's events before any second, over all users.
+"""`ItemStatistics`: number and sum of the values of an item's events before a given second, over all users.
 
-Legend: T events with a value, of all users and parts; N items; X questions.
+Legend: T events with a value, of all users and parts; N items; X queries, each an item and a second.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ _SECOND_BITS = 34
 class ItemStatistics:
     """Running totals of every item; holds 16 bytes per event in memory.
 
-    keys: int64 [T], item and second of each event in one number, ascending; totals: float64 [T + 1], sum of the first
-    values in that order.
+    keys: int64 [T], item and second of each event packed into one integer, ascending; totals: float64 [T + 1],
+    totals[k] is the sum of the first k values in this order.
     """
 
     keys: Ints
@@ -29,14 +29,14 @@ class ItemStatistics:
 
     @classmethod
     def of_dataset(cls, dataset: Dataset) -> "ItemStatistics":
-        """The statistics of all events of a dataset, whatever their part: a question sees earlier seconds only."""
+        """The statistics of all events of all parts; `before` uses only events of earlier seconds."""
         keys: list[Ints] = [np.empty(0, np.int64)]
         values: list[AnyFloats] = [np.empty(0)]
         for part in SPLITS:
             for group in dataset.row_groups(part):
                 rows = dataset.sequences([group])
                 value = event_values(rows.labels, rows.actions, dataset.action_values)
-                # A row repeats the history before its part; these events are counted in their own part.
+                # A row also has the history before its part; those events are counted with the part they belong to.
                 counted = rows.own_events[~np.isnan(value[rows.own_events])]
                 keys.append(_key(rows.item_ids[counted], rows.timestamps[counted]))
                 values.append(value[counted])

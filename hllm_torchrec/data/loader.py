@@ -2,11 +2,11 @@
 
 The plan of an epoch is a pure function of (dataset, world size, seed, epoch). So every rank knows the number of steps
 of all ranks without communication (a rank that has no more pieces yields empty batches), and a resumed run starts in
-the middle of an epoch without reading the batches before.
+the middle of an epoch without reading the earlier batches.
 
 - Up to SHARED_EVENTS events: every rank holds the complete split, and each global batch is divided so that ranks get
   equal work. At any world size with the same global batch, a step has the same samples.
-- Above: each rank reads its own row groups, in windows that bound memory (also with one rank).
+- More than SHARED_EVENTS events: each rank reads its own row groups, in windows that bound memory (also with one rank).
 """
 
 from collections import OrderedDict
@@ -30,7 +30,7 @@ from hllm_torchrec.data.visibility import visible_at_each_event
 SHARED_EVENTS = 20_000_000
 """Maximum number of events of a split that every rank holds in memory: about half a gigabyte."""
 WINDOW_ROW_GROUPS = 8
-"""Number of row groups that are shuffled together (and held in memory) if each rank reads its own."""
+"""Number of row groups that are shuffled together (and held in memory) if each rank reads its own row groups."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class LoaderSpec:
 
     split: str
     batch_users: int
-    """Pieces per rank and step."""
+    """Number of pieces per rank and step."""
     max_history: int
-    """See `cut_into_pieces`."""
+    """Maximum number of events of a piece; see `cut_into_pieces`."""
     seed: int = 0
     shuffle: bool = False
     """Shuffle by (seed, epoch); evaluation keeps the files' order."""
     batch_cost: int = 0
-    """If above 0, a rank's step has pieces of at most this total cost (or a single piece above it) instead of
+    """If above 0, a rank's step has pieces of at most this total cost (or a single piece that costs more) instead of
     `batch_users` pieces, so that all steps have about the same cost."""
     item_costs: Ints | None = None
     """[N] cost of each item (its tokens); a piece's cost is the sum over its events. None: 1 per event."""
@@ -54,17 +54,18 @@ class LoaderSpec:
     """Treat every event as part of the split, including those of earlier parts, and include the training users
     without an event in the split."""
     since: int = 0
-    """Second UTC: only events from then on are exposures and targets, and users without one are left out; earlier
-    events are history."""
+    """Second UTC: only events from this second on are exposures and targets, and users without such an event are left
+    out; earlier events are history."""
     late: tuple[Ints, Ints] | None = None
-    """Users [n], ascending, and places [n] in their sequences, of events before `since` that are exposures and targets,
-    too."""
+    """(users [n], ascending, positions [n] in their sequences) of events before `since` that are exposures and targets
+    too: see `late_events`."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     as_requests: bool = False
-    """Cut rows above `max_history` by what their requests would read in serving: see `pieces_of_requests`."""
+    """Cut rows longer than `max_history` so that each exposure reads the history that a request in serving would read:
+    see `pieces_of_requests`."""
     user_share: float = 1.0
-    """Share of the users to load: the same users for every split; a smaller share is a subset of a larger one."""
+    """Share of the users to load. The users are the same for every split, and a subset of those of a larger share."""
     prefetch: int = 2
     """Number of batches prepared ahead."""
     timeout: float = 600.0
@@ -99,7 +100,7 @@ class Loader:
         if not len(self.pieces):
             self._refuse_empty()
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
-        # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
+        # Consecutive shuffled pieces are in different groups of a window; a smaller cache would decode groups again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(self._read, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
@@ -107,7 +108,7 @@ class Loader:
 
     @property
     def groups(self) -> list[RowGroup]:
-        """The row groups that `pieces.group` counts."""
+        """The row groups; `pieces.group` has indices into this list."""
         return self._groups
 
     def _refuse_empty(self) -> NoReturn:
@@ -123,8 +124,8 @@ class Loader:
     def _index(self, num_own_groups: int) -> Pieces:
         """The pieces of the selected share of users in all row groups.
 
-        Groups from number `num_own_groups` on belong to the training part: only users that the split itself does not
-        have are taken from them.
+        Groups from index `num_own_groups` on belong to the training part; from these only the users without an event in
+        the split are used.
         """
         parts: list[Pieces] = []
         self._lengths: list[Ints] = []
@@ -148,9 +149,9 @@ class Loader:
         return Pieces.concat(parts)
 
     def _cut(self, number: int, rows: Ints, lengths: Ints, first_targets: Ints) -> Pieces:
-        """The pieces of some rows [n] of group `number`, with their numbers of events and first targets."""
+        """The pieces of the rows with the indices `rows` [n] in group `number`; lengths, first_targets: [n]."""
         group, longest = np.full(rows.size, number), self.spec.max_history
-        # A row that fits into one piece is read from its first event on by either rule.
+        # Both rules read a row that fits into one piece from its first event on.
         long = (lengths > longest) & self.spec.as_requests
         short = ~long
         parts = [
@@ -172,17 +173,17 @@ class Loader:
         for number, group in enumerate(self._groups):
             rows = self.dataset.sequences([group], ["item_ids"])
             sums = offsets_from_lengths(item_costs[rows.item_ids])
-            # Differences of the running sum of costs: piece bounds count from the start of their row.
+            # Differences of the running sum of costs; piece bounds are relative to the start of their row.
             inside = np.flatnonzero(self.pieces.group == number)
             first = rows.offsets[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
 
     def _read(self, number: int) -> Sequences:
-        """The rows of a group; events that no piece reads are left out if they are half of all or more."""
+        """The rows of a group, without leading events that no piece reads if these are at least half of all events."""
         group, lengths = self._groups[number], self._lengths[number]
         inside = slice(*np.searchsorted(self.pieces.group, [number, number + 1]))
-        skipped = lengths.copy()  # a user without a piece is not read
+        skipped = lengths.copy()  # users without a piece are skipped completely
         np.minimum.at(skipped, self.pieces.row[inside], self.pieces.start[inside])
         # Evidence is computed from complete sequences.
         if self.collator.evidence is not None or 2 * skipped.sum() < lengths.sum():
@@ -193,17 +194,17 @@ class Loader:
         """Number of steps of an epoch, the same on every rank."""
         if not self.sharded and not self.spec.batch_cost:
             return -(-len(self.pieces) // (self.spec.batch_users * self.world_size))
-        # Every step has collectives, so all ranks take as many steps as the longest of them.
+        # Every step has collectives, so all ranks take as many steps as the rank with the most batches.
         return max(len(batches) for batches in self.rank_batches(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
         """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
 
-        Close the generator to stop before its end: this stops its thread.
+        To stop before the end, close the generator; this stops its thread.
 
         Raises:
-            TimeoutError: the background thread made no batch in `timeout` seconds.
-            RuntimeError: the background thread was ended.
+            TimeoutError: the background thread produced no batch within `timeout` seconds.
+            RuntimeError: the background thread ended with an exception that is not an `Exception` (SystemExit).
         """
         mine = self.rank_batches(epoch)[self.rank]
         work = (
@@ -225,7 +226,7 @@ class Loader:
         return self._rows[int(pieces.group[i])].cut(row, start, end, first)
 
     def rank_batches(self, epoch: int) -> list[list[Ints]]:
-        """For every rank, the pieces (int64 [b], indices into `pieces`) of each of its batches."""
+        """The batches of every rank; a batch is an array of indices into `pieces` (int64 [b])."""
         if self._epoch_batches is None or self._epoch_batches[0] != epoch:
             # All ranks compute the plan of all ranks from the same generator, so that they agree without communication.
             rng = np.random.default_rng((self.spec.seed, epoch)) if self.spec.shuffle else None
@@ -241,7 +242,7 @@ class Loader:
         for batch in self._cut_batches(order, self.world_size):
             # With a cost budget the number of pieces per rank is not limited.
             most = batch.size if self.spec.batch_cost else self.spec.batch_users
-            # Balanced within the global batch only: which pieces form a step does not depend on the world size.
+            # Pieces are balanced only within the global batch, so the pieces of a step do not depend on the world size.
             for rank, share in enumerate(assign_balanced(batch, self.costs, self.world_size, most)):
                 plan[rank].append(share)
         return plan
@@ -253,7 +254,7 @@ class Loader:
             return [order[i : i + size] for i in range(0, order.size, size)]
         spent, budget, batches, at = offsets_from_lengths(self.costs[order]), self.spec.batch_cost * world_size, [], 0
         while at < order.size:
-            # The longest range within the budget, but at least one piece: a single piece may exceed it.
+            # The longest range within the budget, but at least one piece, which may exceed the budget.
             end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
             batches.append(order[at:end])
             at = end
@@ -281,16 +282,16 @@ class Loader:
 
 
 def _late_ranges(late: tuple[Ints, Ints], user_ids: Ints) -> tuple[Ints, Ints, Ints]:
-    """Row, end and start of each range of consecutive late events of the users `user_ids` [R]; 0: leave the row out."""
-    users, places = late
-    own = np.isin(users, user_ids)
-    users, places = users[own], places[own]
-    # A range begins where the user changes, or where a place does not follow the one before.
-    first = np.flatnonzero((np.diff(users, prepend=0) != 0) | (np.diff(places, prepend=-1) != 1))
+    """(row, end, start) of each range of consecutive late events of the users `user_ids` [R]; id 0: skip the row."""
+    users, positions = late
+    chosen = np.isin(users, user_ids)
+    users, positions = users[chosen], positions[chosen]
+    # A range begins where the user changes, or where a position is not the previous position + 1.
+    first = np.flatnonzero((np.diff(users, prepend=0) != 0) | (np.diff(positions, prepend=-1) != 1))
     last = np.append(first[1:], users.size) - 1
     order = np.argsort(user_ids, kind="stable")
     rows = order[np.searchsorted(user_ids[order], users[first])]
-    return rows, places[last[: first.size]] + 1, places[first]
+    return rows, positions[last[: first.size]] + 1, positions[first]
 
 
 class _RowCache:

@@ -11,9 +11,9 @@ from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.manifest_schema import find_manifest_problem
 
 SCHEMA_VERSION = 1
-"""Of a dataset without appended versions."""
+"""Schema version of a dataset without appended versions."""
 SCHEMA_VERSION_CHAIN = 2
-"""Of a version that is more than one base with its sequences (`data.versions`)."""
+"""Schema version of a dataset version with a base and appends (`data.versions`)."""
 VERSIONS = "versions"
 """Folder of the manifests of all versions."""
 MANIFEST = "manifest.json"
@@ -23,7 +23,7 @@ ITEM_COUNTS = "training_item_counts.npy"
 
 
 def data_files(root: Path) -> list[Path]:
-    """The dataset's data files under `root`, sorted by name, without the manifest and the token stores."""
+    """All files under `root`, sorted by name, except the manifest and the token stores."""
     found = [
         p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.relative_to(root).parts[0] != "tokens"
     ]
@@ -31,10 +31,10 @@ def data_files(root: Path) -> list[Path]:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` and add the schema version, the files (size, hash) and the fingerprint of all contents.
+    """Write `manifest.json`; adds the schema version, the files (size, hash) and the fingerprint of their contents.
 
-    Event files (`data.event_files`) hold the same events as the sequences, in another form: they are listed by
-    themselves, and the fingerprint does not depend on them.
+    Event files (`data.event_files`) contain the same events as the sequences in another format. They are listed
+    separately, and the fingerprint does not depend on them.
     """
     facts = {
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
@@ -42,18 +42,18 @@ def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     }
     files = {name: one for name, one in facts.items() if not name.startswith(f"{EVENTS}/")}
     fingerprint = hash_texts(f"{name} {one['sha256']}" for name, one in files.items())
-    whole = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
-    whole["event_files"] = {name: one for name, one in facts.items() if name not in files}
-    (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    complete = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
+    complete["event_files"] = {name: one for name, one in facts.items() if name not in files}
+    (root / MANIFEST).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file that belongs to a version, by its name."""
+    """File name -> size and hash, for every file of a version."""
     return {**manifest["files"], **manifest.get("event_files", {})}
 
 
 def files_of_chain(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those of `listed_files` that a version with appends reads: not the sequences in Parquet."""
+    """The `listed_files` that a version with appends uses: all except the Parquet sequences and the item counts."""
     return {
         name: facts
         for name, facts in listed_files(manifest).items()
@@ -69,8 +69,8 @@ def version_of(manifest: Mapping[str, Any]) -> int:
 def chain_base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """The base of a version: `folder` ("": the dataset itself), `event_files`, `cuts` and `seconds`.
 
-    cuts: seconds and source rows at which a split by time divided it. None: a dataset of an earlier release, without
-    event files.
+    cuts: seconds and source rows at which a split by time divided the base. The result is None for a dataset of an
+    earlier release without event files.
     """
     if "base" in manifest:
         return dict(manifest["base"])
@@ -89,7 +89,7 @@ def manifest_path(root: Path, version: int | None = None) -> Path:
     """Path of the manifest of a version (None: the newest).
 
     Raises:
-        ValueError: there is no such version; names those that there are.
+        ValueError: there is no such version; the message lists the existing ones.
     """
     path = root / MANIFEST
     if version is None or not path.is_file():
@@ -97,7 +97,7 @@ def manifest_path(root: Path, version: int | None = None) -> Path:
     kept = root / VERSIONS / f"{version:05d}.json"
     if kept.is_file():
         return kept
-    if not (root / VERSIONS).is_dir() and version == 1:  # nothing was appended yet
+    if not (root / VERSIONS).is_dir() and version == 1:  # a dataset without appends
         return path
     known = sorted(int(file.stem) for file in (root / VERSIONS).glob("*.json") if file.stem.isdigit())
     raise ValueError(
@@ -112,8 +112,8 @@ def read_manifest(root: Path, version: int | None = None, *, check_files: bool =
     Hashes are not checked: that would read the complete dataset at each start.
 
     Raises:
-        ValueError: `root` is not a dataset or has another schema version, or a file is missing, a link or no regular
-            file, or has another size. The message names the folder or file, and the remedy.
+        ValueError: `root` is not a dataset or has an unsupported schema version; or a file is missing, is a link, is
+            not a regular file, or has a wrong size. The message names the folder or file, and the remedy.
     """
     path = manifest_path(root, version)
     if not path.is_file():
@@ -140,7 +140,7 @@ def read_manifest(root: Path, version: int | None = None, *, check_files: bool =
 
 
 def _check_files(root: Path, path: Path, files: Mapping[str, Any]) -> None:
-    """Check that the listed files are regular ones within the dataset, of their sizes."""
+    """Raise ValueError if a listed file is not a regular file of the listed size within the dataset."""
     folders: dict[Path, bool] = {root: True}
 
     def is_folder(folder: Path) -> bool:
@@ -153,7 +153,7 @@ def _check_files(root: Path, path: Path, files: Mapping[str, Any]) -> None:
             found = (root / name).lstat()
         except (FileNotFoundError, NotADirectoryError):
             found = None
-        # The schema refuses ".." in names; a link can still lead out, and a pipe would be waited for.
+        # The schema refuses ".." in names, but a link could lead out of the dataset, and reading a pipe would block.
         if not is_folder((root / name).parent) or (found is not None and stat.S_ISLNK(found.st_mode)):
             raise ValueError(f"{path}: {name!r} leads out of the dataset; copy the file there, or prepare again")
         if found is not None and not stat.S_ISREG(found.st_mode):

@@ -16,7 +16,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def is_inside(name: str) -> bool:
     """True if a file name, relative to a directory, stays within it and means the same on every system."""
     path = PurePosixPath(name)
-    # A drive ("C:x") or a backslash is an ordinary name on Linux, but a path on Windows.
+    # "C:x" and a backslash are ordinary parts of a name on Linux, but parts of a path on Windows.
     outside = path.is_absolute() or ".." in path.parts or not path.parts or PureWindowsPath(name).drive
     return not outside and "\\" not in name and "\0" not in name
 
@@ -116,7 +116,7 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "event_schema": (_is_event_schema, "labels, weight, sampling rate and context of events"),
     "context_features": _FIELDS["item_features"],
 }
-"""Fields that a manifest may lack."""
+"""Optional fields of a manifest."""
 
 
 def find_manifest_problem(manifest: Any) -> str | None:

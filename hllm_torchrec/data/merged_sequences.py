@@ -1,10 +1,11 @@
 """Sequences of a dataset with appended events: base and appends are merged by user when they are read.
 
-A user's events are in the order of (second, version, row in the version), so a late event stands where it belongs. The
-parts are ranges of this sequence, given by the number of events before each cut: for the time split a count by second,
-for the per-user splits a function of the sequence's length. No event is moved or written again when a cut moves.
+A user's events are sorted by (second, version, row in the version), so late events are at the position of their time.
+The parts are ranges of this sequence, given by the number of events before each cut: for the time split, events before
+a second are counted; for the per-user splits, the number is a function of the sequence's length. So moving a cut
+rewrites no events.
 
-Legend: U users of the dataset, with the unknown one; R rows that are read; T events of all rows.
+Legend: U users of the dataset, including the unknown user; R rows that are read; T events of all rows.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -32,8 +33,8 @@ class Cuts:
     """The split of a version.
 
     rule: one of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
-    test, for a split by time; of_base: True if the base was divided at the same cuts, so that its own starts hold,
-    also within the second of a cut.
+    test, for a split by time; of_base: True if the base was divided at the same cuts, so that the starts in its event
+    files are valid, also within the second of a cut.
     """
 
     rule: str
@@ -49,7 +50,7 @@ class MergedSequences:
         base: event files with each user at most once.
         appended: event files of the appends, in the order of the versions.
         cuts: the split.
-        rows: sizes of the tables that ids index.
+        rows: sizes of the tables, against which ids are checked.
     """
 
     def __init__(self, base: Sequence[EventFile], appended: Sequence[EventFile], cuts: Cuts, rows: TableRows) -> None:
@@ -58,7 +59,7 @@ class MergedSequences:
         self._counted: dict[int, _Int32] = {}
 
     def users(self, part: str, since: int | None = None) -> Ints:
-        """Ascending ids of the users with an event in a part, with `since` only those with one from this second on."""
+        """Ascending ids of the users with an event in a part; since: with such an event from this second on."""
         p = SPLITS.index(part)
         start, end = self._starts[p], self._starts[p + 1]
         if since is not None:
@@ -66,35 +67,35 @@ class MergedSequences:
         return np.flatnonzero(end > start)
 
     def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
-        """What is known of the sequences of `user_ids` [R] without reading them."""
+        """Length, start of the part and events before `since` of the sequences of `user_ids` [R]; reads no events."""
         p = SPLITS.index(part)
         found = (self._starts[p + 1], self._starts[p], self.before(since) if since else self._starts[0])
         lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)
         return RowHeads(user_ids, lengths, target_start, np.minimum(before, lengths))
 
     def read(self, user_ids: Ints, part: str, columns: Collection[str], skipped: Ints | None = None) -> Sequences:
-        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown.
+        """The sequences of `user_ids` [R] to the end of a part; columns not in `columns` have their unknown value.
 
-        skipped: [R] number of each user's first events that are left out.
+        skipped: [R] number of events at the start of each user's sequence to leave out.
         """
         p = SPLITS.index(part)
         users = np.asarray(user_ids, np.int64)
         lengths, target_start = self._starts[p + 1][users].astype(np.int64), self._starts[p][users].astype(np.int64)
         first = np.zeros_like(lengths) if skipped is None else np.minimum(skipped, lengths)
-        whole = self._merged(users, columns, first, lengths)
+        merged = self._merged(users, columns, first, lengths)
         offsets = offsets_from_lengths(lengths - first)
         found = {
-            column.name: whole[column.name]
+            column.name: merged[column.name]
             if column.name in columns
             else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
             for column in EVENT_COLUMNS
         }
-        extra = {column.name: whole[column.name] for column in self._rows.schema.extra if column.name in columns}
+        extra = {column.name: merged[column.name] for column in self._rows.schema.extra if column.name in columns}
         rows = Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
         return rows if skipped is None else replace(rows, skipped=first)
 
     def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
-        """All events of `user_ids` [R], one user after the other, and their numbers [R]."""
+        """(all events of `user_ids` [R], grouped by user; number of events of each user [R])."""
         users = np.asarray(user_ids, np.int64)
         names, totals = [column.name for column in self._rows.schema.columns], self.totals(users)
         return Events.of_columns(self._merged(users, names, np.zeros_like(totals), totals)), totals
@@ -104,16 +105,16 @@ class MergedSequences:
         return self._totals[users].astype(np.int64)
 
     def layout(self) -> tuple[Ints, Ints, Ints]:
-        """Ascending ids of the users with events [R], their numbers of events [R], and those before the cuts [R, 2]."""
+        """(ascending ids of users with events [R], numbers of events [R], numbers of events before each cut [R, 2])."""
         users = np.flatnonzero(self._totals)
         starts = np.stack(self._starts[1:-1], axis=1)[users]
         return users, self._totals[users].astype(np.int64), starts.astype(np.int64)
 
     def item_counts(self, part: str) -> Ints:
-        """Events of each item in a part, int64 [items]."""
+        """Number of events of each item in a part, int64 [items]."""
         counts = np.zeros(self._rows.items, np.int64)
         if part == SPLITS[0] and self._cuts.seconds and not self._cuts.of_base:
-            # The part is all events before a second: no need to merge them by user.
+            # The part consists of all events before a second, so they need not be merged by user.
             for events in (one.events for one in self._files if len(one)):
                 before = events.item_ids[events.timestamps < self._cuts.seconds[0]]
                 counts += np.bincount(before, minlength=counts.size)
@@ -128,7 +129,7 @@ class MergedSequences:
 
     @cached_property
     def _base_of(self) -> NDArray[np.int16]:
-        """[U] number of each user's base file, -1 without one."""
+        """[U] index of the base file that has the user, -1 if none has."""
         number_of = np.full(self._rows.users, -1, np.int16)
         for number, one in enumerate(self._base):
             number_of[one.user_ids] = number
@@ -136,12 +137,12 @@ class MergedSequences:
 
     @cached_property
     def _in_order(self) -> bool:
-        """True if the files' bounds say that no event is earlier than one of a version before."""
+        """True if, by the files' bounds, no event is earlier than any event of an earlier version."""
         bounds = [one.seconds for one in (*self._base[:1], *self._appended)]
         return all(a is not None and b is not None and a[1] <= b[0] for a, b in pairwise(bounds))
 
     def _merged(self, users: Ints, names: Collection[str], start: Ints, end: Ints) -> Columns:
-        """The named columns of events start [R] to end [R] - 1 of distinct `users` [R], one user after the other."""
+        """The columns `names` of the events start [R] to end [R] - 1 of distinct `users` [R], grouped by user."""
         if (np.diff(users) <= 0).any():
             order = np.argsort(users)
             found = self._merged(users[order], names, start[order], end[order])
@@ -149,7 +150,7 @@ class MergedSequences:
             moved = concat_ranges((np.cumsum(lengths[order]) - lengths[order])[place], lengths)
             return {name: values[moved] for name, values in found.items()}
         base = self._base
-        if len(base) > 1:  # a group of users is in few of the base's files
+        if len(base) > 1:  # the users of one call are in only a few of the base's files
             base = [base[number] for number in np.unique(self._base_of[users]) if number >= 0]
         return UserEvents([*base, *self._appended], users, self._rows, self._in_order).read(names, start, end)
 
@@ -157,7 +158,7 @@ class MergedSequences:
 
     @cached_property
     def _starts(self) -> list[_Int32]:
-        """Four arrays [U]: each user's number of events before train (0), before valid, before test, and in all."""
+        """Four arrays [U]: each user's number of events before train (0), before valid, before test, and in total."""
         total, cuts = self._totals, self._cuts
         if not cuts.seconds:
             starts = [column.astype(np.int32) for column in per_user_starts(cuts.rule, cuts.fractions, total)]
@@ -168,7 +169,7 @@ class MergedSequences:
         return [np.zeros_like(total), *starts, total]
 
     def _before_cut(self, k: int, second: int) -> _Int32:
-        """[U] number of each user's events before cut k: the base knows its own, which may lie within a second."""
+        """[U] number of each user's events before cut k; for the base, the stored starts, which may divide a second."""
         of_appends = self._sums(lambda one: one.lengths_before(second), self._appended)
         return self._sums(lambda one: one.starts[:, k], self._base) + of_appends
 

@@ -1,8 +1,8 @@
 """Merging of event files by user, in the order of (second, file, row).
 
-A user's events of one file are a segment. Segments follow each other in the order of the files, and a range of a user's
-sequence is cut from them without a look at other events. Only where that is not the order of the seconds, because an
-event came late, all events of the users are sorted.
+The events of one user in one file are a segment. Normally a user's sequence is the concatenation of the user's segments
+in the order of the files, and a range of the sequence is read without reading other events. If an event came late, this
+is not the order of the seconds; then all events of the users are read and sorted.
 
 Legend: R users, S segments, T events that are read.
 """
@@ -27,8 +27,8 @@ TIMES = "timestamps"
 class _Segments:
     """Segments by (user, file).
 
-    place: [S] place of the user among those that are read; file: [S] number of the file; first: [S] its first event in
-    the file; length: [S] number of events.
+    place: [S] index of the user among the users that are read; file: [S] index of the file; first: [S] index of the
+    segment's first event in the file; length: [S] number of events.
     """
 
     place: Ints
@@ -37,9 +37,9 @@ class _Segments:
     length: Ints
 
     def between(self, start: Ints, end: Ints, lengths: Ints) -> "_Segments":
-        """The parts that are events start [R] to end [R] - 1 of their users, who have `lengths` [R] events."""
-        # before [S]: number of the user's events in earlier segments: the running sum, less where the user's events
-        # begin.
+        """The segments cut to the events start [R] to end [R] - 1 of each user; lengths: [R] events of each user."""
+        # before [S]: number of the user's events in earlier segments, which is the running sum over all segments minus
+        # its value at the user's first segment.
         before = np.cumsum(self.length) - self.length - (np.cumsum(lengths) - lengths)[self.place]
         skipped = np.clip(start[self.place] - before, 0, self.length)
         kept = np.clip(end[self.place] - before, 0, self.length)
@@ -53,8 +53,8 @@ class UserEvents:
     Args:
         files: in the order of the versions.
         users: [R] ascending.
-        rows: sizes of the tables that ids index.
-        in_order: True if it is known that no event of a file is earlier than one of a file before.
+        rows: sizes of the tables, against which ids are checked.
+        in_order: True if it is known that no event of a file is earlier than an event of an earlier file.
     """
 
     def __init__(self, files: Sequence[EventFile], users: Ints, rows: TableRows, in_order: bool) -> None:
@@ -76,7 +76,7 @@ class UserEvents:
         return _Segments(*columns)
 
     def _ascend(self) -> bool:
-        """True if no segment begins before the one before it ends."""
+        """True if, for each user, no segment begins before the end of the previous segment."""
         segments = self._segments
         first, last = np.empty_like(segments.place), np.empty_like(segments.place)
         for number, (file, _, _) in enumerate(self._found):
@@ -86,10 +86,10 @@ class UserEvents:
         return not ((last[:-1] > first[1:]) & (segments.place[:-1] == segments.place[1:])).any()
 
     def read(self, names: Collection[str], start: Ints, end: Ints) -> Columns:
-        """The named columns [T] of events start [R] to end [R] - 1 of each user, one user after the other.
+        """The columns `names` [T] of the events start [R] to end [R] - 1 of each user, grouped by user.
 
         Raises:
-            ValueError: a value is not allowed; names file, row, column and value.
+            ValueError: a value is not allowed; the message names file, row, column and value.
         """
         lengths = np.bincount(self._segments.place, self._segments.length, self._users).astype(np.int64)
         if self._in_order:
@@ -101,17 +101,17 @@ class UserEvents:
         for number in range(len(self._found)):
             self._check_file(number, columns)
         owner = np.repeat(np.arange(self._users), lengths)
-        order = np.argsort((owner << 32) | columns[TIMES], kind="stable")  # both are below 2^32
+        order = np.argsort((owner << 32) | columns[TIMES], kind="stable")  # by user, then second; both are below 2^32
         order = order[concat_ranges(np.cumsum(lengths) - lengths + start, end - start)]
         return {name: values[order] for name, values in columns.items() if name in names}
 
     def _gathered(self, segments: _Segments, names: Collection[str]) -> Columns:
-        """The named columns of segments, one after the other, in the columns' dtypes."""
+        """The columns `names` of the concatenated segments, in the columns' dtypes."""
         dtypes = {column.name: column.dtype for column in self._rows.schema.columns if column.name in names}
         read = [self._of_file(number, segments, dtypes) for number in range(len(self._found))]
         if len(read) == 1:
             return {name: read[0][name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
-        # The events of a file are in the order of the users, so they fill its places from the first to the last.
+        # The events of a file are sorted by user, like the output, so they go to the file's output positions in order.
         of_file = np.repeat(segments.file.astype(np.int16), segments.length)
         columns = {name: np.empty(of_file.size, dtype) for name, dtype in dtypes.items()}
         for number, values in enumerate(read):
@@ -121,7 +121,7 @@ class UserEvents:
         return columns
 
     def _of_file(self, number: int, segments: _Segments, names: Collection[str]) -> Columns:
-        """The named columns of a file's segments, as they are stored; views if these follow each other."""
+        """The columns `names` of one file's segments, in the stored dtypes; views if the segments are contiguous."""
         own = segments.file == number
         first, length = segments.first[own], segments.length[own]
         if first.size and (first[1:] == first[:-1] + length[:-1]).all():

@@ -1,13 +1,12 @@
-"""Journal of items that appeared after the dataset was prepared: one JSON line for each, read by every process.
+"""Journal of items that were added after the dataset was prepared: one JSON line per item, read by every process.
 
-`<dataset>/new_items.jsonl`; its first line names the journal, each other one an item:
+The file is `<dataset>/new_items.jsonl`. Its first line has a unique name of the journal, each other line an item:
 
     {"journal": "5f0e1c..."}
     {"id": "s41", "text": {"title": "..."}, "features": {"genres": ["drama"]}}
 
-Lines are only ever appended, under a lock. An item that the next version of the dataset contains is read from there,
-and its line is ignored; the file may be deleted when all its items are in the dataset. A later line of an item replaces
-its text and features.
+Lines are only appended, under a lock. If an item is also in the dataset, its line is ignored; the file may be deleted
+when all its items are in the dataset. A later line of the same item replaces its text and features.
 """
 
 import json
@@ -32,7 +31,7 @@ LOCK_SECONDS = 60
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item without a number. text: text column -> text; features: feature -> values."""
+    """An item that is not in the dataset. text: text column -> text; features: feature -> values."""
 
     id: str
     text: dict[str, str] = field(default_factory=dict)
@@ -41,7 +40,10 @@ class NewItem:
 
 @dataclass(frozen=True)
 class JournalLines:
-    """Items read from a journal. name: the journal's own; end: offset of the first byte that was not read."""
+    """Items read from a journal.
+
+    name: name of the journal ("" if its first line was not read); end: offset of the first byte that was not read.
+    """
 
     name: str
     items: list[NewItem]
@@ -75,7 +77,7 @@ class NewItemJournal:
 
     def _append(self, items: Sequence[NewItem]) -> None:
         with self.path.open("ab+") as file:
-            # A process that was killed while it appended left a line without an end: nobody has read it.
+            # A process that was killed while appending leaves an incomplete line, which no reader has used: remove it.
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             complete = file.read().rfind(b"\n") + 1
@@ -91,7 +93,7 @@ class NewItemJournal:
         """Read the complete lines from byte `start` on (0, or the `end` of an earlier call).
 
         Raises:
-            ValueError: a line is not of the module docstring's form; or the file is shorter than `start`.
+            ValueError: a line does not have the format in the module docstring, or the file is shorter than `start`.
         """
         data, size = b"", 0
         if self.path.is_file():  # also False for a pipe, which would block
@@ -104,7 +106,9 @@ class NewItemJournal:
         data = data[: data.rfind(b"\n") + 1]
         name, items = "", []
         for number, line in enumerate(data.splitlines(), 1):
-            if not line.strip():  # a forgotten item's: it keeps its length, so that offsets hold
+            if (
+                not line.strip()
+            ):  # the line of a forgotten item: blanks of the same length, so that offsets remain valid
                 continue
             value = self._parsed(line, number, start)
             if isinstance(value, NewItem):
@@ -114,7 +118,7 @@ class NewItemJournal:
         return JournalLines(name, items, start + len(data))
 
     def _parsed(self, line: bytes, number: int, start: int) -> NewItem | str:
-        """One line: an item, or the journal's name (the first line of the file only)."""
+        """Parse one line: an item, or, in the first line of the file, the journal's name."""
         try:
             value = json.loads(line)
             if start == 0 and number == 1:
@@ -138,11 +142,12 @@ def new_items(
 
     Args:
         raw_ids: [n].
-        texts: text column -> [n] texts; a column that is not given is empty.
-        features: item feature -> [n] values, each one text or several.
+        texts: text column -> [n] texts; a text column that is not given is empty.
+        features: item feature -> [n] entries, each a text or a list of texts.
 
     Raises:
-        ValueError: an id twice or not a text, an unknown column or feature, or columns of other lengths.
+        ValueError: an id is given twice, is not a text or was forgotten; a column or feature is unknown; or a column
+            does not have n entries.
     """
     features = features or {}
     for kind, given, known in (

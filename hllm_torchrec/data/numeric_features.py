@@ -1,13 +1,14 @@
 """Numeric features of a request, computed from events strictly before its second.
 
-Each is scaled to be of order one, so that one linear layer without normalization can read it. "Earlier" means within
-the piece of events that a pass reads: for users longer than `data.max_history`, a part of their events.
+Each feature is scaled to be of order one, so that it can be the input of a linear layer without normalization. Features
+use only the events of the piece that a forward pass reads; if a user has more than `data.max_history` events, earlier
+events are not used.
 
-A custom feature, `module:name` in the configuration, is called with the events of one user, sorted by time, and
-returns [X] float32, one number per request:
+A custom feature, `module:name` in the configuration, is a function that is called with the events of one user, sorted
+by time, and returns [X] float32, one number per request. Its arguments:
 
     timestamps [n] int64 seconds; labels [n] float32, NaN without a label; targets [X] int64, indices of the requests'
-    events; seen [X] int64, number of events, from the first, that each request may see: read only those.
+    events; seen [X] int64, number of events, from the first, that each request may see: use no other events.
 """
 
 import functools
@@ -23,9 +24,9 @@ Numeric = Callable[[Ints, Floats, Ints, Ints], Floats]
 """(timestamps, labels, targets, seen) -> [X]."""
 
 OF_EVENTS = frozenset({"history_length", "user_mean"})
-"""Features that depend on the seen events alone, not on the request's second: a state keeps them."""
+"""Features that depend only on the visible events, not on the request's second, so a user's state can store them."""
 SHRINKAGE = 5.0
-"""Pseudo-exposures at 0.5 in the running mean."""
+"""Number of pseudo-exposures with label 0.5 in the running mean."""
 
 
 def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targets: Ints, delay: int = 0) -> Floats:
@@ -59,7 +60,7 @@ def _user_mean(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> F
 
 def _log_gap(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> Floats:
     """log(1 + seconds since the last earlier event) / 8; 0 without an earlier event."""
-    # Index 0 for requests without an earlier event is only a valid index; `where` discards its value.
+    # Requests without an earlier event use index 0 only to have a valid index; `where` discards the value.
     last = timestamps[np.maximum(seen - 1, 0)]
     gap = np.where(seen > 0, timestamps[targets] - last, 0)
     return (np.log1p(gap) / 8).astype(np.float32)

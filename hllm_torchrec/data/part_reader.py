@@ -1,4 +1,4 @@
-"""Reading a part of merged sequences group by group: groups that follow each other are merged together."""
+"""Reader of a part of merged sequences, group by group; merges several consecutive groups in one read-ahead."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.merged_sequences import MergedSequences
 
 _EVENTS_AHEAD = 300_000
-"""Most events of users that are read before they are asked for."""
+"""Maximum number of events that are read ahead."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The named columns of users number `first` to `end` - 1 of a part."""
+    """The columns `names` of the users with the indices `first` to `end` - 1 of a part."""
 
     names: tuple[str, ...]
     first: int
@@ -23,10 +23,10 @@ class _Block:
 
 
 class PartReader:
-    """Reads users of a part by their numbers in `users`, the ascending ids of all of them.
+    """Reads users of a part by their indices in `users`, the ascending ids of all users of the part.
 
-    A merge costs as much for each file as for a thousand events, so whoever reads on is read ahead for, twice as far
-    every time; whoever jumps reads no more than he asks for.
+    Each merge has a fixed cost per file, about that of a thousand events. So if a call continues where the last one
+    ended, twice as many users as last time are read ahead; other calls read only the requested users.
     """
 
     def __init__(self, merged: MergedSequences, part: str, since: int | None) -> None:
@@ -35,9 +35,9 @@ class PartReader:
         self._block: _Block | None = None
 
     def read(self, first: int, rows: int, names: Collection[str]) -> Sequences:
-        """The sequences of users number `first` to `first` + `rows` - 1; columns that are not named are unknown."""
+        """The sequences of users `first` to `first` + `rows` - 1; columns not in `names` have their unknown value."""
         wanted, end = tuple(names), first + rows
-        block = self._block  # taken and replaced as a whole: threads share a reader
+        block = self._block  # read once and replaced as one object, because threads share a reader
         if block is None or block.names != wanted or not block.first <= first <= end <= block.end:
             if block is not None and block.names == wanted and block.end == first:
                 end = max(end, self._end_ahead(first, 2 * (block.end - block.first)))
@@ -46,6 +46,6 @@ class PartReader:
         return block.rows.between(first - block.first, first - block.first + rows)
 
     def _end_ahead(self, first: int, most: int) -> int:
-        """End of at most `most` users from number `first` on with at most `_EVENTS_AHEAD` events."""
+        """End index of the longest range from user `first` with at most `most` users and `_EVENTS_AHEAD` events."""
         ends = np.cumsum(self._merged.totals(self.users[first : first + most]))
         return first + int(np.searchsorted(ends, _EVENTS_AHEAD, side="right"))

@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns with one entry per piece: row group, row in it, range [start, end), exposures from `first_target` on."""
+    """Columns with one entry per piece: row group, row in the group, range [start, end) of events, first exposure."""
 
     group: Ints
     row: Ints
@@ -34,7 +34,7 @@ class Pieces:
 
     @classmethod
     def concat(cls, parts: "Sequence[Pieces]") -> "Pieces":
-        """All pieces of `parts` (at least one), sorted by group, row and start."""
+        """All pieces of `parts` (at least one), sorted by group, row and first target."""
         columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
         pieces = cls(*columns)
         order = np.lexsort((pieces.first_target, pieces.row, pieces.group))
@@ -55,14 +55,14 @@ def cut_into_pieces(
     """
     half = max_history // 2
     every = np.arange(lengths.size)
-    # A row that fits is one piece; otherwise the first piece has half of its events before the first exposure.
+    # A row with at most max_history events is one piece; else half of the first piece is before the first exposure.
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
     if extend_history:
         start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
     left, reached = every, end
-    # Vectorized over rows: each round adds one further piece to every row that is not covered to its end.
+    # Vectorized over rows: each round adds one more piece to every row that is not yet covered to its end.
     while (unfinished := reached < lengths[left]).any():
         left, first = left[unfinished], reached[unfinished]
         start = first - half
@@ -75,10 +75,11 @@ def cut_into_pieces(
 
 
 def window_start(seen: int | Ints, max_history: int) -> Any:
-    """Index of the first event that a request reads of the `seen` events that it may see: at most max_history - 1.
+    """Index of the first event that a request reads, given that it may see the first `seen` events.
 
-    It moves in steps of max_history / 2, so a new event usually extends an encoded history, which is encoded again
-    only every max_history / 2 events. The rule of evaluation and serving alike. seen: a number, or int64 [n].
+    A request reads at most max_history - 1 events. The index moves in steps of max_history / 2, so a new event usually
+    extends an encoded history, which must be encoded again only every max_history / 2 events. Evaluation and serving
+    both use this rule. seen: int, or int64 [n].
     """
     # Events above the limit, rounded up to a multiple of the step.
     step = max(1, max_history // 2)
@@ -88,12 +89,12 @@ def window_start(seen: int | Ints, max_history: int) -> Any:
 def pieces_of_requests(
     group: Ints, row: Ints, target_start: Ints, seen: Ints, offsets: Ints, max_history: int
 ) -> Pieces:
-    """Cut rows into pieces whose exposures see what the same requests see in serving, see `window_start`.
+    """Cut rows into pieces whose exposures see the same events as the same requests in serving; see `window_start`.
 
     group, row, target_start: [n] int64, one entry per row; seen: [T] number of its user's events that a request at
     each event may see, not decreasing within a row; offsets: [n + 1] boundaries of the rows in `seen`.
 
-    A piece begins where its exposures begin to read, and has at most `max_history` of them.
+    A piece begins at the first event that its exposures read, and has at most `max_history` exposures.
     """
     lengths = np.diff(offsets)
     index = np.repeat(np.arange(lengths.size), lengths - target_start)
@@ -108,7 +109,7 @@ def pieces_of_requests(
 
 
 def in_user_sample(user_ids: Ints, share: float) -> NDArray[np.bool_]:
-    """Mask (bool [n]) of the users in a share of all, by a hash of the id; a smaller share is a subset of a larger."""
+    """Mask (bool [n]) of the users in a sample of this share, by a hash of the id; smaller samples are nested."""
     return (hash_columns(user_ids) >> np.uint64(11)) < share * 2**53  # a double represents 53 bits exactly
 
 

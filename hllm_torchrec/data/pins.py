@@ -1,4 +1,4 @@
-"""Pins: which versions of a dataset runs were trained on, so that `prune` keeps them while the runs exist."""
+"""Pins: files in a dataset that record the version each run was trained on; `prune` keeps it while the run exists."""
 
 import json
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ _PINS = "pins"
 
 
 def pin_version(root: Path, version: int, run: Path | str) -> bool:
-    """Note that `run` reads a version of the dataset in `root`; returns False if the dataset cannot be written to."""
-    place, path = _pin_of(root, run)
-    text = json.dumps({"run": place, "version": version}) + "\n"
+    """Record that `run` uses a version of the dataset in `root`; returns False if the dataset cannot be written to."""
+    location, path = _pin_of(root, run)
+    text = json.dumps({"run": location, "version": version}) + "\n"
     try:
         path.parent.mkdir(exist_ok=True)
-        for left in path.parent.glob(f".{path.name}-*"):  # of this run, killed while it pinned: only it has this file
+        for left in path.parent.glob(f".{path.name}-*"):  # temporary file of this run, which was killed while it pinned
             left.unlink()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             replace_file(path, text)
-    except OSError:  # a read-only dataset: nobody prunes it from here either
+    except OSError:  # a read-only dataset cannot be pruned from here either
         return False
     return True
 
@@ -35,16 +35,16 @@ def remove_pin(root: Path, run: Path | str) -> None:
 
 
 def _pin_of(root: Path, run: Path | str) -> tuple[str, Path]:
-    """Place of a run as its pin names it, and the pin's file."""
-    place = url_of(run) or str(Path(run).absolute())
-    return place, root / _PINS / f"{hash_texts([place])[:16]}.json"
+    """(URL or absolute path of a run as written in its pin, path of the pin's file)."""
+    location = url_of(run) or str(Path(run).absolute())
+    return location, root / _PINS / f"{hash_texts([location])[:16]}.json"
 
 
 def pinned_versions(root: Path) -> dict[int, list[str]]:
-    """Runs that exist by the version that they pin.
+    """Version -> existing runs that pin it.
 
-    A run that cannot be looked for exists: one at a URL, or in a folder that is not here (another machine, a disk that
-    is not mounted). If it is gone, remove its pin.
+    A run that cannot be checked counts as existing: a run at a URL, or in a folder whose parent is missing (another
+    machine, a disk that is not mounted). If such a run was deleted, remove its pin.
     """
     found: dict[int, list[str]] = {}
     for _, run, version in _pins(root):
@@ -54,7 +54,7 @@ def pinned_versions(root: Path) -> dict[int, list[str]]:
 
 
 def remove_stale_pins(root: Path) -> None:
-    """Remove the pins of runs that are gone."""
+    """Remove the pins of runs that no longer exist."""
     for path, run, _ in _pins(root):
         if not _exists(run):
             path.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def _pins(root: Path) -> Iterator[tuple[Path, str, int]]:
     """File, run and version of each pin.
 
     Raises:
-        ValueError: a pin is damaged: no version may be removed then.
+        ValueError: a pin is damaged, so no version may be removed.
     """
     for path in sorted((root / _PINS).glob("*.json")) if (root / _PINS).is_dir() else ():
         try:
@@ -81,5 +81,5 @@ def _exists(run: str) -> bool:
         path = Path(run)
         found = (path / "config.yaml").exists() or (path.is_dir() and any(path.iterdir()))
         return found or not path.parent.is_dir()
-    except OSError:  # a disk that does not answer: not a reason to remove its version
+    except OSError:  # a disk that does not answer is not a reason to remove the version
         return True

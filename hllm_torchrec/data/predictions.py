@@ -1,4 +1,4 @@
-"""Predictions of exposures: columns, and reading and writing of the Parquet files of the evaluation job."""
+"""Predictions of exposures: their columns, and reading and writing of the evaluation job's Parquet files."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +28,7 @@ class Predictions:
     label: np.ndarray
     score: np.ndarray
     probability: np.ndarray | None
-    """None if the model has scores only."""
+    """None if the model has only scores."""
     history_length: np.ndarray
     item_is_cold: np.ndarray
     timestamp: np.ndarray | None = None
@@ -36,7 +36,8 @@ class Predictions:
 
 
 def read_predictions(directory: str | Path) -> Predictions:
-    """Read the predictions of a job into memory, without validation, for inspection; `hllm evaluate` does not use it.
+    """Read the predictions of a job into memory for inspection, without validation; `hllm evaluate` uses another
+    reader.
 
     Raises:
         ValueError: a column is missing.
@@ -47,7 +48,7 @@ def read_predictions(directory: str | Path) -> Predictions:
     missing = [name for name in Predictions.__dataclass_fields__ if name not in columns and name != "timestamp"]
     if missing:
         raise ValueError(f"{directory} has no column {missing[0]}; it has {', '.join(table.column_names)}")
-    if table["probability"].null_count:  # models with scores only write nulls
+    if table["probability"].null_count:  # models that have only scores write nulls
         columns["probability"] = None
     for name in ("label", "score", "probability"):
         if columns[name] is not None:
@@ -72,9 +73,9 @@ def write_predictions(columns: PredictionColumns, directory: Path, rank: int) ->
 
 
 def save_predictions(columns: PredictionColumns, directory: Path) -> None:
-    """Write every rank's part; replaces the directory's previous contents after all parts are written. Collective."""
+    """Write every rank's part; when all parts are written, they replace the directory's contents. Collective."""
     with ExitStack() as replacement:  # rank 0's; empty on other ranks
-        # Each call waits for all ranks: none is still writing when the directory is replaced.
+        # Each call waits for all ranks, so no rank is still writing when the directory is replaced.
         folder = run_on_rank_zero(lambda: replacement.enter_context(atomic_folder(directory, replace=True)))
         run_on_all_ranks(lambda: str(write_predictions(columns, folder, this_rank())))
         run_on_rank_zero(replacement.close)

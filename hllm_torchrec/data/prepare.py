@@ -1,9 +1,9 @@
 """`prepare`: converts a source into a dataset directory in bounded memory.
 
-The events are read twice: from the source to disk, partitioned by user (`event_partitions`), and from there, sorted
-per user, to the sequences of the three parts (`split`, `sequences`). Memory is bounded by the largest partition, the
-raw ids of the items and a few bytes per user; it does not grow with the number of events. The directory is published
-by a rename: it appears complete or not at all.
+The events are read twice: first from the source, to write them to disk partitioned by user (`event_partitions`); then
+from these partitions, sorted by user, to write the sequences of the three parts (`split`, `sequences`). Memory is
+bounded by the largest partition, the raw ids of the items and a few bytes per user; it does not grow with the number of
+events. The directory is published by a rename, so an incomplete one never appears.
 """
 
 import logging
@@ -92,7 +92,7 @@ def prepare(
     Args:
         source: the events, items and users to read.
         output_dir: directory to create.
-        split: division of the events into train, valid and test, or its rule.
+        split: division of the events into train, valid and test, or only the name of its rule.
         policy: handling of bad rows; None: the source's default.
         min_events: k of the k-core; None: the source's default; 0: no filter.
         core: "iterative" repeats the filter until nothing changes; "published" is the single pass of the published
@@ -101,13 +101,13 @@ def prepare(
             over ranks and workers (fewer if a file would have fewer than 32 groups).
         partitions: number of partitions of the users on disk; None: derived from the size of the event files.
         overwrite: replace another dataset. Its files are removed, except those of versions that runs have pinned.
-        extend: prepare again from a source that has grown, as a new version: existing users, items and feature values
-            keep their ids, new ones are appended.
-        allow_fewer: extend from a source with fewer events than the dataset has.
+        extend: prepare a source that has grown again, as a new version: existing users, items and feature values keep
+            their ids, new ones get the next ids.
+        allow_fewer: allow `extend` from a source with fewer events than the dataset.
 
     Raises:
-        ValueError: a bad row (see `bad_rows.BadRows`), an empty part of the split, fewer events than before, or an
-            `output_dir` that contains something else. Nothing is written then.
+        ValueError: a row is bad (see `bad_rows.BadRows`), a part of the split is empty, `extend` has fewer events than
+            the dataset, or `output_dir` contains something else. Nothing is written then.
     """
     options = _Options(
         split=Split(split) if isinstance(split, str) else split,
@@ -121,7 +121,7 @@ def prepare(
     request = _request(source, options)
     recover_folder(output)
     existing = _look_at(output, request, overwrite=overwrite, extend=extend)
-    # A dataset with appends holds more than its first source: without --overwrite or --extend it stays as it is.
+    # A dataset with appends has more than its first source, so only --overwrite or --extend replaces it.
     replaces = (overwrite or extend) and existing is not None and bool(existing.get("appends"))
     if existing is not None and existing["request"] == request and not replaces:
         logger.info("%s is prepared already from the same source and options: reused", output)
@@ -143,7 +143,7 @@ def prepare(
 def _write_new_base(
     source: Source, options: _Options, root: Path, request: dict[str, Any], *, extend: bool, allow_fewer: bool
 ) -> None:
-    """Add a version with a base of its own to the dataset in `root`; with `extend`, ids are kept.
+    """Add a version with a new base to the dataset in `root`. extend: existing ids are kept.
 
     Raises:
         ValueError: see `prepare`.
@@ -159,7 +159,7 @@ def _write_new_base(
                 source, options, target, scratch, old, at_least=at_least, is_first=False, forgotten=forgotten
             )
             if forgotten:
-                # Relative to the draft folder here, since `_with_marks` opens it as a dataset; below to the root.
+                # Relative to the draft folder, which `_with_marks` opens as a dataset; set relative to the root below.
                 manifest[FORGOTTEN] = FILE.format(version)
                 forgotten.write(target / FILE.format(version))
             files = file_facts(target, name)
@@ -177,12 +177,14 @@ def _write_new_base(
         chain = {"base": base, "appends": [], "files": files, "sources": sources}
         commit_version(root, version, {**manifest, **chain})
         if not extend:
-            (root / "vectors" / "factors.npy").unlink(missing_ok=True)  # fitted to the items of the dataset before
+            (root / "vectors" / "factors.npy").unlink(
+                missing_ok=True
+            )  # it was fitted to the items of the replaced dataset
             remove_versions(root)
 
 
 def _forgotten(root: Path, extend: bool) -> Tombstones:
-    """The tombstones of the dataset before: a new export may still have what was forgotten."""
+    """The tombstones of the existing dataset, because a new export may still contain forgotten ids."""
     try:
         before = Tombstones.read(root, read_manifest(root, check_files=False))
     except ValueError:  # damaged, which is why it is overwritten
@@ -197,7 +199,7 @@ def _with_marks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _request(source: Source, options: _Options) -> dict[str, Any]:
-    """Everything that determines the dataset, as JSON values: equal requests give equal datasets."""
+    """All inputs and options that determine the dataset, as JSON values: equal requests give equal datasets."""
     hashes = hash_files([*source.event_files, *source.other_files], "checking files")
     return {
         "schema_version": SCHEMA_VERSION,
@@ -214,7 +216,11 @@ def _request(source: Source, options: _Options) -> dict[str, Any]:
 
 
 def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: bool) -> dict[str, Any] | None:
-    """The manifest of the dataset at `output`, or None if there is none; ValueError if it must not be replaced."""
+    """The manifest of the dataset at `output`; None if there is no dataset, or a damaged one that may be overwritten.
+
+    Raises:
+        ValueError: `output` contains something else, or another dataset that must not be replaced.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST).is_file():
@@ -249,8 +255,8 @@ def _run(
 ) -> dict[str, Any]:
     """Run all steps from the source to the files in `target`; return the manifest without its files.
 
-    at_least: number of events below which the source is refused.
-    is_first: write the sequences as Parquet files, too, and the counts of items: a dataset without other versions.
+    at_least: minimum number of events; a source with fewer is refused.
+    is_first: True for a dataset without other versions: also write the sequences as Parquet files and the item counts.
     """
     staged = stage(source, options.policy, options.partitions, scratch, old, forgotten=forgotten)
     partitions, users, catalogue, log = staged.partitions, staged.users, staged.catalogue, staged.log
@@ -291,7 +297,7 @@ def _filter(
     counts: tuple[np.ndarray, np.ndarray],
     log: BadRowLog,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the k-core, if any, to events of these counts; return what remains per user number and item number."""
+    """Apply the k-core, if any; counts: events per user number and item number. Returns the remaining counts."""
     k = options.min_events
     if k <= 1:
         return counts

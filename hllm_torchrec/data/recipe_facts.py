@@ -1,4 +1,4 @@
-"""Facts of a dataset by which a recipe chooses (`config.recipes.DatasetFacts`), read from it in seconds."""
+"""Facts of a dataset from which a recipe derives its settings (`config.recipes.DatasetFacts`), read in seconds."""
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +8,7 @@ from hllm_torchrec.config.recipes import DatasetFacts
 from hllm_torchrec.data.dataset import Dataset
 
 SAMPLED_ITEMS = 10_000
-"""Items, spaced evenly, whose texts are measured."""
+"""Number of evenly spaced items whose texts are measured."""
 
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
@@ -42,9 +42,9 @@ def _words(dataset: Dataset) -> dict[str, float]:
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+"
-"""A word; in scripts that put no space between words, a character, as tokenizers divide them."""
+"""A word; in scripts without spaces between words, each character counts as one, similar to tokenizers."""
 
 
 def words_of_most(texts: pa.ChunkedArray) -> float:
-    """95th percentile of the number of words of texts [n]; null has none."""
+    """95th percentile of the number of words of texts [n]; null has 0 words."""
     return float(np.percentile(pc.count_substring_regex(pc.fill_null(texts, ""), _WORD).to_numpy(), 95))

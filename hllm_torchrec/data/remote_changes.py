@@ -1,4 +1,4 @@
-"""Changes of the versions of a dataset at a URL (forgetting, pruning), made in a copy of all that is there."""
+"""Changes of the versions of a dataset at a URL (forgetting, pruning), made in a local copy of all its files."""
 
 import tempfile
 from collections.abc import Iterator
@@ -24,13 +24,14 @@ _Stamp = tuple[int, int, int]
 
 @contextmanager
 def mirrored_dataset(url: str, *, contents: bool = True) -> Iterator[Path]:
-    """Context manager with a folder of all files at `url`; what the block changes is changed there at its end.
+    """Context manager: yields a folder with all files at `url`, and publishes the block's changes when it ends.
 
-    Nothing is changed at the URL on an exception. An upload that is cut short is finished by the same command: data
-    files come first, then the manifest, then those of earlier versions; files that are gone are removed last.
+    If the block raises an exception, nothing is changed at the URL. If the upload is interrupted, running the command
+    again completes it: data files are uploaded first, then manifests of new versions, then the newest version's, then
+    those of earlier versions; deleted files are removed last.
 
     Args:
-        contents: False: files but manifests and pins are empty, for a block that only removes versions.
+        contents: False: create all files except manifests and pins empty, for a block that only removes versions.
 
     Raises:
         ValueError, OSError: the URL cannot be reached or has no dataset, or another process has published in the
@@ -49,11 +50,11 @@ def mirrored_dataset(url: str, *, contents: bool = True) -> Iterator[Path]:
         for name in files.keys() - wanted.keys():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-        there = _stamps(folder)
+        fetched = _stamps(folder)
         yield folder
         if read_text(f"{url}/{MANIFEST}") != before:
             raise ValueError(f"{url}: another process has published a version in the meantime; run the command again")
-        _publish(folder, there, url)
+        _publish(folder, fetched, url)
 
 
 def _is_manifest(name: str) -> bool:
@@ -61,29 +62,29 @@ def _is_manifest(name: str) -> bool:
 
 
 def _stamps(folder: Path) -> dict[str, _Stamp]:
-    """What tells each file from one that replaces it, by name."""
+    """File name -> inode, size and modification time, which differ if the file was replaced."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
     stats = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
     return {name: (one.st_ino, one.st_size, one.st_mtime_ns) for name, one in stats.items()}
 
 
-def _publish(folder: Path, there: dict[str, _Stamp], url: str) -> None:
-    """Make the URL what the folder is, in which the files `there` were before."""
+def _publish(folder: Path, fetched: dict[str, _Stamp], url: str) -> None:
+    """Upload the changes of the folder to the URL; fetched: stamps of the files before the changes."""
     now = _stamps(folder)
-    changed = {name for name, stamp in now.items() if there.get(name) != stamp}
-    new_manifests = {name for name in changed - there.keys() if _is_manifest(name)}
+    changed = {name for name, stamp in now.items() if fetched.get(name) != stamp}
+    new_manifests = {name for name in changed - fetched.keys() if _is_manifest(name)}
     data = {name for name in changed if not _is_manifest(name)}
     print_transfer("uploading", url, {name: now[name][1] for name in changed})
     for names in (data, new_manifests, changed & {MANIFEST}, changed - data - new_manifests - {MANIFEST}):
         upload_files(folder, sorted(names), url)
-    gone = there.keys() - now.keys()
-    for manifests in (False, True):  # a removed version is listed until all of its files are gone
+    gone = fetched.keys() - now.keys()
+    for manifests in (False, True):  # remove manifests last: a version stays listed until all its files are removed
         remove_files(url, [name for name in gone if _is_manifest(name) == manifests])
     _remove_copies(url, gone)
 
 
 def _remove_copies(url: str, gone: set[str]) -> None:
-    """Remove this host's copies of versions that have one of the files."""
+    """Remove this host's copies of versions that contain one of the removed files."""
     with host_lock(url) as copies:
         for manifest in copies.glob(f"*/*/{MANIFEST}"):
             is_copy = not manifest.parent.parent.name.startswith("mirror-")

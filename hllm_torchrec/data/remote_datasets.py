@@ -1,7 +1,7 @@
 """Dataset directories at URLs, read and written through local copies.
 
-A copy is one version of a dataset, named by the hash of its manifest, so it never changes while a process reads it.
-Files that another copy has already are linked instead of fetched again.
+A copy contains one version of a dataset. Its folder is named by the hash of the manifest, so a copy never changes while
+a process reads it. Files that another copy already has are hard-linked instead of fetched again.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ from hllm_torchrec.data.versions import kept_versions
 
 
 def local_dataset(url: str, version: int | None = None) -> Path:
-    """This host's copy of a version (None: the newest) of the dataset at `url`; fetched and checked if not there.
+    """Path of this host's copy of a version (None: newest) of the dataset at `url`; fetches and checks it if needed.
 
     Raises:
-        ValueError: the URL has no dataset or not this version, or its files are not those of its manifest.
+        ValueError: the URL has no dataset or does not have this version, or its files differ from its manifest.
         OSError: the URL cannot be reached.
     """
     text = _manifest_text(url, version)
@@ -62,7 +62,7 @@ def _manifest_text(url: str, version: int | None) -> str:
 
 
 def _parsed(url: str, text: str) -> dict[str, Any]:
-    """The manifest, with names that stay in the dataset, which comes from the network."""
+    """Parse a manifest from the network. Raises ValueError if it is damaged or a name leads out of the dataset."""
     try:
         manifest = dict(json.loads(text))
         facts = {str(name): (int(one["bytes"]), str(one["sha256"])) for name, one in listed_files(manifest).items()}
@@ -87,11 +87,13 @@ def _fetch_whole(url: str, text: str, folder: Path, copies: Path) -> None:
                 f"{url}/{name}: its contents are not those of the manifest: the dataset was replaced while it was "
                 "fetched (start again), or damaged (prepare it again with --overwrite)"
             )
-    (folder / MANIFEST).write_text(text, encoding="utf-8")  # the text that was read first, which names the copy
+    (folder / MANIFEST).write_text(
+        text, encoding="utf-8"
+    )  # the text that was read first, whose hash is the name of the copy
 
 
 def _link_known(name: str, facts: Mapping[str, Any], folder: Path, copies: Path) -> bool:
-    """Link a file from another copy, whose manifest has the same file; False if there is none."""
+    """Link a file from another copy whose manifest has the same file; returns False if there is none."""
     for manifest in copies.glob(f"*/*/{MANIFEST}"):
         known = listed_files(json.loads(manifest.read_text(encoding="utf-8"))).get(name)
         if known == facts and (manifest.parent / name).is_file():
@@ -103,10 +105,10 @@ def _link_known(name: str, facts: Mapping[str, Any], folder: Path, copies: Path)
 
 @contextmanager
 def writable_dataset(output: Path) -> Iterator[Path]:
-    """Context manager with the folder in which to prepare the dataset `output`, or to add a version to it.
+    """Context manager: yields the folder in which to prepare the dataset `output` or to add a version to it.
 
-    The folder is `output` itself, or for a URL a local copy of its contents. For a URL, what the block has written is
-    published there when it ends without an exception.
+    The folder is `output` itself or, for a URL, a local copy of its contents. The copy is published at the URL when
+    the block ends without an exception.
 
     Raises:
         ValueError, OSError: the URL cannot be reached, its dataset is damaged, or another process has published there
@@ -130,10 +132,10 @@ def writable_dataset(output: Path) -> Iterator[Path]:
 
 
 def publish_dataset(folder: Path, url: str) -> None:
-    """Upload the dataset in `folder` to `url`: files that are not there, then the manifest, which is the commit.
+    """Upload the dataset in `folder` to `url`: first the files that `url` lacks, then the manifest, as the commit.
 
-    Files of the version that was there and is not kept (`prepare --overwrite`) are removed at the end. A dataset whose
-    files would be overwritten by others of the same names is taken away first: it does not exist during the upload.
+    Files of a version that is not kept (`prepare --overwrite`) are removed at the end. If existing files would be
+    overwritten by different ones, the old manifest is removed first, so the dataset does not exist during the upload.
 
     Raises:
         OSError: the URL cannot be written to.

@@ -1,7 +1,8 @@
 """Context of requests (device, position, hour, price) as inputs of a model: ids and numbers of each query.
 
-A value that no training exposure has is read as the unknown one, and counted: its row would be noise. The values seen
-are part of a run (`state`), since the dataset may grow. Context joins queries, never the history.
+A value that no training exposure has is replaced by the unknown value, because its embedding is untrained, and is
+counted. The values of the training exposures are part of a run (`state`), since the dataset may grow. Context is an
+input of queries, never of the history.
 
 Legend: Q queries, C numeric columns.
 """
@@ -22,7 +23,8 @@ from hllm_torchrec.data.events import Events
 class RequestContext:
     """Reads the declared context `names` of events.
 
-    unseen: number of values read as unknown because training has none of them, by name; outside of training only.
+    unseen: name -> number of values replaced by the unknown value because they do not occur in training; counted only
+    outside of training.
     """
 
     def __init__(self, schema: EventSchema, names: Sequence[str], seen: Mapping[str, Iterable[int]]) -> None:
@@ -37,15 +39,15 @@ class RequestContext:
         self.unseen: Counter[str] = Counter()
 
     def state(self) -> dict[str, list[int]]:
-        """The ids that training has, by name: JSON values, for checkpoints."""
+        """Name -> ids that occur in training, as JSON values for checkpoints."""
         return {name: ids.tolist() for name, ids in self._seen.items()}
 
     def restore(self, state: Mapping[str, Sequence[int]]) -> None:
-        """Take the ids that a run has been trained with instead of the dataset's."""
+        """Replace the ids of the dataset's training exposures by the ids that a run was trained with."""
         self._seen |= {name: np.array(state[name], np.int64) for name in self.categorical if name in state}
 
     def ids(self, events: Events, name: str, *, count: bool) -> Ints:
-        """[Q] ids of a categorical value, 0 for an unknown or unseen one; count: count the unseen ones."""
+        """[Q] ids of a categorical context, 0 if unknown or not in training; count: count the latter in `unseen`."""
         ids = events.column(self._columns[name]).astype(np.int64, copy=False)
         known = np.isin(ids, self._seen[name])
         if count:
@@ -58,15 +60,15 @@ class RequestContext:
         return np.stack(columns, axis=1) if columns else np.empty((len(events), 0), np.float32)
 
     def keys(self, events: Events, names: Sequence[str]) -> list[Ints]:
-        """int64 columns [n] that are equal exactly for events whose context `names` is."""
+        """int64 columns [n] of the context `names`; two events have equal keys exactly if they have equal context."""
         columns = [events.column(self._columns[name]) for name in names]
-        # A float as its bits: unknown numbers (NaN) are equal, too.
+        # Use the bits of floats, so that unknown numbers (NaN) are equal too.
         bits = [column.view(np.int32) if column.dtype == np.float32 else column for column in map(np.array, columns)]
         return [column.astype(np.int64) for column in bits]
 
 
 def fit_context(dataset: Dataset, names: Sequence[str], since: int = 0) -> tuple[RequestContext, NDArray[np.float64]]:
-    """The context `names` with the ids of the training exposures since a second, and [C, 2] mean and deviation.
+    """(context `names` with the ids of training exposures from second `since` on, [C, 2] mean and standard deviation).
 
     Raises:
         ValueError: the dataset has no context of this name.
@@ -91,7 +93,7 @@ def fit_context(dataset: Dataset, names: Sequence[str], since: int = 0) -> tuple
 
 
 def context_problems(field: str, names: Sequence[str], schema: EventSchema) -> list[str]:
-    """One message for each name that is no context of the dataset, and for those that are named twice."""
+    """One message for each name that is not a context of the dataset, and for each name that is given twice."""
     known = [one.name for one in schema.context]
     twice = [
         f"{field}: {name!r} is named twice; once is enough" for name, number in Counter(names).items() if number > 1
@@ -100,4 +102,13 @@ def context_problems(field: str, names: Sequence[str], schema: EventSchema) -> l
         f"{field}: {name!r}: no context of the dataset{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
         for name in names
         if name not in known
+    ]
+
+
+def bias_problems(field: str, names: Sequence[str], schema: EventSchema) -> list[str]:
+    """`context_problems` of the context of a position bias, and one message for each that is numeric."""
+    return context_problems(field, names, schema) + [
+        f"{field}: {name!r} is numeric; only categorical context has a bias of its own: leave it out"
+        for name in names
+        if name in schema.numeric
     ]

@@ -1,7 +1,8 @@
 """Rewriting of a version's files without some users and items, for `data.forgetting`.
 
-A part of a version (its base, an append) that holds an event or a row of theirs moves into a new folder: files that do
-are written again, the others are linked. Numbers stay; the row of a forgotten id has no raw id, no text, no feature.
+If a part of a version (its base or an append) has an event or a row of one of these ids, the part moves to a new
+folder: files with such events or rows are written again without them, the part's other files are hard-linked. No number
+changes; the row of a forgotten id remains, without raw id, texts and features.
 """
 
 import os
@@ -25,17 +26,18 @@ from hllm_torchrec.data.tombstones import FILE, FORGOTTEN, ITEMS, USERS, Tombsto
 from hllm_torchrec.data.validation import TableRows, read_table
 
 TABLES = {USERS: ("user_id", "raw_user_id"), ITEMS: ("item_id", "raw_item_id")}
-"""Map -> columns of the numbers and of the raw ids in its table."""
+"""Table -> (column of the numbers, column of the raw ids)."""
 Numbers = Mapping[str, Ints]
-"""Map -> numbers of the ids to leave out."""
+"""Table ("users" or "items") -> numbers of the ids to leave out."""
 Part = dict[str, Any]
-"""A base or an append, as in a manifest."""
+"""Entry of a base or an append in a manifest."""
 
 
 class Rewriting:
-    """Rewrites versions of the dataset in `root` into `folder`, which the dataset will have as `name`.
+    """Rewrites versions of the dataset in `root` into `folder`, which will be the folder `name` of the dataset.
 
-    facts: size and hash of every file that is new; removed: what was found, over all versions, each file once.
+    facts: size and hash of every new file; removed: kind -> number of removed rows and events over all versions, each
+    file counted once.
     """
 
     def __init__(self, root: Path, folder: Path, name: str) -> None:
@@ -45,7 +47,7 @@ class Rewriting:
         self._parts: dict[tuple[str, ...], tuple[Part, Counter[str]]] = {}
 
     def without(self, dataset: Dataset, numbers: Numbers) -> dict[str, Any] | None:
-        """The manifest of a version without the ids; None if none of its files has them."""
+        """Rewrite a version without the ids; returns its new manifest, None if no file has one of the ids."""
         manifest = self.as_chain(dataset)
         rows, removed, parts = dataset.table_rows, Counter[str](), []
         for old in (manifest["base"], *manifest["appends"]):
@@ -62,12 +64,12 @@ class Rewriting:
         return {**found, "files": self._files_of(manifest, parts)}
 
     def as_chain(self, dataset: Dataset) -> dict[str, Any]:
-        """The manifest of a version, in the form of one with appends."""
+        """The manifest of a version, converted to the form with a base and appends."""
         manifest = {name: value for name, value in dataset.manifest.items() if name != "event_files"}
         if "base" in manifest:
             return manifest
         files, base = files_of_chain(dataset.manifest), chain_base(dataset.manifest)
-        if base is None:  # of an earlier release
+        if base is None:  # earlier release without event files
             written = write_base_events(dataset, self._folder / "first")
             names = [f"{self.name}/first/{name}" for name in written["event_files"]]
             files |= {name: self._fact(name) for name in names}
@@ -78,14 +80,14 @@ class Rewriting:
         return {**manifest, **chain, "appends": [], "files": files, "seconds": base["seconds"]}
 
     def with_tombstones(self, manifest: dict[str, Any], version: int, tombstones: Tombstones) -> dict[str, Any]:
-        """The manifest of a version with its tombstones in a file."""
+        """Write the tombstones of a version to a file; returns its manifest with this file."""
         name = f"{self.name}/{FILE.format(version)}"
         tombstones.write(self._folder / FILE.format(version))
         files = {one: facts for one, facts in manifest["files"].items() if one != manifest.get(FORGOTTEN)}
         return {**manifest, FORGOTTEN: name, "files": {**files, name: self._fact(name)}}
 
     def _files_of(self, manifest: dict[str, Any], parts: list[Part]) -> dict[str, dict[str, Any]]:
-        """The files of a manifest with those of its parts replaced by those of `parts`; all others stay."""
+        """The files of a manifest, with the files of rewritten parts replaced by those of `parts`."""
         pairs = zip((manifest["base"], *manifest["appends"]), parts, strict=True)
         moved = [(old, new) for old, new in pairs if old != new]
 
@@ -97,7 +99,7 @@ class Rewriting:
         return kept | {name: facts for name, facts in self.facts.items() if belongs(name, 1)}
 
     def _moved(self, old: Part, manifest: dict[str, Any], numbers: Numbers, rows: TableRows) -> tuple[Part, Counter]:
-        """A part without the ids, and what was removed from it: the part itself if it has none of them."""
+        """(part without the ids, counts of removed rows and events); the same part if it has none of the ids."""
         removed: Counter[str] = Counter()
         tables = {}
         for name in TABLES:
@@ -108,14 +110,14 @@ class Rewriting:
         keep = {name: _kept(file, numbers) for name, file in files.items()}
         if all(one is None for one in (*tables.values(), *keep.values())):
             return old, removed
-        place = old["folder"].replace("/", "-") or "base"
+        folder = old["folder"].replace("/", "-") or "base"
         for name in manifest["files"]:
             if _folder_of_table(name) == old["folder"]:
                 relative = name.removeprefix(old["folder"]).lstrip("/")
-                self._write(name, f"{place}/{relative}", tables.get(name), manifest)
+                self._write(name, f"{folder}/{relative}", tables.get(name), manifest)
         events = []
         for number, (name, opened) in enumerate(files.items()):
-            new, mask = f"{place}/{EVENTS}/part-{number:05d}.arrow", keep[name]
+            new, mask = f"{folder}/{EVENTS}/part-{number:05d}.arrow", keep[name]
             if mask is None:
                 self._write(name, new, None, manifest)
             elif not _write_kept(self._folder / new, opened, mask, removed):
@@ -123,13 +125,13 @@ class Rewriting:
             else:
                 self._fact(f"{self.name}/{new}")
             events.append(f"{self.name}/{new}")
-        part = {**old, "folder": f"{self.name}/{place}", "event_files": events}
+        part = {**old, "folder": f"{self.name}/{folder}", "event_files": events}
         if any(name.endswith("items.parquet") and table is not None for name, table in tables.items()):
-            part.pop("items_fingerprint", None)  # the texts are others
+            part.pop("items_fingerprint", None)  # the texts have changed
         return part | ({"events": old["events"] - removed["events"]} if "events" in old else {}), removed
 
     def _write(self, old: str, new: str, table: pa.Table | None, manifest: dict[str, Any]) -> None:
-        """Write a table as the file `new` of the folder; without one, link the file `old` of the dataset there."""
+        """Write `table` as the file `new` of the folder; if it is None, link the dataset's file `old` there."""
         path = self._folder / new
         path.parent.mkdir(parents=True, exist_ok=True)
         if table is not None:
@@ -138,12 +140,12 @@ class Rewriting:
             return
         try:
             os.link(self._path(old), path)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(self._path(old), path)
         self.facts[f"{self.name}/{new}"] = manifest["files"][old]
 
     def _path(self, name: str) -> Path:
-        """Path of a file of the dataset, which may be in the new folder."""
+        """Path of a file by its name in the dataset; the file may be in the new folder."""
         own = name.removeprefix(f"{self.name}/")
         return self._root / name if own == name else self._folder / own
 
@@ -155,14 +157,14 @@ class Rewriting:
                 path.unlink()
 
     def _fact(self, name: str) -> dict[str, Any]:
-        """Note and return size and hash of a file that was written."""
+        """Record and return the size and hash of a file that was written."""
         path = self._path(name)
         self.facts[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         return self.facts[name]
 
 
 def table_of(name: str) -> str | None:
-    """Map whose table a file is; None for another file."""
+    """The table ("users" or "items") that a file is a part of; None for other files."""
     folder, _, file = name.rpartition("/")
     stem = file.removesuffix(".parquet")
     return stem if stem in TABLES and stem != file and folder.rpartition("/")[2] != "features" else None
@@ -178,7 +180,7 @@ def _folder_of_table(name: str) -> str | None:
 
 
 def _table_without(path: Path, name: str, numbers: Ints, removed: Counter[str]) -> pa.Table | None:
-    """A table whose rows of `numbers` are empty but for the number; None if they are so already, or not there."""
+    """Read a table and empty the rows of `numbers` except for the number itself; None if all are already empty."""
     key, raw = TABLES[name]
     table = read_table(path)
     gone = np.isin(table[key].to_numpy(), numbers) & table[raw].is_valid().to_numpy()
@@ -193,7 +195,7 @@ def _table_without(path: Path, name: str, numbers: Ints, removed: Counter[str]) 
 
 
 def _emptied(values: pa.Array, gone: np.ndarray, is_raw: bool) -> pa.Array:
-    """A column with null (raw ids, numbers), "" (texts) or an empty list (features) where `gone`."""
+    """A column with null (raw ids, numbers), "" (texts) or an empty list (features) where `gone` is True."""
     if pa.types.is_list(values.type):
         empty = pa.array([[]], values.type)
     elif pa.types.is_string(values.type) and not is_raw:
@@ -205,21 +207,21 @@ def _emptied(values: pa.Array, gone: np.ndarray, is_raw: bool) -> pa.Array:
 
 
 def _kept(file: EventFile, numbers: Numbers) -> np.ndarray | None:
-    """Mask (bool [T]) of the events without the ids; None if the file has none of them."""
+    """Mask (bool [T]) of the events without any of the ids; None if no event of the file has one."""
     of_user = np.repeat(np.isin(file.user_ids, numbers[USERS]), file.lengths)
     kept = ~(of_user | np.isin(file.events.item_ids, numbers[ITEMS]))
     return None if kept.all() else kept
 
 
 def _write_kept(path: Path, file: EventFile, kept: np.ndarray, removed: Counter[str]) -> bool:
-    """Write the events of a mask as an event file, and count the others; False if nothing is left to write."""
+    """Write the events where `kept` is True as an event file, and count the others; False if no event is left."""
     labels = file.events.labels[~kept]
     removed["events"] += labels.size
     removed["exposures"] += int((~np.isnan(labels)).sum())
     removed["positives"] += int((labels > 0.5).sum())
     before = np.concatenate([[0], np.cumsum(kept)])
     lengths = before[file.offsets[1:]] - before[file.offsets[:-1]]
-    # A start counts the user's events before a cut: of those, the kept ones.
+    # A start is the number of the user's events before a cut; the new start counts only the kept events.
     starts = before[file.offsets[:-1, None] + file.starts] - before[file.offsets[:-1], None]
     rows = lengths > 0
     if rows.any():

@@ -1,4 +1,4 @@
-"""Arrays that belong to a run, such as item factors: an .npz file of its directory, and their fingerprint."""
+"""Arrays of a run, such as item factors: loading from an .npz file in the run directory, and fingerprints."""
 
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def load_run_arrays(path: Path, build: Callable[[Mapping[str, Any]], T]) -> T | None:
-    """The result of `build` from the named arrays of `path`; None if there is no such file.
+    """Call `build` with the named arrays in `path` and return its result; None if there is no such file.
 
     Raises:
         ValueError: the file is damaged, or lacks an array.

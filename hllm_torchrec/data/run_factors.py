@@ -1,8 +1,9 @@
 """Item factors of a run: fitted once, when its training starts, and saved with it.
 
-A fit on other events has other factors in another order, so a model must keep those that it was trained with. Items
-that came later are folded in: their loading and bias are the closed-form ridge solution given the users' posteriors,
-which are computed from known items only. A run that starts from another takes its factors over, new items included.
+A fit to different events gives different factors in a different order, so a model must keep the factors that it was
+trained with. Items that were added later are folded in: their loading and bias are the closed-form ridge solution given
+the users' posteriors, which are computed from the items of the fit only. A run that starts from another run uses that
+run's factors, including those of new items.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ FILE = "factors.npz"
 
 @dataclass(frozen=True)
 class RunFactors:
-    """Fitted factors with the scaling of their vectors and the priors by which new items are folded in.
+    """Fitted factors, with the scaling of their vectors and the priors for folding in new items.
 
     center, spread: [J + 1], mean and standard deviation of (loadings, bias) over the items known at the fit;
     prior_mean: [J], v_0; prior, bias_shrinkage: as in `FactorOptions`.
@@ -45,7 +46,7 @@ class RunFactors:
 
     @classmethod
     def fit(cls, dataset: Dataset, options: FactorOptions | None = None) -> "RunFactors":
-        """Fit to the training part; raises as `fit_item_factors`."""
+        """Fit to the training part. Raises ValueError like `fit_item_factors`."""
         options = options or FactorOptions()
         model = fit_item_factors(dataset, options)
         prior_mean = np.zeros(options.factors + 1)
@@ -62,7 +63,7 @@ class RunFactors:
         return hash_arrays((self.model.loadings, self.model.bias, self.center, self.spread))
 
     def fold_in(self, dataset: Dataset) -> "RunFactors":
-        """The factors of all items of a dataset whose first items are those of the fit."""
+        """The factors of all items of a dataset, which has the items of the fit first and new items after them."""
         known, number = len(self.model.bias), dataset.num_items
         if number <= known:
             return self
@@ -116,7 +117,7 @@ class RunFactors:
 
 
 def _users_of_new_items(dataset: Dataset, known: int) -> list[tuple[Ints, AnyFloats]]:
-    """(items, values) of the training users with an event of an item from `known` on; events without value left out."""
+    """(items, values) of the events with a value, of each training user with an event of an item id >= `known`."""
     users = []
     for group in dataset.row_groups("train"):
         for events in dataset.sequences([group], ["item_ids", "labels", "actions"]).pieces():

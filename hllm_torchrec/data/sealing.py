@@ -1,7 +1,7 @@
-"""`seal`: checks a dataset's files that another program wrote (Spark, Ray, SQL), and writes the manifest.
+"""`seal`: checks the files of a dataset that another program wrote (Spark, Ray, SQL), and writes the manifest.
 
-The folder has the files of a base as `data.dataset` lists them, except `manifest.json`, `training_item_counts.npy` and
-`events/`, which are written here, and a description of what the files cannot say, `contract.yaml`:
+The folder has the files of a base that `data.dataset` lists, except `manifest.json`, `training_item_counts.npy` and
+`events/`, which `seal` writes. A file `contract.yaml` has the facts that cannot be derived from the files:
 
     name: shop
     label_rule: stars >= 4
@@ -15,11 +15,12 @@ The folder has the files of a base as `data.dataset` lists them, except `manifes
       weight: true
       context: {device: categorical, price: numeric}
 
-Sequences then have the lists that `data.event_schema` lists: label_like, weight, context_device, ...; the ids of
-categorical context are those of features/<name>.parquet.
+With declared columns, sequences also have the list columns of `data.event_schema`: label_like, weight, context_device,
+...; categorical context is stored as ids of features/<name>.parquet.
 
-Everything is checked that reading relies on: ids without gaps, raw ids that are not repeated, values of the sequences,
-each user once in a part, a part's history that is the part before, and the split's rule.
+`seal` checks every rule that readers rely on: ids have no gaps, raw ids are distinct, the values of the sequences are
+allowed, each user has at most one row in a part, the history of a row equals the user's events in the earlier parts,
+and the parts follow the split's rule.
 """
 
 import json
@@ -63,10 +64,11 @@ _REMEDY = "write the file again, then seal"
 
 
 def seal(root: Path) -> Dataset:
-    """Check the files of the dataset in `root`, and write its manifest and what is derived from them.
+    """Check the files of the dataset in `root`, then write event files, item counts and the manifest.
 
     Raises:
-        ValueError: a file or the contract breaks a rule, named with file, row and remedy; or there is a manifest.
+        ValueError: a file or the contract breaks a rule (the message names file, row and remedy), or the folder already
+            has a manifest.
     """
     if (root / MANIFEST).exists():
         raise ValueError(f"{root} has a {MANIFEST} already; remove it to seal the folder again")
@@ -96,9 +98,9 @@ def seal(root: Path) -> Dataset:
 
 
 def read_contract(path: Path) -> dict[str, Any]:
-    """Read `contract.yaml`. Raises ValueError naming the field of a mistake."""
+    """Read `contract.yaml`. Raises ValueError that names the wrong field."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: it describes what the files cannot say; see `hllm seal --help`")
+        raise ValueError(f"{path} is missing: it has the facts that the files do not contain; see `hllm seal --help`")
     raw = read_yaml(path)
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path} must be a mapping of names, not {abbreviate(raw)}")
@@ -128,7 +130,7 @@ def _numbers(value: Any, count: int, kind: Any) -> bool:
 
 
 def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
-    """The manifest as far as the contract and the files' names and sizes tell it."""
+    """The part of the manifest that is derived from the contract and from the files' names and sizes."""
     names = ["items.parquet", "users.parquet"]
     names += sorted(f"features/{path.name}" for path in (root / "features").glob("*.parquet"))
     for part in SPLITS:
@@ -178,7 +180,7 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
 
 
 def _declared(root: Path, raw: Any) -> dict[str, Any]:
-    """The manifest's entries of declared columns of events."""
+    """The manifest's entries for declared columns of events."""
     path, kinds = root / CONTRACT, {"labels": dict, WEIGHT: bool, SAMPLING_RATE: bool, "context": dict}
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: {EVENTS} is {abbreviate(raw)}, it must be a mapping of names")
@@ -240,7 +242,7 @@ def _check_distinct(path: Path, name: str, values: pa.ChunkedArray) -> None:
 
 def _check_sequences(dataset: Dataset) -> dict[str, Any]:
     """Check all sequences; returns the manifest's `counts` and `parts`, and the events of each item in train."""
-    # Of each user, at the end of the parts so far: number of events, and a hash of all of them in order.
+    # For each user, after the parts read so far: number of events, and a hash of these events in order.
     lengths, hashes = np.zeros(dataset.num_users, np.int64), np.zeros(dataset.num_users, np.uint64)
     starts = np.zeros((dataset.num_users, len(SPLITS)), np.int64)
     item_counts, parts = np.zeros(dataset.num_items, np.int64), {}
@@ -275,7 +277,7 @@ def _check_group(
     hashes: NDArray[np.uint64],
     split: dict[str, Any],
 ) -> None:
-    """Check the rows of a row group against the parts before; `seen`, `lengths` and `hashes` are brought up to date."""
+    """Check the rows of a row group against the earlier parts; updates `seen`, `lengths` and `hashes`."""
     users = rows.user_ids
 
     def refuse(bad: np.ndarray, rule: str) -> None:
@@ -285,8 +287,8 @@ def _check_group(
 
     refuse(users < 1, "is not a user: ids are from 1 on")
     first = np.unique(users, return_index=True)[1]
-    refuse(seen[users] | ~np.isin(np.arange(users.size), first), "has a row before, in this part")
-    refuse(rows.target_start != lengths[users], f"has another target_start than its events before {part}")
+    refuse(seen[users] | ~np.isin(np.arange(users.size), first), "has an earlier row in this part")
+    refuse(rows.target_start != lengths[users], f"has a target_start that is not its number of events before {part}")
     refuse(rows.lengths <= rows.target_start, f"has no event in {part}")
     row = np.repeat(np.arange(users.size), rows.lengths)
     position = np.arange(row.size) - rows.offsets[row]
@@ -294,25 +296,25 @@ def _check_group(
     events = hash_columns(rows.item_ids, rows.timestamps, labels, rows.actions, position, *_bits(rows))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(events, dtype=np.uint64)])
     before = sums[rows.offsets[:-1] + rows.target_start] - sums[rows.offsets[:-1]]
-    refuse(before != hashes[users], f"has another history in {part} than in the parts before")
+    refuse(before != hashes[users], f"has a history in {part} that differs from its events in the earlier parts")
     if split["rule"] == "time":
         second, own = split["cut_timestamps"], rows.own_events
         low, high = {"train": (0, second[0]), "valid": second, "test": (second[1], 2**62)}[part]
         outside = np.zeros(users.size, bool)
         times = rows.timestamps[own]
         outside[row[own][(times < low) | (times > high)]] = True
-        refuse(outside, f"has an event in {part} on another side of cut_timestamps")
+        refuse(outside, f"has an event in {part} outside of the seconds that cut_timestamps give it")
     seen[users], lengths[users], hashes[users] = True, rows.lengths, sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
 
 
 def _bits(rows: Sequences) -> list[Ints]:
-    """The declared columns [T] as integers, equal for equal values; all unknown numbers are equal."""
+    """The declared columns [T] as integers that are equal for equal values; all NaN are equal."""
     known = (np.where(values != values, np.float32(np.nan), values) for values in rows.extra.values())
     return [(column.view(np.int32) if column.dtype == np.float32 else column).astype(np.int64) for column in known]
 
 
 def _check_rule(dataset: Dataset, starts: Ints, lengths: Ints) -> None:
-    """Check the divisions of the per-user rules."""
+    """Raise ValueError if a user's parts do not follow a per-user rule of the split."""
     split = dataset.manifest["split"]
     if split["rule"] == "time":
         return

@@ -1,7 +1,9 @@
-"""`SequenceWriter`: writes the sequences of a base: `sequences/{train,valid,test}/part-*.parquet`, per user the history
-to the part's end, and `events/part-*.arrow`, each user once.
+"""`SequenceWriter`: writes the sequences of a base.
 
-Legend: N events of a partition, sorted by (user, timestamp, source row); U its users.
+`sequences/{train,valid,test}/part-*.parquet` have one row per user with the history to the end of the part;
+`events/part-*.arrow` have all events of each user once.
+
+Legend: N events of a partition, sorted by (user, timestamp, source row); U users of the partition.
 """
 
 from collections.abc import Sequence
@@ -25,14 +27,14 @@ GROUPS_AT_LEAST = 32
 class SequenceWriter:
     """Writes the sequences partition by partition below `root` and counts the contents of each part.
 
-    schema: the declared columns of events; None: there are none.
+    schema: the declared columns of events; None: no declared columns.
 
-    parquet: False leaves out the Parquet files, for a base of a later version, which is read by its event files.
+    parquet: False writes no Parquet files; used for the base of a later version, which is read from its event files.
 
-    `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events with a
-    label) and `positives` (label > 0.5). `seconds` are those of the first and the last event. `item_counts` (int64
-    [items + 1]) counts training events by item id. Training events whose item is in `held_out` (bool [items + 1]) are
-    removed from all parts, and counted in `held_out_events`.
+    `facts[part]` has the numbers `users`, `events` (of the part, without the history before it), `exposures` (events
+    with a label) and `positives` (label > 0.5). `seconds` are the seconds of the first and the last event.
+    `item_counts` (int64 [items + 1]) counts training events by item id. Training events whose item is in `held_out`
+    (bool [items + 1]) are removed from all parts, and counted in `held_out_events`.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class SequenceWriter:
         counts = np.diff(np.append(_starts(user), len(user)))
         part = assign_splits(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
         items = item_ids[table["item"].to_numpy()]
-        # Parts are assigned before this filter, so that holding items out does not move other events between parts.
+        # Assign the parts before this filter, so that removing held-out items does not move other events between parts.
         kept = ~(self._held_out[items] & (part == 0))
         if not kept.all():
             self.held_out_events += int((~kept).sum())
@@ -120,7 +122,7 @@ class SequenceWriter:
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(sequence_schema(self._columns))
         path = self._root / "sequences" / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
-        # Small datasets get smaller row groups, so that every rank and worker has some to read.
+        # Small datasets get smaller row groups, so that every rank and worker has row groups to read.
         group = min(self._users_per_row_group, -(-len(starts) // GROUPS_AT_LEAST))
         pq.write_table(table, path, row_group_size=group, compression="zstd", use_dictionary=False)
 

@@ -1,7 +1,7 @@
-"""Splitting of events into train, valid and test: by global time, dates, last two events, or users' last shares.
+"""Splitting of events into train, valid and test: by global time, by dates, or by the end of each user's sequence.
 
-Legend: N events of one partition, sorted by (user, timestamp, order), with `order` the source row; U its
-users.
+Legend: N events of one partition, sorted by (user, timestamp, order), where `order` is the source row; U users of the
+partition.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ class Split:
     """Rule that divides events into train, valid and test."""
 
     rule: str = "time"
-    """"time": all events in the order of (timestamp, source row), cut by position (ranking). "date": the same order,
-    cut by seconds. "leave_one_out": a user's last event is test, the second to last valid (retrieval). "leave_last":
-    each user's last shares are valid and test, by position (ranking over all users)."""
+    """"time": all events, sorted by (timestamp, source row), are cut by position (ranking). "date": the same order is
+    cut at given seconds. "leave_one_out": each user's last event is test, the second to last is valid (for retrieval).
+    "leave_last": shares at the end of each user's sequence are valid and test (for ranking over all users)."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, valid and test; ignored by "date" and "leave_one_out"."""
     hold_out_items: float = 0.0
-    """If above 0, this share of the items has no event in train, as if they appeared later: their training events are
-    removed, also from the history of the later parts. For the evaluation of cold start."""
+    """If above 0, the training events of this share of the items are removed, also from the history of the later parts,
+    as if the items had appeared later. For the evaluation of cold start."""
     hold_out_seed: int = 0
-    """Selects the items to hold out: a function of this seed and an item's raw id only."""
+    """Seed of the selection of held-out items, which depends only on this seed and an item's raw id."""
     train_until: int | None = None
-    """Second UTC of "date": events before it are train."""
+    """Second UTC, only for "date": events before it are train."""
     valid_until: int | None = None
-    """Second UTC of "date": later events before it are valid, those from it on test."""
+    """Second UTC, only for "date": events from `train_until` until before it are valid, later ones are test."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -77,7 +77,7 @@ class Split:
 
     @property
     def is_by_time(self) -> bool:
-        """True if two cuts in the order of (timestamp, source row) divide all events."""
+        """True if the parts are given by two cuts of all events in the order of (timestamp, source row)."""
         return self.rule in ("time", "date")
 
     def held_out(self, raw_item_ids: Iterable[str]) -> np.ndarray:
@@ -89,7 +89,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Cut:
-    """A boundary between two events: events with (timestamp, order) strictly below it come before."""
+    """A boundary between events: events with (timestamp, order) less than the cut's are before it."""
 
     timestamp: int
     order: int
@@ -105,7 +105,7 @@ def select_kth(stream: Callable[[], Iterable[np.ndarray]], k: int) -> int:
     for shift in range(_KEY_BITS - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(_DIGITS, np.int64)
         for keys in stream():
-            # Only keys that agree with all digits found so far; in the first round the shift leaves 0 for every key.
+            # Use only keys with the digits found so far; in the first round the shift gives 0 for every key.
             inside = keys[(keys >> (shift + _DIGIT_BITS)) == prefix]
             counts += np.bincount((inside >> shift) & (_DIGITS - 1), minlength=_DIGITS)
         below = np.cumsum(counts)
@@ -129,7 +129,7 @@ def find_cut(stream: Callable[[], Pairs], position: int) -> Cut:
 
 
 def date_cuts(split: Split) -> list[Cut]:
-    """The two cuts of a split by dates: no source row is below 0, so a cut's own second comes after it."""
+    """The two cuts of a split by dates; with order 0, all events of the cut's second are after it."""
     assert split.train_until is not None and split.valid_until is not None
     return [Cut(split.train_until, 0), Cut(split.valid_until, 0)]
 
@@ -146,14 +146,14 @@ def time_cuts(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut
 
 
 def cuts_of(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut]:
-    """The two cuts of a split by time or dates, as `time_cuts`; none of the rules by user."""
+    """The two cuts of a split by time or dates; an empty list for the per-user rules. Raises like `time_cuts`."""
     if split.rule == "date":
         return date_cuts(split)
     return time_cuts(split, total, stream) if split.rule == "time" else []
 
 
 def cut_facts(split: Split, cuts: Sequence[Cut]) -> dict[str, Any]:
-    """The entry of a split with its cuts in the manifest."""
+    """The manifest's entry for a split with its cuts."""
     seconds, orders = [cut.timestamp for cut in cuts], [cut.order for cut in cuts]
     return {**split.to_dict(), "cut_timestamps": seconds, "cut_orders": orders}
 
@@ -163,7 +163,7 @@ def _moment(second: int | None) -> str:
 
 
 def check_not_empty(events: dict[str, int], split: Split) -> None:
-    """Raise ValueError naming the parts without an event."""
+    """Raise ValueError if parts have no event; the message names these parts."""
     empty = [part for part, count in events.items() if count == 0]
     if empty:
         raise ValueError(
@@ -202,7 +202,7 @@ def per_user_starts(rule: str, fractions: Sequence[float] | None, counts: np.nda
         assert fractions is not None, "leave_last has fractions"
         held_test = np.maximum(np.rint(counts * fractions[2]).astype(np.int64), 1)
         held_valid = np.maximum(np.rint(counts * fractions[1]).astype(np.int64), 1)
-    # Without enough events both starts are the user's end, which no position reaches: everything is train.
+    # With too few events, both starts are the end of the sequence, so that all events are train.
     enough = counts >= 3
     start_test = np.where(enough, np.maximum(counts - held_test, 0), counts)
     return np.where(enough, np.maximum(start_test - held_valid, 0), counts), start_test

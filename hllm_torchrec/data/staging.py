@@ -1,4 +1,4 @@
-"""First half of every preparation: a source is read to disk, its bad rows are handled, its events sorted by user."""
+"""First half of every preparation: reads a source to disk, handles bad rows, and sorts the events by user."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from hllm_torchrec.data.user_table import UserTable
 
 @dataclass(frozen=True)
 class Staged:
-    """A source on disk: sorted events by user and item number, and everything that gives the numbers their ids."""
+    """A source on disk: sorted events with user and item numbers, and the tables that map numbers to ids."""
 
     partitions: SortedPartitions
     catalogue: ItemCatalogue
@@ -53,16 +53,17 @@ def stage(
 ) -> Staged:
     """Read a source into the folder `scratch`; items, users and feature values of `old`, if any, keep their ids.
 
-    with_rows: the catalogue holds the rows of the items of `old`, too; forgotten: ids whose rows are left out and
+    with_rows: also put the rows of the items of `old` into the catalogue; forgotten: ids whose rows are left out and
     counted.
 
     Raises:
-        ValueError: a bad row (see `bad_rows.BadRows`), or a feature of both items and users.
+        ValueError: a row is bad (see `bad_rows.BadRows`), or two kinds of features (item, user, context) have the same
+            name.
     """
     context = source.schema.categorical
     names = Counter((*source.item_features, *source.user_features, *context))
     clash = sorted(name for name, number in names.items() if number > 1)
-    if clash:  # all kinds share the folder `features/` and the batch's keys
+    if clash:  # all kinds of features share the folder `features/` and the keys of the batch
         raise ValueError(f"{source.name}: {clash} names features of two kinds (item, user, context); rename one")
     check_text_columns(source)
     log, locate, users = BadRowLog(policy), RowLocator(), UserTable(old)
@@ -76,7 +77,7 @@ def stage(
     read_items(source, catalogue)
     writer = PartitionWriter(scratch, "events", partitions, "raw_user_id")
     event_files = read_events(source, catalogue, log, locate, writer, context_words)
-    # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
+    # Same number of partitions and same hash as for the events, so that partition k of both has the same users.
     user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
     sorted_events = _sort(event_files, users, log, locate)
     return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, context_words, log, locate)

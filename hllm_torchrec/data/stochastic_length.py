@@ -1,11 +1,11 @@
 """Stochastic Length: random subsampling of long histories in training (HSTU, section 3.2, Eq. 4).
 
-Of a history of n events, with at most N events in a pass, training reads
+From a history of n events, with N = maximum number of events in a forward pass, training reads
 
     all n events                           if n <= N^(alpha / 2), else with probability N^alpha / n^2
     a sorted subsample of N^(alpha / 2)    otherwise
 
-so the attention of the longest histories costs N^alpha instead of N^2 on average.
+so that attention over the longest histories costs N^alpha instead of N^2 on average.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from hllm_torchrec.common.arrays import Ints
 
 STREAM = 0x534C
-"""Last element of the seed; separates these draws from others whose seed begins with (seed, epoch)."""
+"""Last element of the seed; makes these draws independent of others whose seed begins with (seed, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class StochasticLength:
 
     The selection is therefore the same at any world size and after resuming. alpha: above 1, at most 2 (2 never
     shortens); max_events: N, the maximum number of events in a pass; choice: "uniform", or "recent", where an event's
-    weight falls linearly with its age, from 1 at the latest to nearly 0 at the oldest. (The paper's appendix also
-    weights by age, but divides the age by the sum of all ages, which gives long histories nearly equal weights.)
+    weight falls linearly with its age, from 1 at the latest to nearly 0 at the oldest. (The paper's appendix also uses
+    weights by age, but divides the age by the sum of all ages, which makes the weights of a long history nearly equal.)
     """
 
     alpha: float
@@ -37,7 +37,7 @@ class StochasticLength:
     @property
     def subsample_size(self) -> int:
         """Number of events of a subsample: N^(alpha / 2), rounded down."""
-        # 1e-9: a power that is an integer in exact arithmetic may come out just below it.
+        # 1e-9: the result may be slightly below a power that is an integer in exact arithmetic.
         return max(1, int(self.max_events ** (self.alpha / 2) + 1e-9))
 
     def shortened_share(self, events: int) -> float:
@@ -49,7 +49,7 @@ class StochasticLength:
     def choose(self, times: Ints, *, epoch: int, user: int, offset: int) -> Ints:
         """Sorted indices [m] of the events at `times` [n] that are read.
 
-        The first event always stays, so that each of the others has an event before it to be predicted from.
+        The first event is always read, so that every other event has an earlier one from which it is predicted.
 
         Args:
             times: ascending seconds.

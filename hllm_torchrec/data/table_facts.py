@@ -1,4 +1,4 @@
-"""`TableFacts`: what the rows of a source's tables show while they are read, and what is to be said about it."""
+"""`TableFacts`: facts about a source's tables, collected while they are read, and notes on them for the user."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 DAY = 86_400
 EARLY = 315_532_800
-"""1980-01-01 00:00:00 UTC; few logs are older."""
+"""1980-01-01 00:00:00 UTC; earlier times are probably in a wrong unit."""
 _NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "text_of_label")
 _MAY_BE_TEXT = ("timestamp", "time_text", "label", "text_of_label")
 _NULL_WORDS = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a", "nat", "\\n")
@@ -19,7 +19,7 @@ _WORD_SHARE, _SPLIT_SHARE = 0.01, 0.5
 
 
 class TableFacts:
-    """Facts about one table of a source ("events", "items" or "users"), added up over its chunks."""
+    """Facts about one table of a source ("events", "items" or "users"), accumulated over its chunks."""
 
     def __init__(self, table: str) -> None:
         self.table = table
@@ -34,7 +34,7 @@ class TableFacts:
         self.is_labelled = True
         """False if the source gives every event label 1."""
         self.extra: list[str] = []
-        """Lines that were found elsewhere."""
+        """Additional lines for the summary, from other modules."""
 
     def add(self, path: Path, rows: pa.Table, dialect: str) -> None:
         """Add a chunk's rows, in the layout of `sources.base.Chunk`."""
@@ -45,7 +45,7 @@ class TableFacts:
         for name in rows.column_names:
             if name not in _NOT_VALUES or (self.table == "items" and name in _MAY_BE_TEXT):
                 self._add_column(name, rows[name])
-        is_events = self.table == "events"  # a text of an item may be named label or timestamp
+        is_events = self.table == "events"  # a text column of items may be named label or timestamp
         if is_events and "label" in rows.column_names:
             self._add_labels(rows["label"])
         if is_events and "timestamp" in rows.column_names:

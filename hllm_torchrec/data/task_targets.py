@@ -1,10 +1,11 @@
 """Labels, weights and sampling rates of a batch's exposures, by task.
 
-Negatives (exposures whose first label is 0) may have been thinned out, before `prepare` (`sampling_rate`) or at load
-(`data.negative_rate`): of them a share r was kept. A model trained on what is left learns odds that are 1 / r too
-large. The first label's logit is corrected by an offset in training, z_train = z - log r, so that z, which is served,
-holds on whole traffic. Other labels that are defined on negatives get these weighted by 1 / r, which is exact in the
-mean for any label; labels that are defined only where the first one is 1 do not depend on r.
+Negatives (exposures whose first label is 0) may have been subsampled with rate r, before `prepare` (`sampling_rate`) or
+when they are loaded (`data.negative_rate`). A model trained on the sample learns odds that are too large by a factor of
+1 / r. For the first label, training therefore adds an offset to the logit, z_train = z - log r, so that z, which is
+served, is calibrated on the complete traffic. For other labels that are defined on negatives, the negatives are
+weighted by 1 / r, which makes the expected loss exact for any label. Labels that are defined only where the first label
+is 1 do not depend on r.
 
 Legend: X exposures, K tasks.
 """
@@ -22,9 +23,10 @@ from hllm_torchrec.data.events import Events, Piece
 
 
 def drawn_exposures(piece: Piece, rate: float, seeds: Iterable[int]) -> tuple[Ints, Floats]:
-    """(indices [X] of the exposures that are kept, float32 share of the negatives that were kept for each).
+    """(indices [X] of the sampled exposures, float32 [X] sampling rate of the negatives at each).
 
-    rate: probability of a negative exposure, drawn by (seeds, user, position): the same on any rank and in any batch.
+    rate: probability with which a negative exposure is kept. The draw is a hash of (seeds, user, position), so it is
+    the same on any rank and in any batch.
     """
     targets = piece.exposures
     rates = kept_shares(piece, targets, rate)
@@ -35,7 +37,7 @@ def drawn_exposures(piece: Piece, rate: float, seeds: Iterable[int]) -> tuple[In
 
 
 def kept_shares(events: Events, rows: Ints, rate: float = 1.0) -> Floats:
-    """float32 [X] share of the negatives that were kept for the exposures `rows` [X], after a draw with `rate`."""
+    """float32 [X] sampling rate of the negatives at the exposures `rows` [X]: the source's rate times `rate`."""
     before = events.extra.get(SAMPLING_RATE)
     return np.full(rows.size, rate, np.float32) if before is None else (before[rows] * rate).astype(np.float32)
 
@@ -52,7 +54,7 @@ def exposure_weights(targets: Events) -> Floats:
 
 
 def traffic_weights(targets: Events, rates: Floats) -> Floats:
-    """float32 [X] weights that make kept exposures stand for those of whole traffic: 1 / rate for a negative."""
+    """float32 [X] weights with which the sample represents the complete traffic: 1 / rate for negatives, else 1."""
     return np.where(targets.labels > 0, np.float32(1), 1 / rates).astype(np.float32)
 
 
@@ -61,9 +63,9 @@ def targets_of(
 ) -> dict[str, NDArray[Any]]:
     """The fields `weights`, `task_labels`, `task_weights` and `logit_offset` of a batch.
 
-    tasks: K labels; none: no fields of tasks. rates: [X] share of the negatives that were kept for each exposure.
-    Outside of training the weights of thinned-out negatives make all metrics those of whole traffic, and there is no
-    offset.
+    tasks: names of K labels; empty: no task fields. rates: [X] sampling rate of the negatives at each exposure.
+    Outside of training there is no offset; negatives are weighted by 1 / rate, so that metrics estimate those of the
+    complete traffic.
     """
     weights = exposure_weights(targets)
     thinned = schema.sampled or bool((rates != 1).any())
@@ -87,7 +89,7 @@ def targets_of(
 
 
 def _label(targets: Events, schema: EventSchema, name: str) -> Floats:
-    """[X] values of a label; NaN where it is not defined, or was not read."""
+    """[X] values of a label; NaN where it is not defined, or if its column was not read."""
     if name == schema.labels[0].name:
         return targets.labels
     column = next(one for one in schema.extra if one.name == schema.label(name).column)

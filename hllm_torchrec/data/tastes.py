@@ -3,8 +3,8 @@
     residual(u, i) = z_u . d_i + noise,   z_u ~ N(0, I),   noise ~ N(0, s^2)
 
 Descriptors d of an event are its item's loadings in the linear-Gaussian model (`item_factors`), the first principal
-components of its text embedding, and its popularity and mean value as of the event's second. Items that are rare, whose
-loadings are close to the prior's mean, are thus told apart by their texts.
+components of its text embedding, and its popularity and mean value before the event's second. Rare items have loadings
+close to the prior's mean; their texts make them distinguishable.
 
 Legend: n events of one user, X exposures, E width of text embeddings, P components, J descriptors.
 """
@@ -14,17 +14,17 @@ import numpy as np
 from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
 
 COMPONENTS = 16
-"""P, principal components of the texts."""
+"""P, number of principal components of the texts."""
 TEXT_SCALE, STATISTICS_SCALE = 0.25, 0.2
-"""Prior standard deviations of the effect of a typical text, and of one standard deviation of popularity and of the
-mean value, in standard deviations of the values."""
+"""Prior standard deviations, in standard deviations of the values, of the effect of a typical text, and of the effect
+of one standard deviation of popularity or of the mean value."""
 _SOLVED_AT_ONCE = 1024
 
 
 def principal_components(unit: Floats) -> Doubles:
-    """[E, P] projection of unit text embeddings [N, E] (row 0 unknown) to their first components.
+    """[E, P] projection of unit text embeddings [N, E] (row 0 unknown) to their first principal components.
 
-    The mean over items of the square length of the projected texts is 1.
+    It is scaled so that the mean squared norm of the projected texts is 1.
     """
     known = unit[1:].astype(np.float64)
     values, vectors = np.linalg.eigh(known.T @ known)
@@ -35,7 +35,7 @@ def principal_components(unit: Floats) -> Doubles:
 
 
 def expected_residuals(past: Doubles, residuals: AnyFloats, seen: Ints, asked: Doubles, noise: float) -> Doubles:
-    """E[z . d | the first seen[x] events] [X] of exposures with descriptors `asked` [X, J]; 0 without events.
+    """[X] E[z . d | the first seen[x] events] for exposures with descriptors `asked` [X, J]; 0 without events.
 
     past: descriptors [n, J] of the user's events; residuals: [n]; noise: s^2.
     """

@@ -1,12 +1,13 @@
 """Token ids of every item, computed once and memory-mapped.
 
-The text of an item is prompt + `key: value` for each key with a value, joined by a separator. Item 0, the unknown
-item, and items without text have the prompt only; with an empty prompt this can be zero tokens, and the item is then
+The text of an item is prompt + `key: value` for each key with a value, joined by a separator. The text of item 0, the
+unknown item, and of items without text is the prompt. If the prompt is empty, this can be zero tokens, and the item is
 encoded from the [ITEM] vector only.
 
-Special tokens: those that the tokenizer puts before a text (BOS, [CLS]) are kept. Those that it puts after a text
-([SEP]) are kept together with a [CLS], that is for encoders, and if asked for (`keep_end`), that is for embeddings
-pooled from the text; else decoder texts are followed by the [ITEM] vector instead. The maximum length includes them.
+Special tokens: tokens that the tokenizer adds before a text (BOS, [CLS]) are kept. Tokens that it adds after a text
+([SEP]) are kept if there is a [CLS], that is for encoders, or with `keep_end`, which is set for embeddings pooled from
+the text. Otherwise they are left out, because decoder texts are followed by the [ITEM] vector. The maximum length
+includes the special tokens.
 """
 
 import json
@@ -46,11 +47,11 @@ TOKENIZER_FILES = (
 """Files of a Hugging Face directory that make up its tokenizer."""
 _FORMAT = "1"
 _DIGESTS = "digests.arrow"
-"""Digest of each item's text, by which a store of later texts takes over tokens."""
+"""File with a digest of each item's text; a later store reuses the tokens of items with equal digests."""
 _REMEDY = "delete the folder and build it again"
 _BATCH = 4_096
 _MOST_GROWTH = 1_000
-"""Largest factor by which a tokenizer's replacements may lengthen a text; real ones exchange single characters."""
+"""Maximum factor by which a tokenizer's normalizer may lengthen a text; real ones replace single characters."""
 
 
 class TokenStore:
@@ -59,11 +60,11 @@ class TokenStore:
     def __init__(self, path: Path, values: np.ndarray, offsets: np.ndarray, facts: dict[str, Any]) -> None:
         self.path = path
         self.values = values
-        """int32 [total], the token ids of all items one after the other."""
+        """int32 [total], the concatenated token ids of all items."""
         self.offsets = offsets
         """int64 [n + 1]; item i has values[offsets[i] : offsets[i + 1]]."""
         self.facts = facts
-        """Inputs of the store, and `vocab_size`, the size of the smallest word-embedding table that fits it."""
+        """Inputs that determine the store, its sizes, and `vocab_size`: the largest token id + 1."""
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
@@ -73,7 +74,7 @@ class TokenStore:
             raise ValueError(f"{root} is not a token store (no store.json); make one with build_token_store")
         facts = _read_facts(root / "store.json")
         values, offsets = _read_array(root / "values.arrow", np.int32), _read_array(root / "offsets.arrow", np.int64)
-        # Lengths and offsets only: checking the token ids here would read the complete file. `_gather` checks those
+        # Check only lengths and offsets: checking the token ids would read the complete file. `_gather` checks the ids
         # that it returns.
         wrong = len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]
         if wrong or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
@@ -89,7 +90,7 @@ class TokenStore:
         return np.diff(self.offsets)
 
     def gather(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The packed tokens of `item_ids` (int [k], in that order, repetitions allowed).
+        """The packed tokens of `item_ids` (int [k]; repetitions allowed), in the order of `item_ids`.
 
         Returns (token_ids int32 [sum of lengths], cu_seqlens int64 [k + 1], starting at 0).
         Raises ValueError for an id outside 0 .. n-1.
@@ -98,7 +99,7 @@ class TokenStore:
         return self._gather(self.offsets[ids], self.offsets[ids + 1])
 
     def gather_behind_prefix(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Like `gather`, without the tokens of `prefix` for the items that begin with it.
+        """Like `gather`, but items that begin with `prefix` are returned without it.
 
         Returns (token_ids, cu_seqlens, has_prefix), has_prefix bool [k]: True for items that begin with `prefix`.
         Raises like `gather`.
@@ -128,14 +129,14 @@ class TokenStore:
         grown: list[int] = []
         best: tuple[int, np.ndarray] = (0, items)
         while True:
-            # Items that end here cannot share a longer prefix. One item alone saves nothing.
+            # Items that end here cannot share a longer prefix. A prefix of a single item saves nothing.
             items = items[lengths[items] > len(grown)]
             if len(items) < 2:
                 break
             tokens = self.values[self.offsets[items] + len(grown)]
             grown.append(int(np.bincount(tokens).argmax()))
             items = items[tokens == grown[-1]]
-            # Tokens saved by this prefix against those saved by the best one; ">" prefers the shorter one at ties.
+            # Compare the tokens saved by this prefix with those of the best one; ">" keeps the shorter one at ties.
             if len(items) > 1 and len(grown) * len(items) > best[0] * len(best[1]):
                 best = len(grown), items
         begins = np.zeros(len(self), bool)
@@ -190,7 +191,7 @@ def build_token_store(
         raise ValueError(f"{root} has no tokenizer (no tokenizer.json or similar); give a Hugging Face directory")
     refuse_pointers(files)
     dataset.text(keys)  # raises for an unknown key before anything is written
-    # Everything that the tokens depend on; its hash names the folder, so that stores of other settings coexist.
+    # All inputs that the tokens depend on; their hash is the folder's name, so stores with other settings can coexist.
     request = {
         "format": _FORMAT,
         "tokenizer": hash_texts(f"{path.name} {hash_file(path)}" for path in files),
@@ -214,13 +215,13 @@ def build_token_store(
 
 
 def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore", np.ndarray] | None:
-    """The largest store of the same settings, of other texts, and its text digests (uint64 [n]); None without one."""
+    """(largest store with the same settings for other texts, its text digests (uint64 [n])); None if there is none."""
     found = None
     for folder in parent.iterdir() if parent.is_dir() else ():
         try:
             store, digests = TokenStore.open(folder), _read_array(folder / _DIGESTS, np.uint64)
         except (ValueError, OSError):
-            continue  # of an earlier release, without digests, or damaged: its texts are tokenized again
+            continue  # damaged, or from an earlier release and so without digests: it cannot be reused
         settings = {*request, "keep_end"} - {"items_sha256"}
         is_same = all(store.facts.get(name) == request.get(name) for name in settings)
         if is_same and len(digests) == len(store) and (found is None or len(store) > len(found[0])):
@@ -230,7 +231,7 @@ def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore",
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Read the tokenizer of a Hugging Face directory. Raises ValueError if it is damaged."""
-    from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
+    from transformers import AutoTokenizer  # the import takes seconds, and in most jobs the store already exists
 
     with reading_foreign(f"{directory}: its tokenizer (tokenizer.json or similar)", "fetch the directory again"):
         _check_growth(directory / "tokenizer.json")
@@ -240,7 +241,7 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def _check_growth(path: Path) -> None:
-    """Refuse a normalizer whose replacements, one after the other, could multiply a text's length without end."""
+    """Raise ValueError for a normalizer whose chained replacements could lengthen a text beyond any limit."""
     if not path.is_file():
         return
     normalizer = json.loads(path.read_text(encoding="utf-8")).get("normalizer") or {}
@@ -259,7 +260,7 @@ def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: st
 
 
 def laid_out_texts(texts: pa.Table, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
-    """Yield what `item_texts` does, of a table of the text columns."""
+    """Like `item_texts`, for a table of the text columns."""
     for batch in texts.to_batches(max_chunksize=_BATCH):
         columns = [batch.column(key).to_pylist() for key in keys]
         yield [
@@ -272,16 +273,16 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", keep_end: bool = False)
     """(ids before a text, ids after a text) that are kept in an item's tokens (see the module docstring).
 
     Raises:
-        ValueError: the tokenizer knows none of the texts that are tried.
+        ValueError: no text of the vocabulary shows which tokens are special.
     """
-    # Tokenizers do not list these tokens: compare the tokens of a text with and without special tokens.
+    # Tokenizers do not list these tokens, so compare the tokens of a text with and without special tokens.
     for text in ("a", "the", "1", "title", *tokenizer.get_vocab()):
         try:
             plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-        except Exception:  # noqa: S112  # tokenizers without a token for unknown words raise just this
+        except Exception:  # noqa: S112  # some tokenizers without a token for unknown words raise a plain Exception
             continue
         starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-        if plain and len(starts) == 1:  # a text of unknown words may have no tokens
+        if plain and len(starts) == 1:  # a text of unknown words may give no tokens
             break
     else:
         raise ValueError("its special tokens cannot be told from a text's")
@@ -309,12 +310,12 @@ def _write_store(
     request: dict[str, Any],
     earlier: tuple[TokenStore, np.ndarray] | None,
 ) -> None:
-    """Write the store's files; items whose text is that of the `earlier` store take their tokens from it."""
+    """Write the store's files; items with the same text as in the `earlier` store reuse its tokens."""
     prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
     lengths, digests = [], []
     largest, first = -1, 0
     with (
-        # Arrow needs the number of values first, so the tokens go to a raw file that is mapped and rewritten below.
+        # Arrow needs the number of values in advance, so write the tokens to a raw file, which is mapped and rewritten.
         (folder / "values.raw").open("wb") as raw,
         tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
     ):
@@ -351,7 +352,7 @@ def _tokens(
     first: int,
     earlier: tuple[TokenStore, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Packed tokens int32 and offsets of the items from `first` on, whose texts and digests are given."""
+    """(packed tokens int32, offsets) of the items from number `first` on, which have these texts and digests."""
     known = np.zeros(len(texts), bool)
     if earlier is not None:
         old = earlier[1][first : first + len(texts)]
@@ -361,7 +362,7 @@ def _tokens(
     ids = tokenize(tokenizer, [texts[i] for i in new], length, keep_end) if new.size else []
     if earlier is None or not known.any():
         return np.fromiter((token for row in ids for token in row), np.int32), offsets_from_lengths(list(map(len, ids)))
-    # New tokens behind the old ones, then every item's range of both.
+    # Concatenate the reused and the new tokens, then gather every item's range from them.
     values, bounds = earlier[0].gather(first + np.flatnonzero(known))
     lengths = np.zeros(len(texts), np.int64)
     lengths[known], lengths[new] = np.diff(bounds), [len(row) for row in ids]

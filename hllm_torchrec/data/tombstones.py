@@ -1,8 +1,8 @@
-"""Tombstones: the ids that a dataset has forgotten. What is left of one is its number and the digest of its raw id.
+"""Tombstones: number and digest of the raw id of each id that a dataset has forgotten.
 
-The digest keeps the place of the id in the chain of its map (`data.vocabulary`), so that runs still fit the dataset,
-and recognizes the raw id when a later source names it. The map `vectors/<name>` has the digests of rows that were
-erased from files of item vectors.
+With the digest, the hash chain of the id's map (`data.vocabulary`) can still be computed, so existing runs still fit
+the dataset; and the raw id is recognized in a later source. The map `vectors/<name>` has the digests of the rows that
+were erased from the files of item vectors.
 """
 
 from collections.abc import Iterable
@@ -20,9 +20,9 @@ from hllm_torchrec.data.validation import error_location, read_table
 from hllm_torchrec.data.vocabulary import id_digest
 
 FORGOTTEN = "forgotten"
-"""Field of a manifest: the name of the file of tombstones."""
+"""Field of a manifest: name of the file with the tombstones."""
 FILE = "forgotten-{:05d}.parquet"
-"""Name of a file of tombstones, by version."""
+"""Name of the file with the tombstones of a version."""
 USERS, ITEMS = "users", "items"
 _SCHEMA = pa.schema([("map", pa.string()), ("number", pa.int64()), ("digest", pa.binary(16))])
 
@@ -32,13 +32,13 @@ Row = tuple[str, int, bytes]
 
 @dataclass(frozen=True)
 class Tombstones:
-    """All tombstones of a version, each once."""
+    """All tombstones of a version, without repetitions."""
 
     rows: tuple[Row, ...] = ()
 
     @classmethod
     def read(cls, root: Path, manifest: dict[str, Any]) -> "Tombstones":
-        """The tombstones of a version; none if its manifest names no file.
+        """Read the tombstones of a version; empty if its manifest names no file.
 
         Raises:
             ValueError: the file is missing or damaged.
@@ -51,7 +51,7 @@ class Tombstones:
             return cls(tuple(zip(*(table[column].to_pylist() for column in _SCHEMA.names), strict=True)))
 
     def write(self, path: Path) -> None:
-        """Write the file."""
+        """Write the tombstones to a Parquet file."""
         rows = [dict(zip(_SCHEMA.names, row, strict=True)) for row in self.rows]
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
 
@@ -59,11 +59,11 @@ class Tombstones:
         return bool(self.rows)
 
     def with_rows(self, rows: Iterable[Row]) -> "Tombstones":
-        """These and further ones."""
+        """A copy with more rows."""
         return Tombstones(tuple(dict.fromkeys((*self.rows, *rows))))
 
     def without_numbers(self) -> "Tombstones":
-        """Those of raw ids, for a dataset that numbers its ids anew."""
+        """The tombstones of users and items with number 0, for a dataset that assigns new numbers."""
         return Tombstones(tuple((name, 0, digest) for name, _, digest in self.rows if name in (USERS, ITEMS)))
 
     def numbers(self, name: str) -> Ints:

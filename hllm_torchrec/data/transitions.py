@@ -2,16 +2,16 @@
 
     min over B of  sum over t |y_t - B^T x_t|^2 + lambda tr(B^T K^-1 B)       x_t = sum over j < t of d^(t - 1 - j) e_j
 
-y_t and e_j are indicators of items, so B[i, j] says how much an event of item i speaks for j as the next one; a
-sequence model over IDs needs many epochs to learn as much of it (Choi et al., "Session-aware Linear Item-Item Models",
-WWW 2021; Steck, EASE, arXiv 1905.03375). K = I + E E^T for unit text embeddings E lets items of similar texts share
-their rows. B has rank R: it is projected to the directions of the largest predictions. Then B = S T^T, and the score
-of item i after a history is the inner product of sum_j d^(age of j) S[j] and T[i].
+y_t and e_j are one-hot vectors of items, so B[i, j] is the evidence that an event of item i gives for j as the next
+item. A sequence model over IDs needs many epochs to learn this (Choi et al., "Session-aware Linear Item-Item Models",
+WWW 2021; Steck, EASE, arXiv 1905.03375). With K = I + E E^T for unit text embeddings E, items with similar texts get
+similar rows. B is projected to rank R, to the directions of the largest predictions. Then B = S T^T, and the score of
+item i after a history is the inner product of sum_j d^(age of j) S[j] and T[i].
 
-It belongs to a run: fitted when its training starts, to all events that it trains on, and saved with it. Nothing is
-trained with it, so a run that starts from another fits its own.
+The regression belongs to a run: it is fitted when training starts, to all events that the run trains on, and is saved
+with the run. No trained weight depends on it, so a run that starts from another run fits a new regression.
 
-Legend: N items (0 is unknown), n of them in the fit, T events of a part of the users, R rank, E width of a text.
+Legend: N items (0 is unknown), n of them in the fit, T events of some users, R rank, E width of a text embedding.
 """
 
 import math
@@ -31,23 +31,23 @@ FILE = "transitions.npz"
 """Name of the file in a run directory."""
 RANK = 512
 RIDGE = 4.0
-"""Lambda, in means of the diagonal of the history's second moments."""
+"""Lambda, relative to the mean of the diagonal of sum of x x^T."""
 MAX_ITEMS = 16_384
-"""Items in the fit, those with the most events: it holds three arrays [n, n] of float32."""
+"""Maximum number of items in the fit (those with the most events), which needs three float32 arrays [n, n]."""
 NEGLIGIBLE = 1e-3
-"""Weight of an event below which it is left out of the fit."""
+"""Events of the history with a weight below this are left out of the fit."""
 MAX_LAGS = 50
 OVERSAMPLING, ITERATIONS = 32, 3
-"""Additional directions, and number of rounds, of the subspace iteration."""
+"""Subspace iteration: number of additional directions, and number of iterations."""
 
 
 @dataclass(frozen=True)
 class Transitions:
     """The fitted regression: source S [N, R], target T [N, R + 1], both float32.
 
-    T's last column gives all of its rows the same length, so that ranking by cosine is ranking by inner product; the
-    user's side is 0 there. S is scaled: the mean score of a next item in training is 1. Items outside of the fit have
-    a row of zeros but for that column.
+    T's last column gives all rows of T the same norm, so that ranking by cosine equals ranking by inner product; the
+    user's vector is 0 there. S is scaled so that the mean score of the next items in training is 1. Items outside of
+    the fit have zeros in all other columns.
     """
 
     source: Floats
@@ -55,12 +55,12 @@ class Transitions:
 
     @classmethod
     def of_factors(cls, source: Floats, target: Floats) -> "Transitions":
-        """From S [N, R] and T [N, R] without its last column."""
+        """Build from S [N, R] and T [N, R]; adds the last column of T."""
         squares = np.square(target).sum(1)
         return cls(source, np.column_stack([target, np.sqrt(squares.max() - squares)]).astype(np.float32))
 
     def without(self, items: Ints) -> "Transitions":
-        """The regression with the rows of `items` as those of the unknown item."""
+        """A copy in which the rows of `items` are replaced by those of the unknown item."""
         source, target = self.source.copy(), self.target.copy()
         source[items], target[items] = source[0], target[0]
         return Transitions(source, target)
@@ -88,8 +88,8 @@ class Transitions:
 class TransitionOptions:
     """Options of the fit that follow from a run's configuration.
 
-    part: part of the dataset that is fitted; decay: d; positive_history: only events with label 1 are read;
-    positive_targets: an event with label 0 is not predicted.
+    part: part of the dataset that is fitted; decay: d; positive_history: the history has only events with label 1;
+    positive_targets: events with label 0 are not targets.
     """
 
     part: str = "train"
@@ -99,9 +99,9 @@ class TransitionOptions:
 
 
 def fit_transitions(dataset: Dataset, texts: Floats | None, options: TransitionOptions) -> Transitions:
-    """The regression on a part of a dataset; without an event that follows another, all scores are 0.
+    """Fit the regression to a part of a dataset. If no event follows another, all scores are 0.
 
-    texts: [N, E] whitened text embeddings; None: items share nothing.
+    texts: [N, E] whitened text embeddings; None: K = I.
     """
     place = _places(dataset, options.part)
     moments, following, targets = _moments(dataset, options, place)
@@ -109,7 +109,8 @@ def fit_transitions(dataset: Dataset, texts: Floats | None, options: TransitionO
     if targets:
         unit = None if texts is None else _unit(texts[place >= 0])
         solved, directions = _solve(moments, following, unit)
-        # The mean score of what came next is 1: the weight beside other similarities depends little on the data.
+        # Scale the mean score of the next items to 1, so that a good weight relative to other scores depends little on
+        # the data.
         solved *= targets / max(float((solved * (following @ directions)).sum()), 1e-12)
         source, target = (_scattered(rows, place) for rows in (solved, directions))
     return Transitions.of_factors(source, target)
@@ -120,7 +121,7 @@ def _size(place: Ints) -> int:
 
 
 def _places(dataset: Dataset, part: str) -> Ints:
-    """[N] row of each item in the fit, or -1: the MAX_ITEMS with the most events of a part that have any."""
+    """[N] row of each item in the fit, or -1; the fit has the MAX_ITEMS items with the most events in the part."""
     counts = np.zeros(dataset.num_items, np.int64)
     for group in dataset.row_groups(part):
         counts += np.bincount(dataset.sequences([group], ["item_ids"]).item_ids, minlength=len(counts))
@@ -132,14 +133,14 @@ def _places(dataset: Dataset, part: str) -> Ints:
 
 
 def _moments(dataset: Dataset, options: TransitionOptions, place: Ints) -> tuple[Floats, Floats, int]:
-    """sum of x x^T and of x y^T, both [n, n], over the events that follow another, and their number."""
+    """(sum of x x^T [n, n], sum of x y^T [n, n], number of targets) over all targets (events that follow another)."""
     size, decay = _size(place), options.decay
     moments, following, targets = np.zeros((size, size), np.float32), np.zeros((size, size), np.float32), 0
     lags = MAX_LAGS if decay == 1 else math.ceil(math.log(NEGLIGIBLE) / math.log(max(decay, NEGLIGIBLE)))
     for items, left, wanted in _sequences(dataset, options, place):
         ahead = _ahead(wanted, left, 1) * (left > 0)
         targets += int(ahead.sum())
-        # Weight of the rows x that hold an event: those of the later events that are followed by a target.
+        # An event is in the x of every later target: sum of its squared weights over these targets.
         weight = np.sum([decay ** (2 * k) * _ahead(ahead, left, k) for k in range(min(lags, MAX_LAGS))], axis=0)
         for lag in range(min(lags, MAX_LAGS) + 1):
             first = np.flatnonzero(left >= lag)
@@ -156,7 +157,7 @@ def _moments(dataset: Dataset, options: TransitionOptions, place: Ints) -> tuple
 
 
 def _sequences(dataset: Dataset, options: TransitionOptions, place: Ints) -> Iterator[tuple[Ints, Ints, Floats]]:
-    """Yield for events of some users: item's row in the fit, number of the user's later events, 1 if it is a target."""
+    """Yield (row of the item in the fit, number of the user's later events, 1 if it may be a target), each [T]."""
     for group in dataset.row_groups(options.part):
         rows = dataset.sequences([group], ["item_ids", "labels"])
         kept = rows.labels == 1 if options.positive_history else np.ones(len(rows.item_ids), bool)
@@ -168,7 +169,7 @@ def _sequences(dataset: Dataset, options: TransitionOptions, place: Ints) -> Ite
 
 
 def _add(matrix: Floats, rows: Ints, columns: Ints, values: Floats) -> None:
-    """Add values [k] to entries of a matrix; an entry that is given several times gets all its values."""
+    """Add values [k] to entries (rows [k], columns [k]) of a matrix; values of repeated entries are summed."""
     np.add.at(matrix.reshape(-1), rows * matrix.shape[1] + columns, values)
 
 
@@ -181,7 +182,7 @@ def _ahead(x: Floats, left: Ints, steps: int) -> Floats:
 
 
 def _solve(moments: Floats, following: Floats, texts: Floats | None) -> tuple[Floats, Floats]:
-    """S and T [n, R] of the regression with these moments; texts: unit rows [n, E]."""
+    """(S [n, R], T [n, R] without its last column) from the moments; texts: unit rows [n, E]."""
     seen, next_seen, size = torch.from_numpy(moments), torch.from_numpy(following), len(moments)
     penalty = RIDGE * float(seen.trace()) / size
     matrix = seen + penalty * torch.eye(size)
@@ -193,7 +194,7 @@ def _solve(moments: Floats, following: Floats, texts: Floats | None) -> tuple[Fl
         inner = torch.linalg.solve(torch.eye(rows.shape[1], dtype=torch.float64) + wide.T @ wide, wide.T)
         matrix -= penalty * (rows @ inner.float())
     factor = torch.linalg.cholesky(matrix)
-    # Largest eigenvectors of B^T (sum of x x^T) B by subspace iteration: B itself would need n right-hand sides.
+    # Largest eigenvectors of B^T (sum of x x^T) B by subspace iteration; computing B would need n right-hand sides.
     rank, start = min(RANK, size), np.random.default_rng(0)
     block = torch.from_numpy(start.standard_normal((size, min(size, rank + OVERSAMPLING))).astype(np.float32))
     for _ in range(ITERATIONS):
@@ -210,7 +211,7 @@ def _unit(texts: Floats) -> Floats:
 
 
 def _scattered(rows: Floats, place: Ints) -> NDArray[np.float32]:
-    """Rows [n, R] of the items in the fit -> [N, R], zeros for others."""
+    """[N, R] array with the `rows` [n, R] of the items in the fit, and zeros for all other items."""
     found = np.zeros((len(place), rows.shape[1]), np.float32)
     found[place >= 0] = rows
     return found

@@ -13,7 +13,7 @@ from hllm_torchrec.data.item_catalogue import FEATURE_TYPE, Vocabulary, decode_f
 
 
 class UserTable:
-    """Numbers users by partition and assigns final ids; users of an existing dataset keep theirs.
+    """Numbers users by partition and assigns final ids; users of an existing dataset keep their ids.
 
     `raw_ids[p]` are the raw ids of partition p. A user's *number* is its index, from 0, in the concatenation of all
     partitions.
@@ -42,7 +42,7 @@ class UserTable:
         return max(int(self.final_ids.max(initial=0)), self.existing)
 
     def assign_ids(self, event_counts: np.ndarray) -> np.ndarray:
-        """Assign final ids (int64 by user number; 0: dropped); `event_counts` are by user number after all filters."""
+        """Assign final ids (int64, by user number; 0: dropped). event_counts: by user number, after all filters."""
         known = np.zeros(len(self), np.int64)
         if self._old is not None:
             known = known_ids(self._old["raw_user_id"], pa.chunked_array(self.raw_ids, pa.string()))
@@ -51,15 +51,15 @@ class UserTable:
         return self.final_ids
 
     def write(self, path: Path, feature_files: list[Path], vocabularies: dict[str, Vocabulary]) -> None:
-        """Write `users.parquet` in order of the ids; new features replace those of existing users."""
+        """Write `users.parquet` sorted by id; feature values in the source replace those of existing users."""
         start, tables = 0, self._old_tables(vocabularies)
         writer: pq.ParquetWriter | None = None
         for raw, file in zip(self.raw_ids, feature_files, strict=True):
             ids = self.final_ids[start : start + len(raw)]
             start += len(raw)
             table = self._partition_table(raw, ids, file, vocabularies)
-            # New ids ascend through the partitions, so a new dataset is written as a stream. Existing ids do not: an
-            # extended one is joined and sorted in memory.
+            # New ids ascend through the partitions, so a new dataset is written as a stream. Existing ids do not, so an
+            # extended dataset's users are joined and sorted in memory.
             if self._old is not None:
                 tables.append(table)
             elif len(table):
@@ -110,7 +110,7 @@ class UserTable:
 def known_ids(known: pa.ChunkedArray, raw_ids: pa.ChunkedArray) -> np.ndarray:
     """Ids (int64 [n]; 0: unknown) of the distinct `raw_ids` in the list `known`, whose entry i has id i + 1.
 
-    The list, which may be long, is streamed past a hash table of the ids that are looked for, which are few.
+    `known` may be long, so it is streamed; the hash table contains only the few `raw_ids`.
     """
     found = np.zeros(len(raw_ids), np.int64)
     wanted, first = raw_ids.combine_chunks(), 1
@@ -123,20 +123,20 @@ def known_ids(known: pa.ChunkedArray, raw_ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def _latest_by_id(tables: list[pa.Table], features: list[str]) -> pa.Table:
-    """One row per user id, in order; rows of later tables replace earlier ones, except that empty features do not."""
-    whole = pa.concat_tables(tables).combine_chunks()
-    ids = whole["user_id"].to_numpy()
-    # row_of: last row of each id (with repeated indices, numpy's assignment keeps the last); first_of: its first row.
+    """One row per user id, sorted by id. Rows of later tables replace earlier ones, except for empty features."""
+    rows = pa.concat_tables(tables).combine_chunks()
+    ids = rows["user_id"].to_numpy()
+    # row_of: last row of each id (for repeated indices, numpy's assignment keeps the last one); first_of: first row.
     row_of = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
     row_of[ids] = np.arange(len(ids))
     first_of = row_of.copy()
     first_of[ids[::-1]] = np.arange(len(ids))[::-1]
     columns = {
         "user_id": pa.array(np.arange(1, len(row_of))),
-        "raw_user_id": whole["raw_user_id"].take(row_of[1:]),
+        "raw_user_id": rows["raw_user_id"].take(row_of[1:]),
     }
     for name in features:
-        length = pc.list_value_length(whole[name]).to_numpy()
+        length = pc.list_value_length(rows[name]).to_numpy()
         row = np.where(length[row_of[1:]] > 0, row_of[1:], first_of[1:])
-        columns[name] = whole[name].combine_chunks().take(pa.array(row)).cast(FEATURE_TYPE)
+        columns[name] = rows[name].combine_chunks().take(pa.array(row)).cast(FEATURE_TYPE)
     return pa.table(columns)

@@ -1,7 +1,7 @@
-"""Validated reading of a dataset's Parquet files; errors name file, row group, row and field.
+"""Reading of a dataset's Parquet files with validation; errors name file, row group, row and field.
 
-`prepare` writes valid files only. Files can be damaged, however, or written by other programs, and an id outside a
-table or a time in milliseconds would otherwise cause an index error in a kernel, or no error at all.
+`prepare` writes only valid files, but files can be damaged, or written by other programs. Without validation, an id
+outside of its table or a time in milliseconds would cause an index error in a kernel, or no error at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,9 +38,9 @@ class TableRows:
 def error_location(location: object, remedy: str = REMEDY) -> Iterator[None]:
     """Context manager that converts errors of Arrow and numpy into a ValueError with `location` and `remedy`.
 
-    The block must only read files, so that every failure in it is caused by the file, or by the machine (too little
-    memory, too many open files): then it is an OSError that names `location`, and no word of damage. A ValueError that
-    names `location` itself is raised unchanged.
+    The block must only read files, so that the file or the machine causes every failure in it. An error of the machine
+    (too little memory, too many open files) is not reported as damage: an OSError only gets `location` added. A
+    ValueError whose message already has `location` is raised unchanged.
     """
     try:
         with path_in_errors(str(location)):
@@ -59,7 +59,7 @@ def _reason(error: BaseException) -> str:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or its named columns.
+    """Read a Parquet file, or only `columns`.
 
     Raises:
         ValueError: the file does not exist, is damaged, or does not have a column.
@@ -68,7 +68,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path, memory_map=True) as file:
             _require_columns(columns or (), file.schema_arrow.names)
             table = file.read(columns=None if columns is None else list(columns))
-        table.validate(full=True)  # strings are read by offsets: damaged ones would point outside the buffer
+        table.validate(
+            full=True
+        )  # strings are read by offsets, which could point outside of the buffer if they are damaged
         return table if columns is None else table.select(list(columns))
 
 
@@ -80,11 +82,11 @@ def _require_columns(wanted: Sequence[str], present: Sequence[str]) -> None:
 
 
 def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: TableRows) -> pa.Table:
-    """Read and check the named columns (None: all) of one row group of sequences, in `sequence_schema`'s types.
+    """Read and check `columns` (None: all) of one row group of sequences, in the types of `sequence_schema`.
 
     Raises:
-        ValueError: the file is damaged or has another layout, or a value is not allowed: an id outside its table, a
-            time outside 1970..2099 or before the previous one, a label outside its kind.
+        ValueError: the file is damaged or has a wrong layout, or a value is not allowed: an id outside its table, a
+            time outside 1970..2099 or before the previous time, a label that its kind does not allow.
     """
     place, schema = f"{path}, row group {index}", sequence_schema(rows.schema.columns)
     wanted = list(columns or schema.names)
@@ -155,7 +157,7 @@ def check_values(place: str, name: str, values: NDArray[Any], ends: NDArray[np.i
     """Check the concatenated elements of one event column; ends: [n] end of each row's elements.
 
     Raises:
-        ValueError: see `read_sequences`; an absent label is given as 0.
+        ValueError: a value is not allowed; see `read_sequences`. The caller replaces absent labels by 0.
     """
     if name == "labels":
         rule = "a label is 0 or 1, or null where the event is not an exposure"
@@ -170,8 +172,8 @@ def check_values(place: str, name: str, values: NDArray[Any], ends: NDArray[np.i
         if bad.any():
             value = int(values[bad.argmax()])
             _refuse(place, name, bad, values, ends, describe_time(str(value), value))
-        # Times ascend within a row only: compare all neighbours, then clear the first event of each row. A row that
-        # starts at the end of the values is empty and has none.
+        # Times ascend only within a row: compare all neighbours, then clear the first event of each row. A row that
+        # starts at the end of the values is empty and has no first event.
         earlier = np.zeros(values.size, bool)
         earlier[1:] = np.diff(values) < 0
         earlier[ends[:-1][ends[:-1] < values.size]] = False
@@ -190,11 +192,11 @@ def _refuse(
     ends: NDArray[np.int64] | None,
     rule: str,
 ) -> None:
-    """Raise ValueError for the first marked value, if any; ends: end of each row's elements (None: one per row)."""
+    """Raise ValueError for the first value that is `bad`; ends: end of each row's elements (None: one per row)."""
     if not bad.any():
         return
     at = int(bad.argmax())
-    # "right": an element at a row's end belongs to the next row that is not empty.
+    # side="right", because an element at the end index of a row belongs to the next row that is not empty.
     row = at if ends is None else int(np.searchsorted(ends, at, side="right"))
     inside = "" if ends is None else f"[{at - (int(ends[row - 1]) if row else 0)}]"
     raise ValueError(f"{place}, row {row}: {name}{inside} is {values[at]}; {rule}; {REMEDY}")

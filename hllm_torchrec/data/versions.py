@@ -1,14 +1,15 @@
-"""Versions of a dataset: immutable files, of which `manifest.json` says which are read.
+"""Versions of a dataset: immutable files; the manifest of a version lists the files that belong to it.
 
     manifest.json            manifest of the newest version; its replacement is the commit
-    versions/00002.json      manifest of every version that is kept
+    versions/00002.json      manifest of each existing version
     items.parquet, ...       base of version 1 (layout: `data.dataset`)
     appends/00002/           files that version 2 added (`data.append`)
     bases/00009/             a base that version 9 wrote (`data.dataset_compaction`, or `prepare --extend`)
 
-A writer holds the dataset's lock, writes its files into a hidden draft, syncs and renames it, and then replaces
-`manifest.json`. A process that is killed at any moment leaves the version before or the new one; what else it left is
-removed by the next writer. Readers take files by the manifest that they opened, so they never see another version.
+A writer holds the dataset's lock, writes its files into a hidden draft folder, syncs and renames the folder, and then
+replaces `manifest.json`. If a writer is killed, the dataset has either the old or the new version; the next writer
+removes all other files it has left. Readers use the files of the manifest that they opened, so they never see files of
+another version.
 """
 
 import json
@@ -43,10 +44,10 @@ _REMOVED, _SUPERSEDED, _PENDING = ".removed-", ".superseded-", ".pending-"
 
 @contextmanager
 def write_lock(root: Path) -> Iterator[None]:
-    """Context manager that holds the lock of the dataset in `root`, and removes what a killed writer has left.
+    """Context manager that holds the lock of the dataset in `root`; first removes the files that a killed writer left.
 
     Raises:
-        ValueError: `root` is no dataset, or another process holds the lock for longer than HLLM_LOCK_WAIT seconds.
+        ValueError: `root` is not a dataset, or another process holds the lock for longer than HLLM_LOCK_WAIT seconds.
     """
     if not (root / MANIFEST).is_file():
         raise ValueError(
@@ -58,7 +59,7 @@ def write_lock(root: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove drafts, and files of versions that were not committed."""
+    """Remove drafts and files of versions that were not committed; complete interrupted replacements and removals."""
     newest = newest_version(root)
     for parent in (root / APPENDS, root / BASES):
         for folder in parent.iterdir() if parent.is_dir() else ():
@@ -66,7 +67,7 @@ def _sweep(root: Path) -> None:
             if unfinished or folder.name.startswith(_DRAFT):
                 shutil.rmtree(folder)
     for pattern in (f".{MANIFEST}-*", f".{_LOCK}.holder-*", f"{VERSIONS}/.*.json-*"):
-        for file in root.glob(pattern):  # what `replace_file` had not renamed yet
+        for file in root.glob(pattern):  # temporary files that `replace_file` has not renamed
             file.unlink()
     for file in (root / VERSIONS).glob("*.json"):
         if _NUMBERED.fullmatch(file.stem) and int(file.stem) > newest:
@@ -76,7 +77,7 @@ def _sweep(root: Path) -> None:
 
 
 def newest_version(root: Path) -> int:
-    """Number of the newest version; of a dataset whose manifest is damaged, the largest number that is in use."""
+    """Number of the newest version; if the manifest is damaged, the largest version number in a file name."""
     try:
         return version_of(read_manifest(root, check_files=False))
     except ValueError:
@@ -86,9 +87,10 @@ def newest_version(root: Path) -> int:
 
 @contextmanager
 def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
-    """Context manager with an empty folder that becomes `root`/`parent`/`version` at the end of the block.
+    """Context manager: yields an empty folder that becomes `root`/`parent`/`version` at the end of the block.
 
-    `scratch` beside it is removed. If the folder stays empty, or on an exception, nothing is left.
+    A folder `scratch` next to it is for temporary files. If the folder is still empty at the end, or if the block
+    raises an exception, nothing is kept.
     """
     (root / parent).mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=root / parent))
@@ -111,7 +113,7 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Wait until a folder and everything in it are on the disk."""
+    """Wait until a folder and all its contents are on disk (fsync)."""
     for parent, _, names in os.walk(folder):
         for path in [parent, *(os.path.join(parent, name) for name in names)]:
             handle = os.open(path, os.O_RDONLY)
@@ -127,7 +129,7 @@ def version_name(version: int) -> str:
 
 
 def file_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file below `folder`, which the dataset will have as the folder `name`."""
+    """Size and SHA-256 of each file below `folder`, by its name in the dataset, in which the folder is `name`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = hash_files(paths, "checksums")
     return {
@@ -139,7 +141,7 @@ def file_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
     """Make `manifest` the newest version, with the number `version`, in one step.
 
-    The manifest's `files` are complete; version numbers, fingerprint and schema version are set here.
+    `manifest` must have all `files`; its version, parent, fingerprint and schema version are set here.
     """
     (root / VERSIONS).mkdir(exist_ok=True)
     parent = None
@@ -150,7 +152,7 @@ def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
     else:
         parent = {"version": version_of(before), "fingerprint": before["fingerprint"]}
         kept = root / VERSIONS / f"{version_name(version_of(before))}.json"
-        if not kept.is_file():  # version 1 was written by `prepare`, which knows of no others
+        if not kept.is_file():  # version 1 was written by `prepare`, which does not write to versions/
             replace_file(kept, (root / MANIFEST).read_text(encoding="utf-8"))
     text = _manifest_text({**manifest, "version": version, "parent": parent})
     replace_file(root / VERSIONS / f"{version_name(version)}.json", text)
@@ -159,16 +161,16 @@ def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:
-    """Text of a version's manifest, with its fingerprint."""
+    """Text of a version's manifest; sets the schema version and the fingerprint."""
     fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
-    whole = {**manifest, "schema_version": SCHEMA_VERSION_CHAIN, "fingerprint": fingerprint}
-    return json.dumps(whole, indent=1) + "\n"
+    complete = {**manifest, "schema_version": SCHEMA_VERSION_CHAIN, "fingerprint": fingerprint}
+    return json.dumps(complete, indent=1) + "\n"
 
 
 def replace_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
-    """Make a kept version, not the newest, one of other files, in one step; `remove_superseded` removes its old ones.
+    """Replace the manifest of a version that is not the newest, in one step; `remove_superseded` removes its old files.
 
-    Only for contents that must not be read any more (`data.forgetting`).
+    Only for contents that must no longer be read (`data.forgetting`).
     """
     kept = root / VERSIONS / f"{version_name(version)}.json"
     old = kept.read_text(encoding="utf-8")
@@ -180,7 +182,7 @@ def replace_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
 
 
 def plan_replacements(root: Path, version: int, manifests: Mapping[int, dict[str, Any]]) -> None:
-    """Note manifests that replace those of kept versions once `version` is committed: see `finish_replacements`."""
+    """Save manifests with which `finish_replacements` replaces those of versions when `version` is committed."""
     (root / VERSIONS).mkdir(exist_ok=True)
     for number, manifest in manifests.items():
         name = f"{_PENDING}{version_name(version)}-{version_name(number)}.json"
@@ -188,7 +190,7 @@ def plan_replacements(root: Path, version: int, manifests: Mapping[int, dict[str
 
 
 def finish_replacements(root: Path) -> None:
-    """Replace the versions that were planned to be; plans of a version that was not committed are dropped."""
+    """Carry out the planned replacements of committed versions, and remove the plans of versions not committed."""
     newest = newest_version(root)
     for path in sorted((root / VERSIONS).glob(f"{_PENDING}*.json")):
         version, number = map(int, path.stem.removeprefix(_PENDING).split("-"))
@@ -198,20 +200,20 @@ def finish_replacements(root: Path) -> None:
 
 
 def superseded_fingerprints(root: Path) -> list[str]:
-    """Fingerprints of what replaced versions were, as long as their old files are here."""
+    """Fingerprints that replaced versions had before, until `remove_superseded` removes their old files."""
     manifests = sorted((root / VERSIONS).glob(f"{_SUPERSEDED}*.json"))
     return [str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"]) for path in manifests]
 
 
 def remove_superseded(root: Path) -> int:
-    """Remove the old files of replaced versions that no kept version has; hold the lock. Returns the freed bytes."""
+    """Remove the old files of replaced versions that no version uses; returns the freed bytes. Hold the lock."""
     for path in (root / VERSIONS).glob(f"{_SUPERSEDED}*.json"):
         path.rename(path.with_name(path.name.replace(_SUPERSEDED, _REMOVED, 1)))
     return _finish_removal(root)
 
 
 def kept_versions(root: Path) -> dict[int, dict[str, Any]]:
-    """The manifest of each version that can be opened, by its number."""
+    """Version number -> manifest, for each version that can be opened."""
     numbers = {
         newest_version(root),
         *(int(f.stem) for f in (root / VERSIONS).glob("*.json") if _NUMBERED.fullmatch(f.stem)),
@@ -226,21 +228,22 @@ def kept_versions(root: Path) -> dict[int, dict[str, Any]]:
 
 
 def remove_versions(root: Path, pinned: Collection[int] = ()) -> tuple[list[int], int]:
-    """Remove all versions but the newest and the pinned ones, and the files that only they have; hold the lock.
+    """Remove all versions except the newest and the pinned ones, and the files that only they use. Hold the lock.
 
-    Only files that a removed version's manifest lists are removed. Returns the versions' numbers and the freed bytes.
+    Only files in the manifest of a removed version are removed. Returns the versions' numbers and the freed bytes.
     """
     versions, newest = kept_versions(root), newest_version(root)
     removed = [version for version in versions if version != newest and version not in pinned]
     for version in removed:
-        # The manifest first: a version that is listed is complete. A killed removal is finished by the next writer.
+        # Rename the manifest before files are removed, so that a listed version is always complete. The next writer
+        # completes a removal that was killed.
         name = f"{version_name(version)}.json"
         (root / VERSIONS / name).rename(root / VERSIONS / f"{_REMOVED}{name}")
     return removed, _finish_removal(root)
 
 
 def _finish_removal(root: Path) -> int:
-    """Remove the files of removed versions that no kept version has; returns the freed bytes."""
+    """Remove the files of removed versions that no existing version uses; returns the freed bytes."""
     manifests = sorted((root / VERSIONS).glob(f"{_REMOVED}*.json"))
     if not manifests:
         return 0
@@ -257,7 +260,7 @@ def _finish_removal(root: Path) -> int:
 
 
 def _remove_empty(root: Path, folder: Path) -> None:
-    """Remove a folder without contents, and those above it that have no others."""
+    """Remove an empty folder, and the folders above it that become empty."""
     while folder != root and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent

@@ -7,8 +7,8 @@ is a chain over digests of single ids,
 
     chain_0 = "",   chain_k = blake2b(chain_(k-1) + digest(id_k)),   digest(id) = blake2b(id),   16 bytes each,
 
-so it is continued when ids are appended, any position can be compared, and an id that was erased keeps its place by
-its digest. A run stores marks, never raw ids.
+so it can be continued when ids are appended, can be compared at any position, and can be computed for erased ids, of
+which only the digest remains. A run stores marks, never raw ids.
 """
 
 import itertools
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from hllm_torchrec.data.dataset import Dataset
 
 MOST_MARKS = 1024
-"""Maximum number of positions of a map at which the chain's value is kept."""
+"""Maximum number of positions of a map for which the chain's value is stored."""
 _AT_ONCE = 1 << 16
 _DIGEST = 16
 
 Id = str | bytes
-"""A raw id or a value; bytes are the digest of one (`id_digest`), which is all that is left of an erased id."""
+"""A raw id or a value (str), or the digest of an erased one (bytes, see `id_digest`)."""
 
 
 @dataclass(frozen=True)
 class IdMark:
-    """Mark of an id map: its length, the chain's value at its end and at up to MOST_MARKS positions before.
+    """Mark of an id map: length, value of the chain at the end, and values at up to MOST_MARKS positions.
 
     value: hexadecimal; values[j] is the value after (j + 1) * step ids; step is a power of two.
     """
@@ -57,15 +57,15 @@ class IdMark:
         """
         try:
             read = cls(mark["count"], mark["value"], mark["step"], tuple(mark["values"]))
-            whole = all(len(bytes.fromhex(value)) == _DIGEST for value in (*read.values, read.value or "00" * _DIGEST))
-            if not whole or read.count < 0 or read.step < 1 or len(read.values) != read.count // read.step:
+            valid = all(len(bytes.fromhex(value)) == _DIGEST for value in (*read.values, read.value or "00" * _DIGEST))
+            if not valid or read.count < 0 or read.step < 1 or len(read.values) != read.count // read.step:
                 raise ValueError("its numbers contradict each other")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"damaged mark of a vocabulary ({type(error).__name__}: {error})") from None
         return read
 
     def positions(self) -> Iterator[tuple[int, str]]:
-        """(number of ids, value of the chain after them) of all stored values, in order; the last is the end."""
+        """Yield (number of ids, value of the chain after them) of all stored values, in order; the end comes last."""
         for index, value in enumerate(self.values, start=1):
             if index * self.step < self.count:
                 yield index * self.step, value
@@ -74,21 +74,21 @@ class IdMark:
 
 @dataclass(frozen=True)
 class IdDifference:
-    """The first difference between two maps is among the ids of positions first..last - 1, from 0."""
+    """The first difference between two maps, which is among the ids at positions first..last - 1 (from 0)."""
 
     first: int
     last: int
     is_shorter: bool = False
-    """True if the dataset's map ends before the run's, and is equal as far as can be told."""
+    """True if the dataset's map is shorter than the run's, and no difference was found before its end."""
 
 
 def id_digest(value: Id) -> bytes:
-    """Digest of an id: 16 bytes; bytes are digests already."""
+    """Digest of an id, 16 bytes; an id that is bytes is already a digest and is returned unchanged."""
     return value if isinstance(value, bytes) else blake2b(value.encode(), digest_size=_DIGEST).digest()
 
 
 def mark_ids(ids: Iterable[Id], before: IdMark | None = None) -> IdMark:
-    """Mark of a map: of `ids`, or of the map that `before` marks with `ids` appended, which is not read again."""
+    """Mark of the map `ids`; with `before`, mark of the map with the mark `before` followed by `ids`."""
     before = before or IdMark()
     count, chain, step, values = before.count, bytes.fromhex(before.value), before.step, list(before.values)
     for value in ids:
@@ -97,7 +97,7 @@ def mark_ids(ids: Iterable[Id], before: IdMark | None = None) -> IdMark:
         if count % step == 0:
             values.append(chain.hex())
             if len(values) > MOST_MARKS:
-                # Every second value: those that remain are at the multiples of the doubled step.
+                # Keep every second value, which are the values at the multiples of the doubled step.
                 step, values = 2 * step, values[1::2]
     return IdMark(count, chain.hex(), step, tuple(values))
 
@@ -107,13 +107,13 @@ def _link(chain: bytes, value: Id) -> bytes:
 
 
 def find_difference(run: IdMark, data: IdMark, ids: Callable[[int, int], Iterable[Id]]) -> IdDifference | None:
-    """None if the run's map is a prefix of the dataset's, else the first difference that the marks can tell.
+    """None if the run's map is a prefix of the dataset's, else the first difference, as precisely as the marks show it.
 
     Args:
         run: mark of the run's map.
         data: mark of the dataset's map.
-        ids: returns the dataset's ids of positions start..stop - 1. A prefix is checked by reading at most `data.step`
-            of them.
+        ids: function that returns the dataset's ids at positions start..stop - 1. If the run's map is a prefix, at most
+            `data.step` ids are read.
     """
     if run.count <= data.count:
         start, value = max([(0, ""), *((p, v) for p, v in data.positions() if p <= run.count)])
@@ -137,7 +137,7 @@ def find_difference(run: IdMark, data: IdMark, ids: Callable[[int, int], Iterabl
 def dataset_marks(dataset: "Dataset") -> dict[str, IdMark]:
     """Mark of each map that `prepare` writes; computed from the ids if the manifest has none.
 
-    `vectors/<name>` is not among them, because these files are the user's: see `vector_mark`.
+    `vectors/<name>` is not included, because these files are written by the user; see `vector_mark`.
     """
     if "vocabulary" in dataset.manifest:
         return {name: IdMark.from_json(mark) for name, mark in dataset.manifest["vocabulary"].items()}
@@ -145,14 +145,14 @@ def dataset_marks(dataset: "Dataset") -> dict[str, IdMark]:
 
 
 def compute_marks(dataset: "Dataset") -> dict[str, IdMark]:
-    """Mark of each map that `prepare` writes, computed from all ids: about 2 seconds for a million of them."""
+    """Mark of each map that `prepare` writes, computed from all ids (about 2 seconds for a million ids)."""
     features = dataset.all_features
     names = ["items", "users", "actions", *(f"feature/{name}" for name in features)]
     return {name: mark_ids(map_ids(dataset, name)) for name in names}
 
 
 def vector_mark(vectors: np.ndarray, erased: Mapping[int, bytes] | None = None) -> IdMark:
-    """Mark of dense item features, float32 [N, V], whose rows are the ids of the map; erased: as in `row_digests`."""
+    """Mark of dense item features, float32 [N, V]; the ids of the map are the rows. erased: see `row_digests`."""
     return mark_ids(row_digests(vectors, erased=erased))
 
 
@@ -161,7 +161,7 @@ def row_digests(
 ) -> Iterator[bytes]:
     """Digests of rows start..stop - 1 (None: to the end) of dense item features, float32 [N, V].
 
-    erased: row -> the digest that it had, of rows that were erased.
+    erased: row -> original digest, for rows that were erased.
     """
     for number, row in enumerate(np.ascontiguousarray(vectors[start:stop], np.float32), start):
         kept = (erased or {}).get(number)
@@ -169,7 +169,7 @@ def row_digests(
 
 
 def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = None) -> Iterator[Id]:
-    """Ids of positions start..stop - 1 (None: to the end) of a map of the dataset, in order; forgotten ones as digests.
+    """Yield the ids at positions start..stop - 1 (None: to the end) of a dataset's map; forgotten ids as digests.
 
     Raises:
         ValueError: the dataset has no such map.
@@ -191,9 +191,9 @@ def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = No
 
 
 def map_problems(run: Mapping[str, IdMark], dataset: "Dataset", names: Iterable[str]) -> list[str]:
-    """One message for each of the named maps of a run ("there") that is not a prefix of the dataset's ("here").
+    """One message for each map of a run ("there") that is not a prefix of the dataset's map ("here").
 
-    names: maps to compare; those that the run has no mark of are skipped. `vectors/<name>` are not compared here.
+    names: maps to compare, except `vectors/<name>`; maps of which the run has no mark are skipped.
     """
     marks, problems = dataset_marks(dataset), []
     for name in names:
@@ -207,7 +207,7 @@ def map_problems(run: Mapping[str, IdMark], dataset: "Dataset", names: Iterable[
 
 
 def _describe(dataset: "Dataset", name: str, run: IdMark, data: IdMark, found: IdDifference) -> str:
-    """Describe a difference; ids count from 1, as in the tables."""
+    """Describe a difference; numbers count from 1, as in the tables."""
     if found.is_shorter:
         return f"{name}: {data.count} here, {run.count} there"
     if found.last - found.first > 1:

@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 class SingleRank:
-    """Used in place of a process group: this rank works alone, without any communication."""
+    """Stands for a process group that contains only this rank: functions with it do not communicate."""
 
 
 SINGLE_RANK = SingleRank()
 Group = dist.ProcessGroup | SingleRank | None
-"""Ranks that work together; None: all ranks."""
+"""Group of ranks for a collective; None: all ranks."""
 
 
 def world_size(group: Group = None) -> int:
@@ -50,14 +50,15 @@ def all_gather(array: np.ndarray, group: Group = None) -> list[np.ndarray]:
     """Gather the array of each rank, in rank order; the last dimension may differ between ranks. Collective."""
     if world_size(group) == 1:
         return [array]
-    place = collective_device(group)
-    # gloo and nccl gather equal shapes only: the last dimension goes first, where it can be padded and cut off again.
-    own = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))).to(place)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(world_size(group))]
-    dist.all_gather(lengths, torch.tensor([len(own)], device=place), group=group)
+    device = collective_device(group)
+    # gloo and nccl gather only tensors of equal shape, so arrays are padded: the last dimension is moved to the front,
+    # padded there, and cut and moved back after the gather.
+    local = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(local)], device=device), group=group)
     longest = max(int(length) for length in lengths)
-    padded = torch.zeros((longest, *own.shape[1:]), dtype=own.dtype, device=place)
-    padded[: len(own)] = own
+    padded = torch.zeros((longest, *local.shape[1:]), dtype=local.dtype, device=device)
+    padded[: len(local)] = local
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded, group=group)
     return [np.moveaxis(part[: int(length)].cpu().numpy(), 0, -1) for part, length in zip(parts, lengths)]
@@ -66,27 +67,28 @@ def all_gather(array: np.ndarray, group: Group = None) -> list[np.ndarray]:
 def all_to_all(array: np.ndarray, sent: Sequence[int], group: Group = None) -> np.ndarray:
     """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; return the rows received, in rank order.
 
-    Collective. `array` is [n] or [n, k], of any numeric type that torch has.
+    Collective. `array` is [n] or [n, k] of any numeric type that torch supports.
     """
     if world_size(group) == 1:
         return array
-    place = collective_device(group)
-    counts = torch.tensor(sent, dtype=torch.int64, device=place)
+    device = collective_device(group)
+    counts = torch.tensor(sent, dtype=torch.int64, device=device)
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts, group=group)
     sizes = received.tolist()
-    values = torch.from_numpy(np.ascontiguousarray(array)).to(place)
-    result = torch.empty((sum(sizes), *values.shape[1:]), dtype=values.dtype, device=place)
+    values = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    result = torch.empty((sum(sizes), *values.shape[1:]), dtype=values.dtype, device=device)
     dist.all_to_all_single(result, values, sizes, list(sent), group=group)
     return result.cpu().numpy()
 
 
 def in_step(items: Iterator[T], group: Group = None) -> Iterator[T | None]:
-    """Yield a rank's items, then None until those of all ranks have come to an end: the same number on every rank, so
-    that collective work may be done with each. Collective.
+    """Yield this rank's items, then None until the items of all ranks are exhausted. Collective.
+
+    Every rank yields the same number of times, so the loop body may contain collectives.
 
     Raises:
-        ValueError: getting an item raised one, on this rank or another; on every rank.
+        ValueError: `items` raised a ValueError on some rank; it is raised on every rank.
     """
     while True:
         item, problem = None, None
@@ -97,6 +99,6 @@ def in_step(items: Iterator[T], group: Group = None) -> Iterator[T | None]:
         states = gather_objects((item is not None, problem), group)
         if problems := [text for _, text in states if text]:
             raise ValueError(problems[0])
-        if not any(there for there, _ in states):
+        if not any(has_item for has_item, _ in states):
             return
         yield item

@@ -1,14 +1,14 @@
 """Differentiable collectives on rows: gathering of negatives, and encoding of each unique item on one rank only.
 
-Everything works on gloo (CPU) and nccl (CUDA), and is the identity if torch.distributed is not initialized or has one
-rank. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
+All functions work with gloo (CPU) and nccl (CUDA). With one rank, or if torch.distributed is not initialized, they do
+not communicate. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
 
-Every function here is collective: all ranks must call it, in the same order, also ranks without rows. If rows have
-gradients the backward pass communicates as well, so every rank must run it *through the returned tensor*: a rank that
-does not use its rows adds `0 * rows.sum()` to its loss. Whether there is a gradient is agreed between the ranks in the
-forward pass, so a rank whose own rows need no gradient (for example because it has none) still takes part. Use one
-exchange with gradients per step (of histories, targets and negatives together): autograd may run two independent ones
-in different orders on ranks whose graphs differ.
+The exchanging functions are collective: all ranks must call them in the same order, also ranks without rows. If rows
+have gradients, the backward pass communicates as well, so every rank must run it *through the returned tensor*: a rank
+that does not use its rows adds `0 * rows.sum()` to its loss. The ranks agree in the forward pass whether there is a
+gradient, so a rank whose rows need no gradient (for example because it has no rows) still takes part in the backward
+pass. Use one exchange with gradients per step, for histories, targets and negatives together: autograd may run two
+independent exchanges in different orders on ranks whose graphs differ.
 """
 
 import heapq
@@ -29,8 +29,8 @@ def world_size() -> int:
 def all_gather_variable(x: Tensor) -> Tensor:
     """Concatenate every rank's rows, in rank order, on all ranks; differentiable.
 
-    The gradient of a rank's rows is the *sum* over ranks of the gradients of their copies, as if all ranks'
-    losses were summed and differentiated in one process.
+    The gradient of a rank's rows is the *sum* of the gradients of their copies on all ranks, as if the losses of all
+    ranks were summed and differentiated in one process.
 
     Args:
         x: [n_r, ...]; n_r may differ between ranks and be 0, the other dimensions and the dtype may not.
@@ -60,9 +60,9 @@ def encode_unique_items(
     Args:
         local_ids: int64 [U_r], distinct, in any order; may be empty.
         costs_of: ids [n] -> cost of encoding each, [n] (tokens). Must be the same function on every rank.
-        encode: ids [n] -> [n, D], row i for id i. Called exactly once on every rank, with n = 0 on a rank
-            that owns no ids (more ranks than ids): it must then return [0, D] of the same dtype and device,
-            and still run the collectives of the encoder (FSDP).
+        encode: ids [n] -> [n, D], row i for ids[i]. Called exactly once on every rank. On a rank that owns no ids (if
+            there are more ranks than ids) n is 0: `encode` must then return [0, D] of the same dtype and device, and
+            still run the collectives of the encoder (FSDP).
 
     Returns:
         [U_r, D], row i for local_ids[i]. On one process, encode(local_ids).
@@ -75,30 +75,30 @@ def encode_unique_items(
     owners = assign_owners(union, costs_of(union), n_ranks)
     mine = union[owners == dist.get_rank()]
     encoded = encode(mine)
-    # Ranks whose share is empty, or frozen, must still run the backward all-to-all if any rank needs gradients.
+    # A rank without rows, or with rows that need no gradient, must still run the backward all-to-all if any rank does.
     wants_gradient = any_rank(_wants_gradient(encoded), encoded.device)
 
-    # Every rank knows all ids and owners, so senders and receivers agree on sizes and order without a message. `asked`
-    # has, for each rank, the ids of that rank that this one owns.
-    asked = [ids[owners[torch.searchsorted(union, ids)] == dist.get_rank()] for ids in ids_by_rank]
-    # An id that several ranks need is sent to each: the gradient of this indexing sums over the copies.
-    rows = encoded[torch.searchsorted(mine, torch.cat(asked))]
+    # Every rank knows all ids and owners, so senders and receivers agree on sizes and order without a message.
+    # requested[r]: the ids of rank r that this rank owns.
+    requested = [ids[owners[torch.searchsorted(union, ids)] == dist.get_rank()] for ids in ids_by_rank]
+    # An id that several ranks need is sent to each of them; the gradient of this indexing sums over the copies.
+    rows = encoded[torch.searchsorted(mine, torch.cat(requested))]
     from_owner = owners[torch.searchsorted(union, local_ids)]
     n_from = torch.bincount(from_owner, minlength=n_ranks).tolist()
-    received: Tensor = _AllToAll.apply(_attach(rows, wants_gradient), [len(ids) for ids in asked], n_from)
-    # Rows arrive grouped by owner and, within one owner, in the order of local_ids: a stable sort by owner is the same
-    # order, and its inverse restores that of local_ids.
-    place = torch.empty_like(local_ids)
-    place[torch.sort(from_owner, stable=True).indices] = torch.arange(len(local_ids), device=local_ids.device)
-    return received[place]
+    received: Tensor = _AllToAll.apply(_attach(rows, wants_gradient), [len(ids) for ids in requested], n_from)
+    # Rows arrive grouped by owner and, within one owner, in the order of local_ids. A stable sort of local_ids by owner
+    # gives that order; position[i] is its inverse, the row of local_ids[i] in `received`.
+    position = torch.empty_like(local_ids)
+    position[torch.sort(from_owner, stable=True).indices] = torch.arange(len(local_ids), device=local_ids.device)
+    return received[position]
 
 
 def assign_owners(unique_ids: Tensor, costs: Tensor, world_size: int) -> Tensor:
     """Assign every id to one rank, identically on all ranks, with nearly equal total costs.
 
     Longest processing time first (LPT): in order of descending cost (ties: position), each id goes to the rank with
-    the lowest total so far (ties: lowest rank). No rank exceeds the mean by more than the largest single cost. A cost
-    below 1 counts as 1, so that ids without tokens are spread as well. 100,000 ids take about 0.1 s on the CPU.
+    the lowest total so far (ties: lowest rank). No rank's total exceeds the mean by more than the largest single cost.
+    A cost below 1 counts as 1, so that ids without tokens are spread as well. 100,000 ids take about 0.1 s on the CPU.
 
     Args:
         unique_ids: int64 [U], the same on all ranks.
@@ -132,7 +132,7 @@ def global_sum(x: Tensor) -> Tensor:
 def all_agree_to_continue(flag: bool) -> bool:
     """Return whether `flag` is true on every rank, such as "is there another batch?".
 
-    Collective, also at the end: a rank that has run out must call it once more with False, together with the others.
+    Collective, also at the end: a rank without further work must call it once more with False, like the other ranks.
     """
     return not any_rank(not flag, _communication_device())
 
@@ -164,9 +164,9 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _attach(x: Tensor, wants_gradient: bool) -> Tensor:
-    """Make a tensor without gradient a leaf that requires one, if the ranks agreed on a backward pass.
+    """Return x, or a copy that requires a gradient if x does not but `wants_gradient` is true.
 
-    Otherwise autograd would skip this rank's backward collective, and the other ranks would wait for it.
+    Otherwise autograd would skip the backward collective on this rank, and the other ranks would wait for it.
     """
     return x.detach().requires_grad_() if wants_gradient and not x.requires_grad else x
 
@@ -224,6 +224,6 @@ class _AllGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         n_ranks = len(ctx.sizes)
-        # Every rank returns to each rank the gradients of that rank's rows: W copies of [n_r, ...] arrive here.
+        # Every rank sends the gradients of rank r's rows to rank r: W gradients [n_r, ...] of its rows arrive there.
         copies = _all_to_all(grad, ctx.sizes, [ctx.n_rows] * n_ranks)
         return copies.view(n_ranks, ctx.n_rows, *grad.shape[1:]).sum(dim=0), None

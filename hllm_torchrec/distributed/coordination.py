@@ -1,4 +1,4 @@
-"""Runs work on all ranks, on rank 0 or once per host; a failure on one rank raises on all instead of hanging them."""
+"""Running of work on all ranks, on rank 0 or once per host; if one rank fails, all ranks raise instead of hanging."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed; that rank's log has its error. kind: the name of that error's type."""
+    """Another rank failed; the log of that rank contains the error. kind: name of the type of that error."""
 
     kind = ""
 
@@ -29,13 +29,13 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
     """Run `work` on every rank and return all results, by rank. Collective.
 
     Args:
-        work: its result must be small and picklable. It must not itself be collective: a rank that fails
-            before a collective leaves the others waiting in it.
-        group: a group of all ranks other than the default one, for calls from another thread.
+        work: its result must be small and picklable. It must not contain collectives: if one rank failed before a
+            collective, the other ranks would wait in it.
+        group: a second process group of all ranks, for calls from another thread; None: the default group.
 
     Raises:
-        Exception: on a rank where `work` raised, that error.
-        PeerFailed: on the other ranks (a RuntimeError), naming the first rank that failed and its error.
+        Exception: the error of `work`, on the ranks where it failed.
+        PeerFailed: on the other ranks; the message contains the first rank that failed and its error.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -43,7 +43,7 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
         result = work()
     except Exception as error:
         failure = error
-    # The error is not raised yet: this rank must join the gather first, in which the others learn of it.
+    # The error is raised only after the gather, which tells the other ranks about it.
     outcomes: list[Any] = [(result, failure and f"{type(failure).__name__}: {failure}")]
     if dist.is_initialized():
         outcome, outcomes = outcomes[0], [None] * world_size()
@@ -64,10 +64,10 @@ def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = No
 
 
 def run_on_each_host(work: Callable[[], T]) -> T:
-    """Run `work` on one rank of each host: on rank 0, then on the first of the other hosts. Collective.
+    """Run `work` on one rank of each host: on rank 0, then on the first rank of every other host. Collective.
 
-    For files that every host needs: if hosts share a disk, the later ones find them there. The launcher defines the
-    first rank of a host (LOCAL_RANK). Returns rank 0's result; raises as `run_on_all_ranks`.
+    For example, to create files that every host needs: if the hosts share a disk, the other hosts find the files of
+    rank 0. The first rank of a host has LOCAL_RANK 0. Returns rank 0's result; raises as `run_on_all_ranks`.
     """
     first = run_on_rank_zero(work)
     leads = rank() > 0 and os.environ.get("LOCAL_RANK") == "0"

@@ -1,7 +1,8 @@
-"""Preemption: SIGTERM or Ctrl-C (SIGINT) ends a run with a checkpoint after the present step, a second one at once.
+"""Preemption: a first SIGTERM or SIGINT (Ctrl-C) ends a run after the current step, with a checkpoint.
 
-All ranks must stop at the same step, so each reports its signal in a sum that every training step has anyway
-(`Trainer.train_step`), and at every batch of an evaluation or an encoding of the catalogue (`raise_if_preempted`).
+A second signal ends the process immediately. All ranks must stop at the same step. Each rank therefore adds its flag to
+an all-reduce that every training step has anyway (`Trainer.train_step`), and checks the flags of all ranks at every
+batch of an evaluation or of an encoding of the catalogue (`raise_if_preempted`).
 """
 
 import math
@@ -16,18 +17,18 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.distributed.collectives import all_agree_to_continue
 
 REPEAT_SECONDS = 1.0
-"""Seconds in which further signals count as the same request: schedulers send SIGTERM to every process of a job, a
-terminal sends SIGINT to all of them, and torchrun forwards what it receives itself."""
+"""Seconds after a signal in which further signals count as the same request. One request can arrive twice: a scheduler
+or a terminal signals every process of a job, and torchrun forwards the signal that it received."""
 _INTERRUPTED = 130
-"""Exit status after Ctrl-C, as `launch.entry.INTERRUPTED`."""
+"""Exit status after Ctrl-C; equal to `launch.entry.INTERRUPTED`."""
 
 _active_handlers: "list[PreemptionHandler]" = []
 
 
 class PreemptionHandler:
-    """Context manager that turns SIGTERM and SIGINT into the flag `requested` (main thread only; else it does nothing).
+    """Context manager that turns SIGTERM and SIGINT into the flag `requested`. Has no effect outside the main thread.
 
-    interrupted: whether the request was a SIGINT.
+    interrupted: True if the signal was SIGINT.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class PreemptionHandler:
         """Install the signal handler."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                # Shells let jobs in the background ignore SIGINT, which is meant for the one in the foreground.
+                # A shell starts background jobs with SIGINT ignored: Ctrl-C is meant for the foreground job. Keep that.
                 if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
         _active_handlers.append(self)
@@ -54,7 +55,7 @@ class PreemptionHandler:
             signal.signal(number, before)
 
     def preempted(self, where: str = "") -> Preempted:
-        """Make the exception; where: what follows in its message, such as " after step 5, which is saved"."""
+        """Return the exception. where: end of its message, such as " after step 5, which is saved"."""
         name = "SIGINT" if self.interrupted else "SIGTERM"
         return Preempted(f"asked to leave ({name}){where}", interrupted=self.interrupted)
 
@@ -65,22 +66,19 @@ class PreemptionHandler:
             self.requested, self.interrupted, self._since = True, number == signal.SIGINT, time.monotonic()
 
     def _end_at_once(self, number: int) -> None:
-        """End the process on a second request, wherever it is: what unwinds could wait for a thread or another rank."""
+        """End the process without unwinding the stack, which could wait for a thread or for another rank."""
         if number == signal.SIGINT:
             os.write(2, b"interrupted twice: ends at once, without a checkpoint of the last steps\n")
             os._exit(_INTERRUPTED)
-        # As without a handler, so that the exit status is that of the signal.
+        # The system's default action ends the process with the exit status of the signal.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
 
 
 def raise_if_preempted() -> None:
-    """Raise on every rank if any rank received a SIGTERM or SIGINT.
+    """Raise `Preempted` on every rank if any rank received SIGTERM or SIGINT.
 
     Collective within a `PreemptionHandler`; outside of one it does nothing.
-
-    Raises:
-        Preempted: a rank received one.
     """
     if _active_handlers and not all_agree_to_continue(not _active_handlers[-1].requested):
         raise _active_handlers[-1].preempted()

@@ -1,4 +1,4 @@
-"""Process group of a job: initialized from the launcher's environment, or for a single process."""
+"""Process group of a job: initialized from the launcher's environment variables, or for a single process."""
 
 import os
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from hllm_torchrec.distributed.rendezvous import init_process_group
 
 
 def init_distributed(timeout: float = 600.0) -> torch.device:
-    """Join the job that torchrun (or TorchX) started, or make a job of one rank; return this rank's device.
+    """Initialize the process group of torchrun or TorchX, or one of a single rank; return this rank's device.
 
     timeout: seconds that a rank waits for the others, here and in every later collective.
 
     Raises:
-        ConnectionError: the ranks could not connect; names the address and the remedy.
+        ConnectionError: the ranks could not connect; the message contains the address and the remedy.
     """
     quiet_libraries()
     device = torch.device("cpu")
@@ -26,18 +26,18 @@ def init_distributed(timeout: float = 600.0) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # Both backends, as objects and CPU tensors travel over gloo also in a job on GPUs.
+        # Both backends: a job on GPUs also exchanges objects and CPU tensors, which need gloo.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             _join(backend, timedelta(seconds=timeout))
         else:
-            # One process: a store in memory needs no port.
+            # A single process uses a store in memory, which needs no port.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Initialize the process group from the environment."""
+    """Initialize the process group from the launcher's environment variables."""
     try:
         init_process_group(backend, timeout)
     except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError is a RuntimeError
@@ -58,7 +58,10 @@ def destroy_distributed() -> None:
 
 @contextmanager
 def distributed_device(timeout: float = 600.0) -> Iterator[torch.device]:
-    """Context manager of the process group; yields this rank's device. Raises as `init_distributed`."""
+    """Context manager in which the process group is initialized; yields this rank's device.
+
+    Raises as `init_distributed`.
+    """
     device = init_distributed(timeout)
     try:
         yield device

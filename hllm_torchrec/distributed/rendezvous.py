@@ -1,9 +1,9 @@
-"""Rendezvous that isolates each elastic restart from keys that an earlier one left in the store.
+"""Rendezvous that isolates each elastic restart from keys that an earlier start left in the store.
 
-torchrun (and so TorchX) keeps its store for as long as it runs, so restarted ranks find keys of the dead ones in it
-(torch 2.13; earlier versions prefix every key with the number of the restart, on which agents of several nodes do not
-agree). A rank that arrives before its peer then connects to the address of the peer's predecessor, and hangs.
-Therefore the ranks of each start agree on a unique name, which prefixes every key.
+torchrun (and so TorchX) keeps its key-value store while it restarts ranks, so the new ranks find keys of the dead ranks
+in it (torch 2.13; earlier versions prefix every key with the number of the restart, but the agents of several nodes may
+count differently). A rank that reads the store before its peer has written would then connect to the address of the
+peer's predecessor, and hang. Therefore the ranks of each start agree on a unique prefix of all keys.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 POLL_SECONDS = 0.02
-"""Seconds between two checks of rank 0 for ranks that have not arrived."""
+"""Seconds between two checks by rank 0 for ranks that have not arrived."""
 
 
 def init_process_group(backend: str, timeout: timedelta) -> None:
@@ -23,9 +23,9 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
 
     Raises:
         RuntimeError, ValueError: as `torch.distributed.init_process_group`.
-        TimeoutError: some ranks did not arrive; names them.
+        TimeoutError: some ranks did not arrive; the message lists them.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # then rank 0 makes a new store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 creates a new store, without old keys
         dist.init_process_group(backend, timeout=timeout)
         return
     store, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -37,24 +37,25 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
 def restart_prefix(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
     """Return a key prefix that no earlier start used, the same on all ranks. Collective.
 
-    Every other rank puts a request with a new random key into the store, and rank 0 answers under that key. Rank 0
-    cannot distinguish requests of earlier starts, so it answers all of them, until every rank has confirmed this name.
+    Rank 0 chooses the prefix. Every other rank writes a request into the store, which contains a new random key, and
+    waits until rank 0 writes the prefix under that key. Rank 0 cannot distinguish this request from one of an earlier
+    start, so it answers the requests in rounds until every rank has confirmed the prefix.
 
     Raises:
-        TimeoutError: rank 0 did not hear from some ranks. RuntimeError: rank 0 did not answer.
+        TimeoutError: on rank 0: some ranks did not confirm within `timeout`.
+        RuntimeError: on other ranks: rank 0 did not answer.
     """
     if rank > 0:
-        asked = f"start/{uuid.uuid4().hex}"
-        # Overwrites the request of a predecessor with the same rank; its answer key was another, so an old answer
-        # cannot be read.
-        store.set(f"start/asked/{rank}", asked)
-        name = store.get(asked).decode()
+        answer_key = f"start/{uuid.uuid4().hex}"
+        # Overwrites the request of this rank's predecessor. The answer key is new, so an old answer cannot be read.
+        store.set(f"start/asked/{rank}", answer_key)
+        name = store.get(answer_key).decode()
         store.set(f"{name}/known/{rank}", "yes")
         return name
     name, deadline = f"start/{uuid.uuid4().hex}", time.monotonic() + timeout.total_seconds()
     missing = list(range(1, world))
     while missing:
-        # Answer again in every round: the request seen first may be an old one, overwritten later by the rank's own.
+        # Answer again in every round: the request may be that of a predecessor, which the rank has yet to overwrite.
         for other in missing:
             if store.check([f"start/asked/{other}"]):
                 store.set(store.get(f"start/asked/{other}").decode(), name)

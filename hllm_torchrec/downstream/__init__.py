@@ -1,1 +1,1 @@
-"""Stored vectors in a downstream DLRM: the plug-in, and the DLRM that measures it."""
+"""Stored vectors in a downstream DLRM: the plug-in, and a DLRM with which its effect is measured."""

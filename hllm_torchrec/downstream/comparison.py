@@ -1,4 +1,4 @@
-"""Stage III comparison: the same ID-only DLRM without and with stored vectors.
+"""Stage III comparison of the same ID-only DLRM without and with stored vectors.
 
     alone            the baseline of `hllm baselines`
     items            + each target item's vector, from a store by raw id
@@ -32,7 +32,7 @@ from hllm_torchrec.store.store import EmbeddingStore
 
 RECORD = "downstream.json"
 SAMPLE = 10_000
-"""Items that are looked up to see whether a store is of the dataset's items."""
+"""Number of items that are looked up to check that a store has items of the dataset."""
 
 
 class VectorData(DLRMData):
@@ -43,8 +43,8 @@ class VectorData(DLRMData):
         users: store of exposures, or None.
 
     Raises:
-        ConfigError: an unknown feature.
-        ValueError: no such store.
+        ConfigError: a feature is unknown.
+        ValueError: a store does not exist.
     """
 
     def __init__(self, dataset: Dataset, config: DLRMConfig, items: str | None, users: str | None) -> None:
@@ -54,15 +54,15 @@ class VectorData(DLRMData):
 
     @property
     def widths(self) -> list[int]:
-        """E and D, for the stores in use."""
+        """E and D, if the respective store is used."""
         items = [] if self._items is None else [self._items.shape[1] - 1]
         return items + ([] if self._users is None else [self._users.width])
 
     def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
-        """As `DLRMData.batch`; dense_features are [B, F + E + 1 + D + 1].
+        """Like `DLRMData.batch`, with dense_features [B, F + E + 1 + D + 1].
 
         Raises:
-            ValueError: the store of exposures was made from another dataset.
+            ValueError: the store of exposures was made from a different dataset.
         """
         batch, histories, found = super().batch(window, rows, rng), window.histories, []
         events = histories.exposures[rows]
@@ -85,10 +85,10 @@ def _item_vectors(dataset: Dataset, store: str) -> Tensor:
 
 
 def check_stores(config: DownstreamConfig, dataset: Dataset) -> None:
-    """Open every store as the rows will read it, so that errors come before training.
+    """Open every store in the same way as the rows do, so that errors are raised before training.
 
     Raises:
-        ValueError: a store does not exist or is of another kind.
+        ValueError: a store does not exist, has the wrong kind, or has none of the first SAMPLE items.
     """
     for users in config.user_stores:
         ExposureLookup(users)
@@ -110,10 +110,10 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
     """Train and score a row; writes `predictions/{valid,test}` and `downstream.json` to `<output>/<row>`. Collective.
 
     Returns:
-        False if they already exist for the same dataset, stores, settings and version.
+        False if the files already exist for the same dataset, stores, settings and library version.
 
     Raises:
-        ConfigError: a feature that the dataset lacks.
+        ConfigError: the dataset does not have a feature.
         ValueError: a store does not exist or does not fit the dataset.
     """
     items, users = config.possible_rows()[row]

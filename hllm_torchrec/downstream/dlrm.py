@@ -1,7 +1,7 @@
-"""ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
+"""ID-only baseline: `torchrec.models.dlrm.DLRM` with inputs from IDs, user features, time, and the history.
 
-Its personalized inputs come from the history before the exposure: the liked and the disliked items, each as one
-pooled bag, and numeric user features. Tables are sharded and updated as in the main model.
+The inputs from the history before the exposure are the liked and the disliked items, each as one pooled bag, and
+numeric user features. Tables are sharded and updated as in the main model.
 
 Legend: B rows of a batch.
 """
@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
 from hllm_torchrec.common.arrays import Ints
@@ -35,13 +36,35 @@ from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimi
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.evaluation.scoring import quick_metrics, task_columns
+from hllm_torchrec.models.tasks import binary_outputs
+from hllm_torchrec.modules.expert_over_arch import ExpertOverArch
+from hllm_torchrec.modules.position_bias import PositionBias
 from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
 SCORED_ROWS = 8192
-"""Rows per batch in scoring."""
+"""Number of rows per batch in scoring."""
 
 T = TypeVar("T")
+
+
+class BiasedDLRM(nn.Module):
+    """A DLRM whose outputs for binary tasks have a bias of where the item was shown, left out outside of training."""
+
+    def __init__(self, dlrm: DLRM | PluggedDLRM, position_bias: PositionBias) -> None:
+        super().__init__()
+        self.dlrm, self.position_bias = dlrm, position_bias
+
+    def forward(
+        self,
+        dense_features: Tensor,
+        sparse_features: KeyedJaggedTensor,
+        bias_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [B, O]; bias_ids, weights: see `PositionBias`."""
+        outputs: Tensor = self.position_bias(self.dlrm(dense_features, sparse_features), bias_ids, weights)
+        return outputs
 
 
 def build_dlrm(
@@ -52,6 +75,7 @@ def build_dlrm(
     widths: Sequence[int] = (),
     way: VectorPlacement = "slots",
     vector_dropout: float = 0.0,
+    outputs: Sequence[int] | None = None,
 ) -> DLRM | PluggedDLRM:
     """Build the model with tables on the meta device; sharding allocates them.
 
@@ -59,6 +83,7 @@ def build_dlrm(
         config: sizes.
         tables: sparse feature -> rows of its table.
         start: initial values of the last biases [O], those of a constant prediction of each task.
+        outputs: number of outputs of each task; None: one each.
         dense: number F of dense features without stored vectors.
         widths, way, vector_dropout: settings of stored vectors after the dense features; see `plugin.plug_into`.
     """
@@ -73,7 +98,7 @@ def build_dlrm(
                 pooling=PoolingType.MEAN,
             )
             for name, rows in tables.items()
-            if name not in sharers[1:]  # their features read the table of `item`
+            if name not in sharers[1:]  # their features use the table of `item`
         ],
         device=torch.device("meta"),
     )
@@ -84,17 +109,27 @@ def build_dlrm(
     else:
         model = DLRM(collection, dense_in_features=dense, **sizes)
     # The initial predictions are then near the base rates, which avoids large losses in the first steps.
+    inner = _dlrm_of(model)
+    if config.towers == "mmoe":
+        width = next(inner.over_arch.parameters()).shape[1]
+        inner.over_arch = ExpertOverArch(width, config.top, outputs or [1] * len(start), config.experts)
+        inner.over_arch.initialize_bias(start)
+        return model
     with torch.no_grad():
-        _dlrm_of(model).over_arch.model[-1].bias.copy_(torch.tensor(start))
+        inner.over_arch.model[-1].bias.copy_(torch.tensor(start))
     return model
 
 
-def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
-    """Return the DLRM inside a `PluggedDLRM`, or the model itself."""
+def _dlrm_of(model: DLRM | PluggedDLRM | BiasedDLRM) -> DLRM:
+    """Return the DLRM inside a model, or the model itself."""
+    if isinstance(model, BiasedDLRM):
+        model = model.dlrm
     return model.dlrm if isinstance(model, PluggedDLRM) else model
 
 
-def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
+def shard_dlrm(
+    model: DLRM | PluggedDLRM | BiasedDLRM, config: DLRMConfig, device: torch.device
+) -> DistributedModelParallel:
     """Shard the tables over the ranks, replicate the other parameters, and initialize the tables. Collective."""
     settings = TableSettings(config.table_lr, config.shard_from_rows)
     apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
@@ -107,11 +142,11 @@ class DLRMTrainer:
     """Trains and scores the DLRM on this rank. All methods are collective.
 
     Args:
-        data: source of batches of `dataset` and `config`; None: without stored vectors.
+        data: builds the batches of `dataset` and `config`; None: batches without stored vectors.
         way, vector_dropout: settings of stored vectors, if the batches contain any; see `plugin.plug_into`.
 
     Raises:
-        ConfigError: the configuration names an unknown feature.
+        ConfigError: the configuration has an unknown feature.
     """
 
     def __init__(
@@ -130,7 +165,14 @@ class DLRMTrainer:
         first = math.log(rate / (1 - rate))
         start = [first, *(value for task in self.tasks[1:] for value in task.start)]
         dense, widths = self.data.dense_width, self.data.widths
-        model = build_dlrm(config, self.data.tables(), start, dense, widths, way, vector_dropout)
+        outputs = [task.outputs for task in self.tasks]
+        model: DLRM | PluggedDLRM | BiasedDLRM = build_dlrm(
+            config, self.data.tables(), start, dense, widths, way, vector_dropout, outputs
+        )
+        self.position_bias: PositionBias | None = None
+        if config.position_bias:
+            self.position_bias = PositionBias(self.data.bias_rows, binary_outputs(self.tasks))
+            model = BiasedDLRM(model, self.position_bias)
         self.model = shard_dlrm(model, config, device)
         self._scales = torch.tensor([[task.center, task.scale] for task in self.tasks], device=device)
         self.dense = dense_optimizer(
@@ -140,11 +182,11 @@ class DLRMTrainer:
         )
 
     def fit(self, checkpoints: Path) -> dict[str, float]:
-        """Train with early stopping on the validation AUC; load the best epoch's weights and return its metrics.
+        """Train with early stopping on the validation AUC; loads the best epoch's weights and returns its metrics.
 
-        If AUC is undefined (one class only), the log loss is used.
+        If the AUC is undefined (all labels are equal), early stopping uses the log loss.
 
-        checkpoints: directory for the best epoch's weights; emptied first.
+        checkpoints: directory for the best epoch's weights, which is emptied first.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -173,7 +215,7 @@ class DLRMTrainer:
         return best
 
     def train_epoch(self, epoch: int) -> float:
-        """Train on one pass over the training part; return the mean loss of its exposures."""
+        """Train for one pass over the training part; returns the mean loss of its exposures."""
         total = torch.zeros(2, dtype=torch.float64)
         no_rows = self.data.batch(self.data.empty_window(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
@@ -183,11 +225,11 @@ class DLRMTrainer:
         return loss / max(rows, 1.0)
 
     def train_step(self, batch: DLRMBatch) -> Tensor:
-        """Take one step on the sum of the tasks' mean losses over the global batch, each times its weight.
+        """Take one step on the weighted sum of the tasks' mean losses over the global batch.
 
         Returns:
-            [2]: this rank's share of the loss, times the number of exposures of all ranks, so that sums over ranks and
-                steps give the mean; this rank's number of exposures.
+            [2]: this rank's part of the loss multiplied by the number of exposures of all ranks, and this rank's number
+                of exposures; both are summed over ranks and steps to compute the mean loss.
         """
         outputs = self._outputs(batch)
         counts = global_sum(torch.cat([torch.tensor([float(len(outputs))]), batch.task_weights.sum(0).cpu()]))
@@ -195,22 +237,24 @@ class DLRMTrainer:
         sums = self._losses(outputs, batch)
         shares = [task.weight / (weight or 1.0) for task, weight in zip(self.tasks, weights, strict=True)]
         loss = torch.stack([own * share for own, share in zip(sums, shares, strict=True)]).sum()
+        if self.position_bias is not None and self.position_bias.sums is not None:
+            self.position_bias.follow(global_sum(self.position_bias.sums))
         # DDP averages gradients over ranks, so the factor world_size turns the average of sums into the global sum.
         (loss * coordination.world_size()).backward()
         dense_step(self.dense, self.config.clip_norm)
-        total = sum(own.item() * (share * rows) for own, share in zip(sums, shares, strict=True))
+        total = sum(value.item() * (share * rows) for value, share in zip(sums, shares, strict=True))
         return torch.tensor([total, len(outputs)], dtype=torch.float64)
 
     def _losses(self, outputs: Tensor, batch: DLRMBatch) -> list[Tensor]:
-        """Weighted sum of each task's losses over this rank's exposures, each [], as `HLLM` computes them."""
+        """Weighted sum [] of each task's losses over this rank's exposures, computed as in `HLLM`."""
         parts = list(outputs.split([task.outputs for task in self.tasks], dim=1))
         if batch.logit_offset is not None:
             parts[0] = parts[0] + batch.logit_offset[:, None]
-        # Labels that are not defined are NaN, and NaN times weight 0 is NaN.
+        # Undefined labels are NaN, and NaN times their weight 0 would be NaN.
         labels, found = batch.task_labels.nan_to_num(), []
-        for place, (task, own) in enumerate(zip(self.tasks, parts, strict=True)):
-            rows = task.losses(own, labels[:, place], self._scales[place])
-            found.append((rows * batch.task_weights[:, place]).sum())
+        for k, (task, predicted) in enumerate(zip(self.tasks, parts, strict=True)):
+            losses = task.losses(predicted, labels[:, k], self._scales[k])
+            found.append((losses * batch.task_weights[:, k]).sum())
         return found
 
     @torch.no_grad()
@@ -230,7 +274,11 @@ class DLRMTrainer:
 
     def _outputs(self, batch: DLRMBatch) -> Tensor:
         """Outputs [B, O] of all tasks; the first is the logit of the first label."""
-        outputs: Tensor = self.model(batch.dense_features, batch.sparse_features)
+        bias = []
+        if self.position_bias is not None:
+            binary = [place for place, task in enumerate(self.tasks) if task.is_binary]
+            bias = [batch.bias_ids, batch.task_weights[:, binary]]
+        outputs: Tensor = self.model(batch.dense_features, batch.sparse_features, *bias)
         return outputs
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
@@ -238,7 +286,7 @@ class DLRMTrainer:
 
 
 def _rows_in_order(windows: Iterable[Window]) -> Iterator[tuple[Window, Ints]]:
-    """Yield all exposures in batches; at least one batch, possibly without rows."""
+    """Yield (window, rows) of all exposures in batches; at least one batch, possibly without rows."""
     for window in windows:
         for at in range(0, max(window.exposures, 1), SCORED_ROWS):
             yield window, np.arange(at, min(at + SCORED_ROWS, window.exposures))
@@ -262,7 +310,7 @@ def run_dlrm(
     directory: `checkpoints/` with the best epoch's weights is written here.
 
     Raises:
-        ConfigError: the configuration names an unknown feature.
+        ConfigError: the configuration has an unknown feature.
         ValueError: a split is empty.
     """
     trainer = DLRMTrainer(dataset, config, device)

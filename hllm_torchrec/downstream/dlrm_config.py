@@ -1,5 +1,6 @@
-"""Settings of `hllm downstream`, importable without the training code so that `--help` is fast."""
+"""Settings of `hllm downstream`; this module does not import the training code, so that `--help` is fast."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +21,15 @@ class DLRMConfig:
     seed: int = 0
     """Random seed of weights, shuffling and dropout."""
     width: int = 16
-    """Width of every table, and of the last layer of the bottom network."""
+    """Width of all tables, and of the last layer of the bottom network."""
     bottom: tuple[int, ...] = (64,)
-    """Widths of the hidden layers of the bottom network, over the numeric features."""
+    """Widths of the hidden layers of the bottom network, whose inputs are the numeric features."""
     top: tuple[int, ...] = (64, 32)
-    """Widths of the hidden layers of the top network, over the interactions; at least one."""
+    """Widths of the hidden layers of the top network, whose inputs are the interactions; at least one layer."""
     init_scale: float = 0.02
     """Table entries are initialized uniformly in +-init_scale."""
     max_bag: int = 100
-    """Maximum number of items per bag (items liked, items disliked); the latest are used."""
+    """Maximum number of items per bag (liked items, disliked items); the latest items are used."""
     share_items: bool = True
     """Use the target item's table for the bags, so that the interaction of target and bag measures item similarity."""
     user_id: bool = True
@@ -38,40 +39,49 @@ class DLRMConfig:
     numeric_features: tuple[str, ...] = ("history_length", "user_mean", "log_gap")
     """Names of `hllm_torchrec.data.numeric_features`; at least one."""
     feedback_delay: int = 0
-    """Seconds from an event until it may be seen, as `data.feedback_delay` of the model whose vectors are used."""
+    """Seconds from an event until it may be seen, like `data.feedback_delay` of the model whose vectors are used."""
     time: bool = True
     """Add the hour and the day of the week (UTC), if the dataset has timestamps."""
     context: tuple[str, ...] = ()
-    """Context of the request that the dataset declares, as `data.context` of a model."""
+    """Declared context of the request, like `data.context` of a model."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Labels to predict, as `objective.tasks` of a model: outputs of one top network. Empty: the first label alone."""
+    """Labels to predict, as `objective.tasks` of a model. Empty: the first label alone."""
+    towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
+    """What tasks share: one top network, of which they are outputs, or `experts` top networks that a gate per task
+    mixes, with a tower per task."""
+    experts: int = 4
+    """Number of experts of `towers: mmoe`."""
+    position_bias: tuple[str, ...] = ()
+    """Categorical context beside the logits of binary tasks, in training only, as `objective.position_bias` of a
+    model."""
     negative_rate: float = 1.0
-    """Share of the negatives of each epoch that is trained on, as `data.negative_rate` of a model: the same draws at
-    the same seed, and the same correction of the logit."""
+    """Share of the negatives that each epoch trains on, like `data.negative_rate` of a model: with the same seed, the
+    draws are the same, and the logit is corrected in the same way."""
     item_dropout: float = 0.1
-    """Probability, in training, that the target item is replaced by unknown."""
+    """Probability, in training, that the target item is replaced by the unknown item."""
     user_dropout: float = 0.9
-    """The same for the user, because most scored users do not occur in training."""
+    """Probability, in training, that the user is replaced by the unknown user; high, because most scored users do not
+    occur in training."""
     epochs: int = 12
     """Maximum number of passes over the training exposures."""
     patience: int = 3
     """Stop after this many epochs without a better validation AUC; the best epoch's weights are used."""
     batch: int = 1024
-    """Exposures per step, over all ranks."""
+    """Number of exposures per step, over all ranks."""
     lr: float = 1e-3
-    """Learning rate of AdamW, for the networks and the tables that are not sharded."""
+    """Learning rate of AdamW, which trains the networks and the tables that are not sharded."""
     table_lr: float = 0.02
-    """Learning rate of row-wise Adagrad, for the sharded tables."""
+    """Learning rate of row-wise Adagrad, which trains the sharded tables."""
     weight_decay: float = 0.01
-    """Weight decay of the networks' matrices."""
+    """Weight decay of the weight matrices of the networks."""
     clip_norm: float = 1.0
-    """Maximum gradient norm of the parameters of AdamW; 0: no clipping."""
+    """Maximum gradient norm of the parameters that AdamW trains; 0: no clipping."""
     shard_from_rows: int = 1024
-    """Tables with fewer rows are replicated and belong to AdamW."""
+    """Tables with fewer rows are replicated and trained by AdamW."""
 
     @property
     def task_configs(self) -> dict[str, TaskConfig]:
-        """`tasks`, checked by the rules."""
+        """`tasks` as `TaskConfig` objects, whose constructor checks them."""
         return {name: TaskConfig(**content) for name, content in self.tasks.items()}
 
 
@@ -82,6 +92,7 @@ DLRM_BOUNDS = {
     "dlrm.max_bag": ">= 1",
     "dlrm.feedback_delay": ">= 0",
     "dlrm.negative_rate": "> 0, <= 1",
+    "dlrm.experts": ">= 1",
     "dlrm.item_dropout": ">= 0, < 1",
     "dlrm.user_dropout": ">= 0, < 1",
     "dlrm.epochs": ">= 1",
@@ -93,11 +104,18 @@ DLRM_BOUNDS = {
     "dlrm.clip_norm": ">= 0",
     "dlrm.shard_from_rows": ">= 1",
 }
-"""Bounds of a `dlrm` section: dotted field -> its range."""
+"""Dotted field of a `dlrm` section -> its range."""
+
+
+def dlrm_problems(config: DLRMConfig) -> Iterator[str]:
+    """Broken rules of tasks and context in a `dlrm` section, one line each."""
+    yield from task_entry_problems(config.tasks, "dlrm.tasks")
+    if both := sorted(set(config.position_bias) & set(config.context)):
+        yield f"dlrm.position_bias: {both[0]!r} is in dlrm.context too, where serving would need it; leave one out"
 
 
 IDS_ONLY, ITEMS, USERS, BOTH = "alone", "items", "users_", "both_"
-"""Names of rows; the last two are prefixes of a store's name."""
+"""Names of rows; USERS and BOTH are prefixes, followed by a store's name."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class DownstreamConfig:
     """A DLRM and the stores that it can use.
 
     Raises:
-        ConfigError: values out of range or rows without their store, all of them.
+        ConfigError: values are out of range, or stores of rows are missing; lists all problems.
     """
 
     output: str = "runs/stages/3"
@@ -127,7 +145,7 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))
-        problems += task_entry_problems(self.dlrm.tasks, "dlrm.tasks")
+        problems += dlrm_problems(self.dlrm)
         possible = self.possible_rows()
         for row in self.rows:
             if row not in possible:
@@ -140,7 +158,7 @@ class DownstreamConfig:
             raise ConfigError(problems)
 
     def possible_rows(self) -> dict[str, tuple[str | None, str | None]]:
-        """Row -> its stores (items, users)."""
+        """Row -> (item store, user store), None if the row does not use one."""
         found: dict[str, tuple[str | None, str | None]] = {IDS_ONLY: (None, None)}
         if self.item_store is not None:
             found[ITEMS] = (self.item_store, None)

@@ -21,19 +21,19 @@ from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.histories import Histories, rank_row_groups, read_histories
 from hllm_torchrec.data.jagged_arrays import concat_ranges
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
-from hllm_torchrec.data.request_context import context_problems, fit_context
+from hllm_torchrec.data.request_context import bias_problems, context_problems, fit_context
 from hllm_torchrec.data.task_targets import is_kept, kept_shares, targets_of
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
 from hllm_torchrec.models.tasks import fit_tasks, resolve_tasks, task_problems
 
 WINDOW_USERS = 65_536
-"""Number of users in memory, and shuffled together, at a time."""
+"""Maximum number of users in a window, which is in memory and shuffled as one."""
 SECONDS_PER_HOUR, HOURS, DAYS = 3600, 24, 7
 TASKS = "dlrm.tasks"
-"""Setting of the tasks, in messages."""
+"""Name of the setting of the tasks, for messages."""
 EPOCH_WEEKDAY = 3
-"""1970-01-01 was a Thursday; Monday is 0."""
+"""Day of the week of 1970-01-01, a Thursday; Monday is 0."""
 
 
 @dataclass
@@ -41,7 +41,8 @@ class DLRMBatch:
     """A batch in the format of TorchRec's DLRM.
 
     dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1];
-    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; as in `data.batch.HybridBatch`.
+    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; bias_ids: [B, C] or None; as in
+    `data.batch.HybridBatch`.
     """
 
     dense_features: Tensor
@@ -50,6 +51,7 @@ class DLRMBatch:
     task_labels: Tensor
     task_weights: Tensor
     logit_offset: Tensor | None = None
+    bias_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "DLRMBatch":
         """A copy on `device`."""
@@ -61,7 +63,7 @@ class DLRMBatch:
 
 @dataclass(frozen=True)
 class ItemRanges:
-    """For each exposure a range of a common list of items: from start [X] to end [X]."""
+    """A range of the list `items` for each exposure, from start [X] to end [X] (exclusive)."""
 
     items: Ints
     start: Ints
@@ -75,7 +77,7 @@ class ItemRanges:
 
 @dataclass(frozen=True)
 class Window:
-    """Histories of some users, with the columns of batches: bags of liked and disliked items, numbers [X, F]."""
+    """Histories of users with inputs of their exposures: bags of liked and disliked items, numeric features [X, F]."""
 
     histories: Histories
     liked: ItemRanges
@@ -91,10 +93,10 @@ class Window:
 class DLRMData:
     """Reads this rank's part of a dataset as windows of exposures and builds batches of them.
 
-    Users and items without a training event are replaced by unknown (0), because their rows would never be trained.
+    Users and items without a training event are replaced by the unknown id 0, because their rows would not be trained.
 
     Raises:
-        ConfigError: an unknown feature.
+        ConfigError: a feature is unknown.
     """
 
     def __init__(self, dataset: Dataset, config: DLRMConfig) -> None:
@@ -104,6 +106,7 @@ class DLRMData:
         self.dataset, self.config = dataset, config
         self.tasks = fit_tasks(resolve_tasks(config.task_configs, dataset.schema, TASKS), dataset, setting=TASKS)
         self.context, self._scales = fit_context(dataset, config.context)
+        self._bias = fit_context(dataset, config.position_bias)[0] if config.position_bias else None
         self.time = config.time and bool(dataset.manifest["has_timestamps"])
         self.item_is_known = dataset.training_item_counts() > 0
         self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
@@ -114,8 +117,13 @@ class DLRMData:
 
     @property
     def dense_width(self) -> int:
-        """Number F of dense features, without stored vectors: numeric features, then numeric context."""
+        """Number of dense features, not counting stored vectors: numeric features and numeric context."""
         return len(self.config.numeric_features) + len(self.context.numeric)
+
+    @property
+    def bias_rows(self) -> dict[str, int]:
+        """Number of ids of each context of the position bias."""
+        return {name: self.dataset.schema.sizes[name] for name in self.config.position_bias}
 
     @property
     def widths(self) -> list[int]:
@@ -123,7 +131,7 @@ class DLRMData:
         return []
 
     def tables(self) -> dict[str, int]:
-        """Number of table rows of each sparse feature; `item`, `liked` and `disliked` contain items."""
+        """Sparse feature -> number of table rows; the ids of `item`, `liked` and `disliked` are items."""
         rows = dict.fromkeys(("item", "liked", "disliked"), self.dataset.num_items)
         if self.config.user_id:
             rows["user"] = self.dataset.num_users
@@ -132,13 +140,13 @@ class DLRMData:
         return rows | ({"hour": HOURS, "weekday": DAYS} if self.time else {})
 
     def windows(self, split: str, rng: np.random.Generator | None = None) -> Iterator[Window]:
-        """Yield this rank's exposures of a split, at least one window; `rng` shuffles the order of row groups.
+        """Yield this rank's exposures of a split, in at least one window. rng: shuffles the order of row groups.
 
         Raises:
             ValueError: the split is empty.
         """
         groups = rank_row_groups(self.dataset, split)
-        # Row groups are collected into windows of at most WINDOW_USERS users (one group may have more).
+        # Collect row groups into windows of at most WINDOW_USERS users (more if a single group has more).
         cuts: list[list[RowGroup]] = [[]]
         for number in range(len(groups)) if rng is None else rng.permutation(len(groups)):
             if cuts[-1] and sum(group.rows for group in (*cuts[-1], groups[number])) > WINDOW_USERS:
@@ -147,7 +155,7 @@ class DLRMData:
         for cut in cuts:
             if len(cuts) > 1:
                 yield self._read(cut)
-            else:  # one window: cached across epochs
+            else:  # a single window is cached across epochs
                 self._window_cache[split] = self._window_cache.get(split) or self._read(groups)
                 yield self._window_cache[split]
 
@@ -165,13 +173,13 @@ class DLRMData:
                 yield self.batch(window, order[at : at + size], rng)
 
     def _drawn(self, window: Window, epoch: int) -> Ints:
-        """The exposures of a window that an epoch trains on: those of the main model with this seed and rate."""
+        """Indices of the exposures that an epoch trains on; same draws as the main model's at this seed and rate."""
         histories, rate = window.histories, self.config.negative_rate
         if rate == 1.0:
             return np.arange(window.exposures)
         events = histories.exposures
         users, positions = histories.user_ids[histories.row_of_event[events]], histories.position[events]
-        seeds = (self.config.seed, epoch - 1)  # epochs of a model count from 0
+        seeds = (self.config.seed, epoch - 1)  # the main model counts epochs from 0
         return np.flatnonzero(is_kept(histories.labels[events], users, positions, rate, seeds))
 
     def empty_window(self) -> Window:
@@ -179,7 +187,7 @@ class DLRMData:
         return self._read([])
 
     def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
-        """Build a batch of the exposures `rows` [B] of a window; `rng`: for training, applies ID dropout."""
+        """Build a batch of the exposures `rows` [B] of a window. rng: given in training, for ID dropout."""
         histories, config = window.histories, self.config
         events = histories.exposures[rows]
         users, seconds = histories.user_ids[histories.row_of_event[events]], histories.timestamps[events]
@@ -201,6 +209,9 @@ class DLRMData:
         names, training = [task.name for task in self.tasks], rng is not None
         fields = targets_of(targets, names, self.dataset.schema, rates, training)
         del fields["weights"]  # `task_weights` contain them
+        if self._bias is not None:
+            ids = [self._bias.ids(targets, name, count=False) for name in config.position_bias]
+            fields["bias_ids"] = np.stack(ids, axis=1)
         return DLRMBatch(
             dense_features=torch.from_numpy(np.concatenate([window.numeric[rows], self._numbers(targets)], axis=1)),
             sparse_features=KeyedJaggedTensor(
@@ -214,7 +225,7 @@ class DLRMData:
         )
 
     def _numbers(self, targets: Events) -> Floats:
-        """[B, C] numeric context, standardized by its mean and deviation in training; 0 where it is unknown."""
+        """[B, C] numeric context, standardized by the mean and deviation in training; 0 where it is unknown."""
         center, scale = self._scales.T
         return np.nan_to_num((self.context.numbers(targets) - center) / scale).astype(np.float32)
 
@@ -228,8 +239,8 @@ class DLRMData:
         )
 
     def _stretches(self, histories: Histories, chosen: NDArray[np.bool_]) -> ItemRanges:
-        """For each exposure the last `max_bag` visible events among the chosen events [T]."""
-        # before[t]: number of chosen events before event t, so it is also an index into the list of chosen items.
+        """Ranges of the items of the last `max_bag` visible events where `chosen` (bool [T]) is True, per exposure."""
+        # before[t]: number of chosen events before event t, which is also an index into the list of chosen items.
         before = np.concatenate([[0], np.cumsum(chosen)])
         first = before[histories.offsets[histories.row_of_event[histories.exposures]]]
         end = first + histories.sum_of_seen(chosen)
@@ -239,7 +250,7 @@ class DLRMData:
 
 
 def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
-    """Unknown features, context and tasks, one line each."""
+    """One message for each unknown feature, context or task."""
     known = {"user_features": dataset.manifest["user_features"], "numeric_features": NUMERIC_FEATURES}
     return (
         task_problems(config.task_configs, dataset.schema, TASKS)
@@ -250,12 +261,13 @@ def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
             if name not in there
         ]
         + context_problems("dlrm.context", config.context, dataset.schema)
+        + bias_problems("dlrm.position_bias", config.position_bias, dataset.schema)
     )
 
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
     """Numeric features [X, F], computed from events before each exposure."""
-    # Exposures are event indices in ascending order: bounds[row] is the first exposure of each row's events.
+    # Exposures are ascending event indices; bounds[row] is the index of the first exposure of each row.
     bounds = np.searchsorted(histories.exposures, histories.offsets)
     parts = [np.empty((0, len(names)), np.float32)]
     for row in range(histories.user_ids.size):
@@ -267,7 +279,7 @@ def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _with_unknown(ids: Ints, known: NDArray[np.bool_], dropout: float, rng: np.random.Generator | None) -> Ints:
-    """Replace unknown ids and, in training, a share `dropout` of the other ids by 0."""
+    """Replace ids where `known` is False and, in training, a share `dropout` of the other ids by 0."""
     kept = known[ids]
     if rng is not None:
         kept = kept & (rng.random(ids.size) >= dropout)
@@ -275,5 +287,5 @@ def _with_unknown(ids: Ints, known: NDArray[np.bool_], dropout: float, rng: np.r
 
 
 def _one_each(ids: Ints) -> Bags:
-    """One bag per row, with one id."""
+    """Bags with one id per row."""
     return ids, np.ones(ids.size, dtype=np.int64)

@@ -2,13 +2,13 @@
 
     items = VectorLookup("stores/items")                                  # in the data loader
     dense = append_vectors(dense, items(raw_item_ids))                    # [B, n] -> [B, n + E + 1]
-    model = plug_into(DLRM, tables, n, [items.width], "slots", ...)       # in place of DLRM(tables, n, ...)
+    model = plug_into(DLRM, tables, n, [items.width], "slots", ...)       # instead of DLRM(tables, n, ...)
     VectorLookup("stores/items", items.identity)                          # where the model is served
 
 The vectors are columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` need no change. The model
 splits these columns off, normalizes the vectors, and either appends them to the dense features ("dense") or projects
-them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A model
-of your own reads the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
+them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A custom
+model uses the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
 
 Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
 """
@@ -35,7 +35,8 @@ class VectorLookup:
 
     Args:
         path: folder or URL of the store.
-        identity: `identity` of the lookup with which a model was trained, saved beside its weights; None: any store.
+        identity: `identity` of the lookup with which a model was trained, saved with its weights; None: any store is
+            accepted.
 
     Raises:
         ValueError: the store does not exist, or has the vectors of another model.
@@ -47,17 +48,18 @@ class VectorLookup:
         if identity is not None:
             self._require(self.store, identity)
         self.identity = self.store.identity_hash
-        """Names the model that made the vectors, their width and the type of keys; the same for all versions of a
-        store."""
+        """Hash of the facts of the model that made the vectors, their width and the type of keys; the same for all
+        versions of a store.
+        """
         self._snapshot = self.store.snapshot()
         self.width = self.store.width
         self.num_requested = self.num_unknown = 0
 
     def refresh(self) -> bool:
-        """Switch to the store's current state; return True if it has changed. Other threads may look ids up meanwhile.
+        """Switch to the store's current state; returns True if it has changed. Other threads may look up ids meanwhile.
 
         Raises:
-            ValueError: the path now has vectors of another model; lookups then continue to use the old ones.
+            ValueError: the path now has the vectors of another model; lookups then continue to use the old state.
         """
         store = EmbeddingStore.open(self._path)
         self._require(store, self.identity)
@@ -74,7 +76,7 @@ class VectorLookup:
     def __call__(self, ids: Keys) -> Tensor:
         """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0.
 
-        ids: texts or numbers, as the store's keys are; numbers in an array, a tensor or a list.
+        ids: texts or numbers, like the keys of the store; numbers may be in an array, a tensor or a list.
         """
         vectors, known = self._snapshot.gather(ids)
         self.num_requested += known.numel()
@@ -83,7 +85,7 @@ class VectorLookup:
 
     @property
     def unknown_share(self) -> float:
-        """Share of the ids requested so far that the store lacks."""
+        """Share of the ids requested so far that are not in the store."""
         return self.num_unknown / max(self.num_requested, 1)
 
 
@@ -98,8 +100,8 @@ class StoredVectors(nn.Module):
     Args:
         width: E.
         out: output width; None: E, without a projection.
-        dropout: probability for the normalized vector's entries. A user's vector nearly identifies the user: without
-            dropout a DLRM can memorize its training users.
+        dropout: dropout probability of the normalized vector's entries. A user's vector nearly identifies the user, so
+            without dropout a DLRM can memorize its training users.
     """
 
     def __init__(self, width: int, out: int | None = None, dropout: float = 0.0) -> None:
@@ -118,9 +120,9 @@ class PluggedDLRM(nn.Module):
     """A DLRM, DLRM_DCN or DLRM_Projection with stored vectors and the same call signature. Created by `plug_into`.
 
     Args:
-        dlrm: model whose sizes include the vectors.
+        dlrm: model whose layer sizes include the vectors.
         dense: n, number of dense features before the vectors.
-        widths: E of each store, in the order of their columns.
+        widths: E of each store, in the order of the columns.
         dropout: see `StoredVectors`.
     """
 
@@ -134,14 +136,14 @@ class PluggedDLRM(nn.Module):
         self.columns = [slice(first, end) for first, end in zip(ends, ends[1:])]
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        """Map dense_features [B, n + sum of (E + 1)] to logits [B, 1]."""
-        own = dense_features[:, : self.dense]
+        """Map dense_features [B, n + sum of (E + 1)] to logits [B, 1] (or outputs [B, O] of several tasks)."""
+        features = dense_features[:, : self.dense]
         vectors = [module(dense_features[:, cut]) for module, cut in zip(self.stored, self.columns)]
         embedded = self.dlrm.sparse_arch(sparse_features)
         if self.way == "dense":
-            dense = self.dlrm.dense_arch(torch.cat([own, *vectors], dim=1))
+            dense = self.dlrm.dense_arch(torch.cat([features, *vectors], dim=1))
         else:
-            dense = self.dlrm.dense_arch(own)
+            dense = self.dlrm.dense_arch(features)
             embedded = torch.cat([embedded, torch.stack(vectors, dim=1)], dim=1)
         logits: Tensor = self.dlrm.over_arch(self.dlrm.inter_arch(dense_features=dense, sparse_features=embedded))
         return logits
@@ -163,11 +165,11 @@ def plug_into(
         tables, dense_in_features, options: arguments of `kind` without stored vectors; the tables may also be an
             `EmbeddingCollection`, whose rows are then summed for each feature.
         widths: E of each store, in the order of `append_vectors`.
-        way: "dense": among the dense features; "slots": as slots of the interaction, one per store.
+        way: "dense": the vectors are dense features; "slots": they are slots of the interaction, one per store.
         dropout: see `StoredVectors`.
 
     Raises:
-        ValueError: no store, or an unknown `way`.
+        ValueError: `widths` is empty, or `way` is unknown.
     """
     if not widths or way not in ("dense", "slots"):
         raise ValueError(f"plug_into: widths={widths}, way={way!r}: give the width of each store, and dense or slots")
@@ -177,13 +179,15 @@ def plug_into(
         return PluggedDLRM(
             kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout
         )
-    # Each kind computes the size of its interaction from the tables' features, so a collection with one placeholder
-    # table per store (on the meta device, never allocated) is passed, and replaced by the real one afterwards.
-    own = tables.embedding_bag_configs()
-    more = [
-        EmbeddingBagConfig(name=name, embedding_dim=own[0].embedding_dim, num_embeddings=1, feature_names=[name])
+    # Each kind computes the size of its interaction from the tables' features. So pass a collection with one
+    # placeholder table per store (on the meta device, never allocated), and replace it by the real collection
+    # afterwards.
+    configs = tables.embedding_bag_configs()
+    placeholders = [
+        EmbeddingBagConfig(name=name, embedding_dim=configs[0].embedding_dim, num_embeddings=1, feature_names=[name])
         for name in (f"stored_{number}" for number in range(len(widths)))
     ]
-    dlrm = kind(EmbeddingBagCollection([*own, *more], device=torch.device("meta")), dense_in_features, **options)
+    sized = EmbeddingBagCollection([*configs, *placeholders], device=torch.device("meta"))
+    dlrm = kind(sized, dense_in_features, **options)
     dlrm.sparse_arch = SparseArch(tables)
     return PluggedDLRM(dlrm, dense_in_features, widths, way, dropout)

@@ -1,4 +1,4 @@
-"""Row-wise sharding of tables of kind hash (`modules.features.hash_tables`), on a CPU as on CUDA."""
+"""Row-wise sharding of tables of kind hash (`modules.features.hash_tables`) on CPUs and GPUs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -17,11 +17,14 @@ from hllm_torchrec.modules.features.hash_tables import SetAssociativeIds
 
 
 class ShardedHashTables(ShardedManagedCollisionEmbeddingCollection):
-    """TorchRec's sharded collection; rows that change hands begin anew here, because FBGEMM does it on CUDA only."""
+    """TorchRec's sharded collection, which also resets rows that pass to another id: FBGEMM does so on CUDA only."""
 
     @torch.no_grad()
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
-        """Set rows [n] of this shard, by table, to the start vector, and their optimizer state to 0."""
+        """Reset evicted rows of this shard: weights to the initial vector, optimizer state to 0.
+
+        evictions_per_table: table -> rows [n], or None.
+        """
         for name, rows in evictions_per_table.items():
             if rows is None:
                 continue
@@ -36,7 +39,7 @@ class ShardedHashTables(ShardedManagedCollisionEmbeddingCollection):
 
 
 class HashTableSharder(ManagedCollisionEmbeddingCollectionSharder):
-    """Sharder of these collections for DistributedModelParallel and the planner."""
+    """Sharder of tables of kind hash, for DistributedModelParallel and the planner."""
 
     def shard(
         self,
@@ -53,16 +56,20 @@ class HashTableSharder(ManagedCollisionEmbeddingCollectionSharder):
 
     @property
     def sharded_module_type(self) -> type[ShardedHashTables]:
-        """The type of sharded collections."""
+        """Type of the sharded collections."""
         return ShardedHashTables
 
 
 def take_hash_counts(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Return `HashCounts` of all ranks together since the last call, by table. Collective.
+    """Return table -> `HashCounts` since the last call, as a dict, summed over all ranks. Collective.
 
-    model: with sharded tables.
+    model: a model whose tables are sharded.
     """
-    maps = {name.rpartition(".")[2]: one for name, one in model.named_modules() if isinstance(one, SetAssociativeIds)}
-    counts = {name: asdict(one.take_counts()) for name, one in maps.items()}
-    totals = {name: global_sum(torch.tensor(list(one.values()))).tolist() for name, one in counts.items()}
-    return {name: dict(zip(one, totals[name], strict=True)) for name, one in counts.items()}
+    maps = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, SetAssociativeIds)
+    }
+    counts = {name: asdict(module.take_counts()) for name, module in maps.items()}
+    totals = {name: global_sum(torch.tensor(list(local.values()))).tolist() for name, local in counts.items()}
+    return {name: dict(zip(local, totals[name], strict=True)) for name, local in counts.items()}

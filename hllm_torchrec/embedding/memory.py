@@ -20,26 +20,26 @@ TableDtype = Literal["fp32", "fp16"]
 
 WEIGHT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2}
 STATE_BYTES = 4
-"""Bytes of a number of optimizer state: FBGEMM uses float32 for any dtype of the weights."""
+"""Bytes per value of optimizer state: FBGEMM stores it as float32 for any dtype of the weights."""
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Bytes of one row."""
+    """Bytes of one row of a table: its weights and its optimizer state."""
 
     weights: int
     state: int
 
     @property
     def total(self) -> int:
-        """Bytes of weights and state."""
+        """Sum of both."""
         return self.weights + self.state
 
 
 def bytes_per_row(width: int, optimizer: str, dtype: TableDtype = "fp32") -> RowBytes:
     """Compute the memory of a row of a sharded table: `width` weights and the state of `optim.table_optimizer`.
 
-    A table that is split by columns into n shards has the per-row state n times.
+    A table that is split by columns into n shards stores the per-row state n times, once per shard.
     """
     return RowBytes(width * WEIGHT_BYTES[dtype], _state_bytes(TABLE_OPTIMIZERS[optimizer], 1, width))
 
@@ -54,7 +54,7 @@ class TableEnumerator(EmbeddingEnumerator):
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Set the performance and storage estimates of every shard."""
         kinds = [_kind_of(option) for option in sharding_options]
-        # TorchRec estimates as if there were no state; the real state of each shard is added below.
+        # TorchRec's estimate is made without optimizer state; the actual state of each shard is added below.
         with _counted_without_state(sharding_options):
             super().populate_estimates(sharding_options)
         for option, kind in zip(sharding_options, kinds, strict=True):
@@ -69,7 +69,7 @@ class TableEnumerator(EmbeddingEnumerator):
 
 
 def _kind_of(option: ShardingOption) -> TableOptimizerKind | None:
-    """Return the optimizer kind of a table; None for a frozen table."""
+    """Return the optimizer of a table, or None for a frozen table, which has none."""
     if option.sharding_type == ShardingType.DATA_PARALLEL.value:
         return REPLICATED
     given = getattr(option.tensor, "_optimizer_classes", None)
@@ -80,7 +80,7 @@ def _kind_of(option: ShardingOption) -> TableOptimizerKind | None:
 
 @contextmanager
 def _counted_without_state(options: list[ShardingOption]) -> Iterator[None]:
-    """Context manager in which the tables' optimizer is SGD, for which the planner adds no state."""
+    """Context manager in which the tables' optimizer is SGD, which has no state in the planner's estimates."""
     tensors = {id(option.tensor): option.tensor for option in options}.values()
     given = [(tensor, tensor._optimizer_classes) for tensor in tensors if hasattr(tensor, "_optimizer_classes")]
     try:

@@ -15,13 +15,13 @@ from hllm_torchrec.modules.features.sum_pooling import SumPooledCollection
 
 
 class TableOptimizer:
-    """Applies the dense optimizers' schedule to the in-backward optimizers of sharded tables.
+    """Applies the learning rate schedule of the dense optimizers to the in-backward optimizers of sharded tables.
 
-    On a rank without sharded tables it does nothing.
+    It has no effect on a rank without sharded tables.
     """
 
     def __init__(self, fused: KeyedOptimizer) -> None:
-        """Wrap the `fused_optimizer` of a DistributedModelParallel; its present learning rates are the full ones."""
+        """Wrap the `fused_optimizer` of a DistributedModelParallel; its current learning rates are those of ratio 1."""
         self._fused = fused
         self._full_rates = [float(group["lr"]) for group in fused.param_groups]
 
@@ -29,21 +29,21 @@ class TableOptimizer:
         """Set the learning rates of the next backward pass to `ratio` times the full ones."""
         for group, rate in zip(self._fused.param_groups, self._full_rates):
             group["lr"] = ratio * rate
-        self._fused.step()  # updates nothing: it hands the rates to the FBGEMM kernels, which step in backward
+        self._fused.step()  # only passes the rates to the FBGEMM kernels, which update the weights in backward
 
     def set_step(self, step: int) -> None:
-        """Set the number of updates done, when resuming: Adam's bias correction needs it."""
+        """Set the number of updates done so far, when a run resumes: Adam's bias correction needs it."""
         self._fused.set_optimizer_step(step)
 
     def state(self) -> dict[str, Any]:
-        """Return this rank's state (ShardedTensors) by table; loading into them in place restores it."""
+        """Return this rank's optimizer state by table, as ShardedTensors; copying values into them restores a state."""
         state: dict[str, Any] = self._fused.state_dict()["state"]
         return state
 
 
 @dataclass(frozen=True)
 class TableSettings:
-    """Sharding and optimizer of tables: see the fields of `FeatureConfig` and `OptimConfig` that `of` reads."""
+    """Sharding and optimizer of tables; `of` shows the corresponding fields of `FeatureConfig` and `OptimConfig`."""
 
     learning_rate: float
     shard_from_rows: int
@@ -53,7 +53,7 @@ class TableSettings:
 
     @classmethod
     def of(cls, config: Config) -> "TableSettings":
-        """Return the table settings of a configuration."""
+        """Return the settings of a configuration."""
         optim, features = config.optim, config.features
         return cls(
             optim.table_lr, features.shard_from_rows, optim.table_optimizer, optim.table_options, features.sharding
@@ -61,7 +61,7 @@ class TableSettings:
 
 
 def apply_table_optimizer(tables: EmbeddingBagCollection, settings: TableSettings) -> None:
-    """Set the in-backward optimizer of each table, except data parallel ones, which belong to the dense optimizer."""
+    """Set the in-backward optimizer of each sharded table. The dense optimizer updates the data parallel tables."""
     for table in tables.embedding_bag_configs():
         if table.num_embeddings >= settings.shard_from_rows:
             _apply(tables.embedding_bags[table.name].weight, settings)

@@ -1,11 +1,11 @@
-"""Exchanges the ids of the next batch between the ranks' tables while the present batch is being computed.
+"""Prefetching of table ids: ranks exchange the ids of the next batch while the current batch is computed.
 
-    begin(next)   before the forward pass: starts the exchange of the numbers of ids
-    send()        before the backward pass: starts the exchange of the ids themselves
-    forward       of the next batch: the ids have arrived; rows are looked up and returned as usual
+    begin(next)   before the forward pass of the current batch: starts the exchange of the numbers of ids
+    send()        before its backward pass: starts the exchange of the ids
+    forward       of the next batch: uses the received ids; rows are looked up and returned as usual
 
-Ids do not depend on weights, so results are the same as without prefetching. TorchRec's own pipelines do the same, but
-trace the model to find its tables; here they are given.
+Ids do not depend on weights, so results are the same as without prefetching. TorchRec's pipelines do the same, but
+trace the model to find its tables; this class gets the tables as an argument.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def with_lookahead(steps: Iterable[T], enabled: bool) -> Iterator[tuple[T, T | None]]:
-    """Yield each step with the one after it (None after the last); unless `enabled`, always with None."""
+    """Yield each step with the next step (None for the last one); if not `enabled`, always with None."""
     if not enabled:
         yield from ((step, None) for step in steps)
         return
@@ -34,7 +34,7 @@ def with_lookahead(steps: Iterable[T], enabled: bool) -> Iterator[tuple[T, T | N
 
 @dataclass
 class _PendingLookup:
-    """A batch whose ids are in flight. values: its ids, which identify it; ids_sent: False while only sizes are."""
+    """Exchange of a batch's ids. values: the ids tensor, which identifies the batch; ids_sent: False until `send`."""
 
     values: Tensor
     context: Any
@@ -43,9 +43,9 @@ class _PendingLookup:
 
 
 class TablePrefetcher:
-    """Replaces the forward pass of sharded tables by one that uses prefetched ids, if there are any for its batch.
+    """Replaces the forward pass of sharded tables by one that uses the prefetched ids of its batch, if there are any.
 
-    Other batches (for example of an evaluation in between) are looked up as usual. All calls are collective.
+    Other batches (for example those of an evaluation in between) are looked up as usual. All calls are collective.
     """
 
     def __init__(self, tables: ShardedModule[Any, Any, Any, Any]) -> None:
@@ -54,26 +54,26 @@ class TablePrefetcher:
         tables.forward = self._forward
 
     def begin(self, features: KeyedJaggedTensor) -> None:
-        """Start the exchange for the bags of the next training batch; on CUDA they must be on the device already."""
+        """Start the exchange for the features of the next training batch, which must be on the tables' device."""
         features, context = pad_empty_batch(features), self.tables.create_context()
         self._pending.append(_PendingLookup(features.values(), context, self.tables.input_dist(context, features)))
 
     def send(self) -> None:
-        """Wait for the sizes, and start sending the ids."""
+        """Wait for the numbers of ids, and start the exchange of the ids."""
         for batch in self._pending:
             if not batch.ids_sent:
                 batch.awaitable, batch.ids_sent = batch.awaitable.wait(), True
 
     def finish(self) -> None:
-        """Wait for pending exchanges and discard them: none may be in flight when a segment of training ends."""
+        """Wait for pending exchanges and discard their ids: no exchange may be pending when a training segment ends."""
         self.send()
         for batch in self._pending:
             batch.awaitable.wait()
         self._pending.clear()
 
     def _forward(self, features: KeyedJaggedTensor) -> Any:
-        # By identity of the ids tensor: batches are the same objects when they come to the forward pass, and an equal
-        # batch of an evaluation must not take over the exchange.
+        # Compare by identity: `begin` got the same tensor of ids, while a batch of an evaluation may have equal ids but
+        # must not use this exchange.
         found = next((batch for batch in self._pending if batch.values is features.values()), None)
         # input_dist returns an awaitable of an awaitable: the first wait is for the sizes, the second for the ids.
         if found is None:

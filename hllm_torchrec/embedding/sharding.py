@@ -36,7 +36,7 @@ from hllm_torchrec.modules.features.hash_tables import HashTable, hash_ranks_pro
 _logger = logging.getLogger(__name__)
 
 RESERVED_MEMORY_SHARE = 0.4
-"""Share of each device's memory that the planner leaves to the dense parts and activations."""
+"""Share of each device's memory that the planner reserves for dense parameters and activations."""
 
 FROZEN_COLUMNS = 64
 """Smallest width of a column shard of a frozen item table."""
@@ -47,8 +47,8 @@ def check_tables(settings: TableSettings, device: torch.device) -> list[str]:
     problems = []
     optimizer, sharding = settings.optimizer, settings.sharding
     if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
-        there = ", ".join(name for name, kind in TABLE_OPTIMIZERS.items() if not kind.cuda_only)
-        problems.append(f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose {there}")
+        on_cpu = ", ".join(name for name, kind in TABLE_OPTIMIZERS.items() if not kind.cuda_only)
+        problems.append(f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose {on_cpu}")
     if device.type == "cpu" and sharding == "row_wise":
         problems.append(
             "features.sharding: 'row_wise': TorchRec's CPU tables have no row-wise bags; choose table_wise or "
@@ -58,13 +58,13 @@ def check_tables(settings: TableSettings, device: torch.device) -> list[str]:
 
 
 def check_hash_tables(tables: Mapping[str, HashTable], ranks: int) -> list[str]:
-    """Return problems of tables of kind hash on a number of ranks, one line each."""
+    """Return problems of tables of kind hash with this number of ranks, one line each."""
     wrong = ((name, table) for name, table in tables.items() if table.sets % ranks)
     return [f"features.tables.{name}: {hash_ranks_problem(ranks, table)}" for name, table in wrong]
 
 
 def table_sharders() -> list[ModuleSharder]:
-    """Return TorchRec's sharders of a model's tables: bags, and tables of kind hash."""
+    """Return the sharders of a model's tables: TorchRec's for embedding bags, and that for tables of kind hash."""
     return [EmbeddingBagCollectionSharder(), HashTableSharder()]
 
 
@@ -76,9 +76,11 @@ def distribute(
     ddp: bool = True,
     find_unused_parameters: bool = False,
 ) -> DistributedModelParallel:
-    """Shard tables by `plan`; wrap the dense parts in DDP, or leave them unchanged (if FSDP2 has been applied).
+    """Shard tables by `plan` and wrap the dense parts in DDP.
 
-    find_unused_parameters: whether there are steps in which no rank uses some of the trainable weights.
+    Args:
+        ddp: False if FSDP2 has been applied to the dense parts: they are then left unchanged.
+        find_unused_parameters: DDP's argument: True if some steps do not use all trainable weights.
     """
     assert dist.group.WORLD is not None
     wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=find_unused_parameters)
@@ -94,7 +96,7 @@ def distribute(
 
 
 def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedModelParallel:
-    """Shard a frozen item table over the ranks by TorchRec's planner; it has no optimizer and is never replicated."""
+    """Shard a frozen item table, which has no optimizer, over the ranks with TorchRec's planner; never replicate it."""
     kinds = [kind.value for kind in _sharded_kinds(device.type)]
     constraint = ParameterConstraints(
         sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
@@ -103,9 +105,10 @@ def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedM
 
 
 def plan_table_sharding(model: nn.Module, settings: TableSettings, device: torch.device) -> ShardingPlan:
-    """Plan all tables: data parallel below `features.shard_from_rows` rows, sharded otherwise. Collective.
+    """Plan the sharding of all tables. Collective.
 
-    Tables of kind hash are sharded by rows, whatever their size.
+    Tables with fewer than `features.shard_from_rows` rows are data parallel, others are sharded. Tables of kind hash
+    are always sharded by rows.
 
     Raises:
         ConfigError: the tables do not fit into the memory of the ranks.
@@ -114,7 +117,7 @@ def plan_table_sharding(model: nn.Module, settings: TableSettings, device: torch
 
 
 def warn_without_effect(plan: ShardingPlan, settings: TableSettings) -> None:
-    """Warn, on rank 0, of a table optimizer that no table has, as all are replicated."""
+    """Log a warning on rank 0 if the configured table optimizer has no effect because all tables are replicated."""
     kinds = {parameter.sharding_type for module in plan.plan.values() for parameter in module.values()}
     chosen = settings.options or settings.optimizer != TableSettings.optimizer
     if chosen and kinds <= {ShardingType.DATA_PARALLEL.value} and dist.get_rank() == 0:
@@ -126,7 +129,7 @@ def warn_without_effect(plan: ShardingPlan, settings: TableSettings) -> None:
 
 
 def table_constraints(model: nn.Module, settings: TableSettings, device: str) -> dict[str, ParameterConstraints]:
-    """Return the planner's constraints of each table on a kind of device ("cpu" or "cuda")."""
+    """Return table -> constraints for the planner; device: "cpu" or "cuda"."""
     bags = {name: _constraint(rows, settings, device) for name, rows in _tables(model)}
     by_rows = ParameterConstraints(
         sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
@@ -138,14 +141,14 @@ def _plan(model: nn.Module, constraints: dict[str, ParameterConstraints], device
     world = dist.get_world_size()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     hardware = planner_hardware(device, local_world)
-    # Planned on rank 0 alone: hosts may report different memory, and all ranks must have the same plan.
+    # Only rank 0 plans: hosts may report different amounts of memory, but all ranks must have the same plan.
     return run_on_rank_zero(
         lambda: plan_sharding(model, constraints, device.type, TrainerConfig(world, local_world), hardware)
     )
 
 
 def planner_hardware(device: torch.device, local_world: int) -> HardwareConfig:
-    """Return the memory of a rank: its GPU's (TorchRec's default if it has none), and its share of the host's."""
+    """Return the memory of a rank: that of its GPU (without a GPU TorchRec's default) and its share of the host's."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
     if device.type != "cuda" or not torch.cuda.is_available():
         return HardwareConfig(ddr_cap_bytes=host)
@@ -159,7 +162,9 @@ def plan_sharding(
     trainer: TrainerConfig,
     hardware: HardwareConfig,
 ) -> ShardingPlan:
-    """Run TorchRec's planner for the ranks of `trainer` on `hardware`, which may be hypothetical.
+    """Run TorchRec's planner for the number of ranks in `trainer` and the memory in `hardware`.
+
+    Neither needs to exist: `hllm plan` uses this function for other machines.
 
     Raises:
         ConfigError: the tables do not fit.
@@ -200,7 +205,7 @@ def _hash_tables(model: nn.Module) -> Iterable[str]:
 
 def _constraint(rows: int, settings: TableSettings, device: str) -> ParameterConstraints:
     if rows < settings.shard_from_rows:
-        # DENSE: a replicated table is an ordinary parameter, in DDP and in the dense optimizer. FUSED (below): FBGEMM's
+        # DENSE: a replicated table is an ordinary parameter of DDP and of the dense optimizer. FUSED (below): FBGEMM's
         # kernels apply the table optimizer inside the backward pass.
         return ParameterConstraints(
             sharding_types=[ShardingType.DATA_PARALLEL.value],
@@ -212,6 +217,6 @@ def _constraint(rows: int, settings: TableSettings, device: str) -> ParameterCon
 
 
 def _sharded_kinds(device: str) -> list[ShardingType]:
-    """Return the sharding types that bags support on a kind of device."""
+    """Return the sharding types that TorchRec's embedding bags support; device: "cpu" or "cuda"."""
     on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device == "cuda" else []
     return [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, *on_cuda]

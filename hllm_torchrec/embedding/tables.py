@@ -1,4 +1,4 @@
-"""Contents of embedding tables, independent of their sharding: a rank's shards, initialization, the complete tensor."""
+"""Contents of embedding tables, independent of sharding: local shards, initialization, and the unsharded tensor."""
 
 import hashlib
 from typing import Any
@@ -11,14 +11,15 @@ from torchrec.distributed.types import ShardedTensor
 from hllm_torchrec.distributed.wrappers import full_tensor
 
 INIT_ROWS = 4096
-"""Number of table rows drawn from one generator, so that a row's values do not depend on the sharding."""
+"""Number of rows in a block that is drawn from one generator. Blocks start at multiples of it, so that the values of a
+row do not depend on the sharding."""
 
 
 def local_shards(value: Any) -> list[tuple[Tensor, int, int]]:
     """Return this rank's shards of a table or its optimizer state: (values, first row, first column).
 
-    value: a ShardedTensor, or a tensor that is complete on every rank. Row-wise state has no columns: its first column
-    is 0.
+    value: a ShardedTensor, or a tensor that is complete on every rank. The first column of row-wise state, which has no
+    columns, is 0.
     """
     if not isinstance(value, ShardedTensor):
         return [(value, 0, 0)]
@@ -27,12 +28,13 @@ def local_shards(value: Any) -> list[tuple[Tensor, int, int]]:
 
 @torch.no_grad()
 def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) -> None:
-    """Fill every table with values uniform in +-scale that depend on (seed, table, row, column) only.
+    """Fill every embedding bag table with values that are uniform in +-scale.
 
-    Any number of ranks and any sharding plan therefore start from the same model.
+    The values depend only on (seed, table, row, column), so the initial model is the same for any number of ranks and
+    any sharding plan.
     """
     for name, value in model.state_dict().items():
-        if ".embedding_bags." not in name:
+        if ".embedding_bags." not in name or "position_bias." in name:  # which starts without a bias
             continue
         table = name.split(".embedding_bags.")[1].removesuffix(".weight")
         width = (value.metadata().size if isinstance(value, ShardedTensor) else value.shape)[1]
@@ -41,12 +43,12 @@ def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) 
 
 
 def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: str, scale: float) -> None:
-    """Fill rows [row, row + n) and columns from `column` of a table of `width` columns."""
+    """Fill `target`, a shard that starts at (row, column) of a table with `width` columns."""
     end = row + target.shape[0]
     for block in range(row // INIT_ROWS, -(-end // INIT_ROWS)):
         digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        # All columns of the block are drawn, also those of other shards: otherwise values would depend on the sharding.
+        # All columns of the block are drawn, also those of other shards, so that values do not depend on the sharding.
         values = (torch.rand(INIT_ROWS, width, generator=generator) * 2 - 1) * scale
         first, last = max(row, block * INIT_ROWS), min(end, (block + 1) * INIT_ROWS)
         part = values[first - block * INIT_ROWS : last - block * INIT_ROWS, column : column + target.shape[1]]
@@ -54,7 +56,7 @@ def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: s
 
 
 def assemble_tensor(value: Any) -> Tensor:
-    """Return a tensor of a model's state unsharded. For a single process, which has all shards."""
+    """Return a tensor of a model's state unsharded. Only for a single process, which has all shards."""
     if not isinstance(value, ShardedTensor):
         return full_tensor(value)
     shards = local_shards(value)

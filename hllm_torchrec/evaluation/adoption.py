@@ -1,4 +1,4 @@
-"""Records the ids of a run that an earlier version trained: `hllm adopt`."""
+"""`hllm adopt`: records the id maps of a run that was trained by an earlier version of this library."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from hllm_torchrec.models.run_vocabulary import TABLES, VECTORS, maps_read, save
 
 
 def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
-    """Write the marks of a dataset's ids beside a run that has none, and return them.
+    """Write the marks of a dataset's id maps into a run that has no marks, and return them.
 
-    The dataset may have more ids than the run by now: only the first ones, as many as the run's tables have, are
-    marked. Whether they are the run's ids cannot be checked, because the run has no record of them.
+    The dataset may have grown since: the marks are those of its first ids, as many as the run's tables have rows. It
+    cannot be checked that these are the run's ids, because the run has no record of them.
 
     Raises:
-        ValueError: the run has no checkpoint, knows its ids already, or has more ids than the dataset.
+        ValueError: the run has no checkpoint, already has marks, or has more ids than the dataset.
     """
     config = run_config(run, dataset)
     checkpoint = latest_checkpoint(run / "checkpoints")
@@ -28,16 +28,17 @@ def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
     if saved_marks(checkpoint) is not None:
         raise ValueError(f"{run} knows its ids already; nothing to adopt")
     opened = Dataset.open(dataset)
-    rows, whole, marks = saved_table_rows(SafeReader(checkpoint).read_tensors()), dataset_marks(opened), {}
+    rows, complete, marks = saved_table_rows(SafeReader(checkpoint).read_tensors()), dataset_marks(opened), {}
     for name, weights in maps_read(config).items():
         if name.startswith(VECTORS):
             vectors = item_vectors(opened, name.removeprefix(VECTORS))
             marks[name] = mark_ids(row_digests(vectors, 0, rows.get("item_id")))
             continue
-        known = rows[weights[0].removeprefix(TABLES)] - 1  # row 0 is the unknown id's
-        if known > whole[name].count:
+        known = rows[weights[0].removeprefix(TABLES)] - 1  # row 0 is that of the unknown id
+        if known > complete[name].count:
             raise ValueError(
-                f"{run} was not trained on {dataset}: {name}: {known} there, {whole[name].count} here; name its dataset"
+                f"{run} was not trained on {dataset}: {name}: {known} there, {complete[name].count} here; name its "
+                "dataset"
             )
         marks[name] = mark_ids(map_ids(opened, name, 0, known))
     write_adopted(run, marks)

@@ -1,4 +1,4 @@
-"""Caching of predictions: they are computed again only if their inputs have changed."""
+"""Caching of predictions: predictions are computed again only if their inputs have changed."""
 
 import json
 from collections.abc import Callable
@@ -19,15 +19,15 @@ def run_if_changed(
 
     Args:
         record: JSON file with the inputs of the predictions.
-        inputs: everything that the predictions depend on.
-        fit: returns this rank's predictions of each split, and numbers about the fit for the record.
+        inputs: all inputs that the predictions depend on, as JSON values.
+        fit: returns this rank's predictions of each split, and numbers on the fit for the record.
 
     Returns:
-        False if predictions of equal inputs exist and nothing was computed.
+        False if predictions with equal inputs exist, so that nothing was computed.
     """
     if coordination.run_on_rank_zero(lambda: _is_there(record, inputs)):
         return False
-    # The record is removed first and written last: an interrupted run leaves no record of predictions it did not make.
+    # The record is removed first and written last, so that an interrupted run leaves no record of incomplete results.
     coordination.run_on_rank_zero(lambda: record.unlink(missing_ok=True))
     columns, fitted = fit()
     for split in SPLITS:

@@ -4,8 +4,8 @@
     temperature   p = sigmoid(z / T)
     isotonic      p is the isotonic regression of the label on z, linear between its steps
 
-They are kept in the run's calibration.json, one for each binary task, with the fingerprint of the weights that they
-belong to. Scores and their order stay as they are.
+The run's calibration.json has one function for each binary task, and the fingerprint of the weights to which they
+belong. Calibration does not change scores and their order.
 """
 
 import json
@@ -19,22 +19,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.predictions import PredictionColumns
+from hllm_torchrec.evaluation.prediction_layout import RAW
 
 FILE = "calibration.json"
 METHODS = ("platt", "isotonic", "temperature")
-RAW = "raw_"
-"""Prefix of the columns of predictions with probabilities before calibration."""
 _LEAST = 1e-7
-"""Smallest probability that isotonic regression gives, and its smallest distance from 1."""
+"""Minimum probability of isotonic regression; the maximum is 1 - _LEAST."""
 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Probability of a logit.
+    """Function from logits to probabilities.
 
-    x, y: for isotonic, the points between which the function is linear; otherwise the slope x and the intercept y, one
-    number each.
+    x, y: for isotonic, the points between which the function is linear; otherwise x is the slope a (1 / T) and y the
+    intercept b (0), one number each.
     """
 
     method: Literal["platt", "isotonic", "temperature"]
@@ -51,7 +51,7 @@ class Calibrator:
 
 @dataclass(frozen=True)
 class RunCalibration:
-    """Calibrators of a run's binary tasks by name; the first label has an empty one."""
+    """Calibrators of a run's binary tasks by name; the name of the first label is ""."""
 
     weights: str
     """Fingerprint of the weights (`run_loader.weights_fingerprint`)."""
@@ -80,12 +80,12 @@ class RunCalibration:
             raise ValueError(f"{path} is damaged ({error}); run `hllm calibrate` again, or remove it") from error
 
     def save(self, run: Path) -> Path:
-        """Write the run's file; return its path."""
+        """Write the run's calibration.json; returns its path."""
         replace_file(run / FILE, json.dumps(self.to_json(), indent=1) + "\n")
         return run / FILE
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the file."""
+        """The content of calibration.json."""
         tasks = {name: {"method": one.method, "x": one.x, "y": one.y} for name, one in self.tasks.items()}
         return {"weights": self.weights, "tasks": tasks}
 
@@ -103,7 +103,7 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
     """Fit a calibrator for each binary task to predictions of the validation part.
 
     Raises:
-        ValueError: the labels of a task are of one class.
+        ValueError: the first labels are of one class. A further task of one class is left out, with a caution.
     """
     table = pq.read_table(predictions)
     names = [name.removeprefix("label") for name in table.column_names if name.startswith("label")]
@@ -114,17 +114,18 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
         suffix = f"{name and '_'}{name}"
         label, score = table[f"label{suffix}"].to_numpy(), table[f"score{suffix}"].to_numpy().astype(np.float64)
         kept = ~np.isnan(label) & (sample > 0)
-        if np.unique(label[kept]).size < 2:
-            raise ValueError(
-                f"{predictions}: the labels of {name or 'the first task'} are of one class: nothing to fit"
-            )
-        tasks[name] = _fit(method, score[kept], label[kept] > 0.5, sample[kept])
+        if np.unique(label[kept]).size > 1:
+            tasks[name] = _fit(method, score[kept], label[kept] > 0.5, sample[kept])
+        elif name:
+            say(f"caution: the labels of {name} are of one class: it stays as it is")
+        else:
+            raise ValueError(f"{predictions}: the labels of the first task are of one class: nothing to fit")
     return RunCalibration(weights, tasks)
 
 
 def _fit(method: str, scores: NDArray[np.float64], labels: NDArray[np.bool_], weights: NDArray[Any]) -> Calibrator:
     """Fit one calibrator to logits [n] and labels [n]."""
-    try:  # imported here: it takes a second, and only this job needs it
+    try:  # the import takes a second, and only this job needs it
         from sklearn.isotonic import IsotonicRegression
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:

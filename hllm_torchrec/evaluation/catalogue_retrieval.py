@@ -1,4 +1,4 @@
-"""Full-catalogue retrieval of an experiment, shared by training, the evaluation job and the results scripts."""
+"""Full-catalogue retrieval with an experiment's model, used by training, the evaluation job and results scripts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_source import CachedItems, JoinedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192
-"""Number of catalogue items whose features all ranks together look up at a time."""
+"""Number of catalogue items whose features all ranks together look up per step."""
 
 
 def measures_retrieval(experiment: Experiment) -> bool:
-    """True if retrieval is evaluated: the configuration enables it, or the model can do nothing else."""
+    """True if retrieval is evaluated: the configuration enables it, or the model has no queries to rank exposures."""
     return experiment.config.evaluation.retrieval or not experiment.hllm.fusion.has_queries
 
 
@@ -36,7 +36,7 @@ def evaluate_retrieval(
     `evaluation.retrieval_comparison`), or None.
 
     In addition to the metrics, the result has `protocol` (or None), `filter_seen`, `targets` ("all" or "positive")
-    and `candidates`, the size of the catalogue. Cached item embeddings are used if the model has them.
+    and `candidates`, the number of candidate items. Cached item embeddings are used if the model has them.
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
@@ -69,10 +69,10 @@ def catalogue_vectors(experiment: Experiment) -> Tensor:
 
 @torch.no_grad()
 def catalogue_shard(experiment: Experiment) -> CatalogueShard:
-    """Vectors of this rank's share of items that the user output is compared with: E, or P(E) + ID + ... Collective.
+    """Vectors of this rank's share of the items, which are compared with users: E, or P(E) + ID + ... Collective.
 
-    Row 0 of the first rank is the unknown item. A rank holds the complete catalogue only if it has all embeddings
-    already (`CachedItems`), or if the Item LLM encodes the catalogue here.
+    Row 0 of the first rank is the unknown item. The complete catalogue is in the memory of each rank only if it has all
+    embeddings already (`CachedItems`), or if the Item LLM encodes the catalogue here.
     """
     hllm, source = experiment.hllm, experiment.hllm.item_source
     if not hllm.compares_features and not isinstance(source, StoredItems | JoinedItems):

@@ -9,8 +9,9 @@ Legend: N creatives of a part, D width of a user vector.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ TextsOf = Callable[[Ints], PackedTexts]
 """Function of indices [n] that returns texts."""
 PER_BATCH = 64
 """Creatives per rank and step."""
+MEASURED = 4096
+"""Creatives whose user vectors `measure_user_vectors` reads, on all ranks together."""
 CONDITIONS = ("right", "null", "shuffled")
 
 
@@ -95,6 +98,26 @@ def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
     return CreativeVectors(loader, gathered[:, 2:].float(), gathered[:, 1].bool().numpy(), users, steps)
 
 
+def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
+    """Fit the normalization of user vectors on those of creatives of the training part, drawn at random. Collective.
+
+    Returns:
+        `length`, the mean L2 norm, and `common`, the L2 norm of the mean vector (the part shared by all users).
+    """
+    loader, hllm = experiment.creative_loader("train", PER_BATCH, training=True), experiment.hllm
+    assert hllm.creative_head is not None
+    steps, found = -(-MEASURED // (PER_BATCH * loader.world_size)), []
+    with _evaluating(experiment), closing(loader.batches(0)) as batches:
+        for batch in islice(batches, steps):
+            on_device = batch.to(experiment.device)
+            assert on_device.request_query is not None
+            with autocast(experiment.config, experiment.device):
+                found.append(hllm.embed_users(on_device)[on_device.request_query].float())
+    users = all_gather_variable(torch.cat(found))
+    hllm.creative_head.measure(users)
+    return {"length": users.norm(dim=1).mean().item(), "common": users.mean(0).norm().item()}
+
+
 def score_creatives(
     experiment: Experiment,
     split: str,
@@ -107,7 +130,8 @@ def score_creatives(
 
     Args:
         conditions: some of CONDITIONS.
-        given: further conditions: name -> vectors [N, D] that stand for the users, such as centers of clusters.
+        given: further conditions: name -> vectors [N, D] that stand for the users with an earlier event, such as
+            centers of clusters.
         vectors: result of `creative_vectors`; None: it is computed here.
         most: score at most this many creatives, spread evenly over the part; 0: all.
     """
@@ -124,7 +148,7 @@ def score_creatives(
     if "shuffled" in conditions:
         donor = torch.from_numpy(other_users(vectors.user_ids))
         named["shuffled"] = (vectors.vectors[donor], ~known[donor])
-    named |= {name: (those, torch.zeros_like(known)) for name, those in (given or {}).items()}
+    named |= {name: (those, ~known) for name, those in (given or {}).items()}
     wanted = [*conditions, *(given or {})]
     nll: dict[str, Doubles] = {}
     for name in wanted:

@@ -16,16 +16,16 @@ from hllm_torchrec.metrics.user_metrics import GAUC
 from hllm_torchrec.metrics.user_statistics import UserStatistics
 
 SCHEMA_VERSION = 2
-"""Version 1 had no PR-AUC, no recall at precision, no interval over users by formula and no weights."""
+"""Version 1 did not have PR-AUC, recall at precision, intervals over users by formula, and weights."""
 
 READABLE = (1, 2)
-"""Versions that the report and the gate read."""
+"""Versions that the report and the gate can read."""
 
 _AGAIN = "evaluate again to replace it"
 
 
 def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a `metrics.json` with retrieval metrics only."""
+    """The content of a `metrics.json` that has only retrieval metrics."""
     head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "split": split, "models": {}}
     return head | {"retrieval": retrieval, "provenance": provenance}
 
@@ -56,7 +56,7 @@ def model_block(
 
 
 def finite_or_none(value: float) -> float | None:
-    """The number, or None for NaN and infinities, which JSON cannot hold."""
+    """The number, or None for NaN and infinities, which JSON cannot represent."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -67,7 +67,7 @@ def _plain(value: Value) -> float | dict[str, float | None] | None:
 
 
 def slice_block(statistics: RankStatistics) -> dict[str, Any]:
-    """Size, AUC and interval of some rows."""
+    """Number of rows and positives, AUC and its interval, as a block of `metrics.json`."""
     return {
         "rows": statistics.rows,
         "positives": statistics.positives,
@@ -78,7 +78,10 @@ def slice_block(statistics: RankStatistics) -> dict[str, Any]:
 
 
 def paired_block(delong: PairedDifference, users: UserStatistics | None, place: int) -> dict[str, Any]:
-    """Difference of a model from the reference: DeLong's test, and the test with users as independent units."""
+    """Difference of a model from the reference: DeLong's test, and the test with users as independent units.
+
+    place: index of the model in `users`.
+    """
     error = users.difference_error[place] if users else math.nan
     clustered = wald_difference(delong.difference, error)
     gauc = users.metrics[GAUC.key] if users else []
@@ -117,10 +120,10 @@ def curves_block(statistics: RankStatistics, reliability: ReliabilityCurve | Non
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a `metrics.json`; accessing a missing field of it, or of an object in it, raises ValueError.
+    """Read a `metrics.json`. Access to a missing field of the result, or of an object in it, raises ValueError.
 
     Raises:
-        ValueError: the file is not JSON, or has another schema version.
+        ValueError: the file is not JSON, or has an unsupported schema version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +138,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def read_fields(path: Path) -> Iterator[None]:
-    """Context manager for code that only reads the fields of a `metrics.json`: a value of a wrong type names the file.
+    """Context manager for code that only reads fields of a `metrics.json`; errors for wrong types name the file.
 
     Raises:
         ValueError: a field has a value of a wrong type.
@@ -149,7 +152,7 @@ def read_fields(path: Path) -> Iterator[None]:
 
 
 class _Fields(dict[str, Any]):
-    """An object of a JSON file; the error for a missing field names the file and the field's dotted path."""
+    """Object in a JSON file; the error for a missing field has the file and the dotted path of the field."""
 
     def __init__(self, content: Mapping[str, Any], path: Path, place: str = "") -> None:
         self._path, self._place = path, place

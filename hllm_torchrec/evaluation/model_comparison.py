@@ -14,7 +14,6 @@ from hllm_torchrec.evaluation.prediction_files import unchanged_files
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, describe_predictions
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
 from hllm_torchrec.evaluation.sanity_checks import Overlap, file_overlap
-from hllm_torchrec.evaluation.task_evaluation import evaluate_tasks
 
 SHOWN = {"mae": "MAE", "rmse": "RMSE", "spearman": "Spearman", "xauc": "XAUC"}
 """Metric of a predicted number -> its name."""
@@ -73,8 +72,6 @@ def evaluate_files(
             models, layout, folder, warm, paired=paired, memory=settings.memory, item_events=item_events
         )
         metrics = evaluate_predictions(rows, settings)
-        if layout.tasks:
-            metrics["tasks"] = evaluate_tasks(rows, settings)
         overlap = file_overlap(models[0].files, train, layout, settings.memory, folder) if train else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metrics["memory"]["peak"] = max(gather_objects(peak))

@@ -1,4 +1,4 @@
-"""Reading of prediction files (Parquet or CSV) by ranges of rows, in memory that does not grow with the files."""
+"""Reading of prediction files (Parquet or CSV) by ranges of rows; memory does not grow with the size of the files."""
 
 import glob
 import hashlib
@@ -21,10 +21,10 @@ from hllm_torchrec.data.validation import error_location
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
-"""Columns of CSV files that are read as numbers, in addition to scores and probabilities; others are read as text."""
+"""Columns of CSV files that are read as numbers, like scores and probabilities; other columns are read as text."""
 
 EXACT = 1 << 53
-"""Up to this magnitude float64 holds every whole number."""
+"""float64 represents every whole number up to this magnitude."""
 FINGERPRINT_CHUNK = 1 << 24
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
@@ -53,20 +53,20 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 @contextmanager
 def unchanged_files(paths: Iterable[str | Path]) -> Iterator[None]:
-    """Context manager for reading files several times; checks at its end that none was replaced meanwhile. Collective.
+    """Context manager for reading files several times; checks at the end that no file was changed. Collective.
 
     Raises:
-        ValueError: a file was replaced, changed, added or removed meanwhile; names the first one. It takes the place of
-            an error that this has caused.
+        ValueError: a file was replaced, changed, added or removed inside the block; the message names the first one.
+            An error of the block is replaced by this one, because the change may have caused it.
     """
-    kept = list(paths)
-    before = _versions(kept)
+    names = list(paths)
+    before = _versions(names)
     try:
         yield
     except Exception as error:
-        _require_unchanged(kept, before, error)
+        _require_unchanged(names, before, error)
         raise
-    _require_unchanged(kept, before)
+    _require_unchanged(names, before)
 
 
 _Versions = dict[str, tuple[int, int, int]]
@@ -83,7 +83,7 @@ def _require_unchanged(paths: Sequence[str | Path], before: _Versions, cause: Ex
 
 
 def _versions(paths: Sequence[str | Path]) -> _Versions:
-    """File -> its identity, size and time of change; empty if a path matches no file (its reader says so)."""
+    """File -> (inode, size, modification time); empty if a path matches no file, which is the reader's error."""
     try:
         stats = {str(file): file.stat() for file in find_files(paths)}
     except (ValueError, FileNotFoundError):
@@ -130,7 +130,7 @@ class RowReader:
         return self._first_rows[-1]
 
     def has(self, column: str) -> bool:
-        """True if every file has the column, even if it is not read."""
+        """True if every file has the column, whether or not it is read."""
         return all(column in names for names in self._names)
 
     @property
@@ -140,25 +140,25 @@ class RowReader:
 
     def locate(self, row: int) -> str:
         """Location of a row for messages: `FILE: row 3`, from 0 within the file, and the line of a CSV file."""
-        place = bisect_right(self._first_rows, row) - 1
+        index = bisect_right(self._first_rows, row) - 1
         # Skip empty files, which start at the same row as the next one.
-        while self._first_rows[place + 1] == self._first_rows[place]:
-            place -= 1
-        within = row - self._first_rows[place]
+        while self._first_rows[index + 1] == self._first_rows[index]:
+            index -= 1
+        within = row - self._first_rows[index]
         # Lines count from 1, and the first is the header.
-        line = "" if self.files[place].suffix == ".parquet" else f" (line {within + 2})"
-        return f"{self.files[place]}: row {within}{line}"
+        line = "" if self.files[index].suffix == ".parquet" else f" (line {within + 2})"
+        return f"{self.files[index]}: row {within}{line}"
 
     def batches(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
         """Yield the rows [low, high) in tables of `size` rows; the last one may be shorter."""
-        # All models' readers must cut at the same rows, whatever the row groups of their files: regroup the pieces.
+        # Regroup the pieces, because the readers of all models must yield the same rows, whatever their row groups are.
         waiting: list[pa.Table] = []
         count = 0
         for piece in self._pieces(low, high, size):
             waiting.append(piece)
             count += len(piece)
             while count >= size:
-                # Permissive: files of one model may have different types of a column (int32 and int64).
+                # "permissive", because the files of one model may have different types of a column (int32 and int64).
                 joined = pa.concat_tables(waiting, promote_options="permissive")
                 yield joined.slice(0, size)
                 waiting, count = [joined.slice(size)], count - size
@@ -181,7 +181,7 @@ class RowReader:
                 start = end
 
     def _decoded(self, file: Path, parquet: pq.ParquetFile, group: int, size: int) -> Iterator[pa.RecordBatch]:
-        """Yield the batches of a row group, each validated."""
+        """Yield the validated batches of a row group."""
         with error_location(f"{file}: row group {group}", "write it again"):
             for batch in parquet.iter_batches(size, row_groups=[group], columns=self.columns):
                 batch.validate(full=True)
@@ -206,7 +206,7 @@ class RowReader:
 
 
 def _rewrite(file: Path, kinds: dict[str, pa.DataType], target: Path) -> set[str]:
-    """Write columns of a text table as Parquet; returns the float64 ones with whole numbers that float64 rounds."""
+    """Write columns of a text table as Parquet; returns the float64 columns that have integers of EXACT or more."""
     rounded: set[str] = set()
     with pq.ParquetWriter(target, pa.schema(kinds)) as writer:
         for chunk in read_csv(file, list(kinds)):
@@ -236,7 +236,7 @@ def _as_numbers(texts: pa.Array, kind: pa.DataType, place: str) -> pa.Array:
 
 
 def _whole_numbers(file: Path, name: str) -> pa.DataType:
-    """The type of 64-bit integers that holds all numbers of a column of a text table; float64 if none does."""
+    """The 64-bit integer type that can represent all numbers of a column of a text table; float64 if none can."""
     for kind in (pa.int64(), pa.uint64()):
         try:
             for chunk in read_csv(file, [name]):
@@ -252,7 +252,7 @@ def _readable(file: Path, kind: str, remedy: str) -> Iterator[None]:
     """Context manager that converts errors of a file's contents into a ValueError with `remedy`.
 
     Raises:
-        OSError: an error of the machine (too many open files, too little memory, ...); names the file.
+        OSError: an error of the machine (too many open files, too little memory, ...); the message names the file.
     """
     try:
         with path_in_errors(file):
@@ -267,7 +267,7 @@ def _readable(file: Path, kind: str, remedy: str) -> Iterator[None]:
 def _open(file: Path) -> pq.ParquetFile:
     with _readable(file, "Parquet", "write it again"):
         opened = pq.ParquetFile(file, memory_map=False, pre_buffer=False)
-        assert opened.schema_arrow.names is not None  # decodes the names: raises here if one is not UTF-8
+        assert opened.schema_arrow.names is not None  # decodes the names, which raises an error if one is not UTF-8
         return opened
 
 
@@ -284,7 +284,7 @@ def column_names(file: Path, columns: Sequence[str] = ()) -> list[str]:
 
 
 def has_values(files: Sequence[Path], column: str) -> bool:
-    """True if all files have the column and it is not entirely null (by the statistics of Parquet's row groups)."""
+    """True if all files have the column and the statistics of Parquet's row groups do not show only nulls."""
     if not all(column in column_names(file) for file in files):
         return False
     return not all(file.suffix == ".parquet" and _only_nulls(_open(file), column) for file in files)
@@ -313,9 +313,9 @@ def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def identities(values: pa.ChunkedArray) -> np.ndarray:
-    """Ids as int64 [n]: the value of integers, also of integers stored as text; a 64-bit hash of all other ids.
+    """Ids as int64 [n]: integers, including integers stored as text, are kept; other ids become a 64-bit hash.
 
-    Among 10^7 users, the probability that two share a hash is 3e-6.
+    Among 10^7 users, the probability that two have the same hash is 3e-6.
     """
     if pa.types.is_integer(values.type) and not values.null_count:
         return values.to_numpy().astype(np.int64)
@@ -324,7 +324,7 @@ def identities(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
-    """The distinct values, null as None, and the index of each row's value among them [n]."""
+    """(distinct values, with None for null; index of each row's value in them [n])."""
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     found = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")

@@ -1,4 +1,4 @@
-"""Mapping of the columns of prediction files to their meaning, by options or by their standard names."""
+"""Mapping of the columns of prediction files to their roles, by options or by standard names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +16,13 @@ STANDARD_COLUMNS = {
     "history_length": "history_length",
     "item_is_cold": "item_is_cold",
 }
-"""Field of `ColumnLayout` → the column used for it if the first model's files have it."""
+"""Field of `ColumnLayout` → standard column, which is used if the first model's files have it."""
+
+RAW = "raw_"
+"""Prefix of the columns with probabilities before calibration."""
 
 NONE = "NONE"
-"""Value for a column that disables it, even if the files have it."""
+"""Value given instead of a column name to ignore the column even if the files have it."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,10 @@ class PredictionModel:
 
     name: str
     files: tuple[str | Path, ...]
-    """Files with the same rows as the first model's, in the same order unless rows are paired by key."""
+    """Files with the same rows as the first model's files, in the same order unless rows are paired by key."""
     score: str = "score"
     probability: str | None = None
-    """Column of probabilities, which may be the score's; None: no metrics of probabilities."""
+    """Column of probabilities, which may be the column of the scores; None: no metrics of probabilities."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class ColumnLayout:
     history_length: str | None = None
     item_is_cold: str | None = None
     slices: tuple[str, ...] = ()
-    """Further columns; each of their values is a slice."""
+    """Additional columns; each of their values is a slice."""
     tasks: dict[str, Literal["binary", "number"]] = field(default_factory=dict)
-    """Further tasks that the first model predicts, with columns `label_<task>` and `score_<task>`."""
+    """Additional tasks that the first model predicts, with columns `label_<task>` and `score_<task>`."""
 
     @property
     def all(self) -> list[str]:
@@ -59,17 +62,17 @@ class ColumnLayout:
 
 
 def label_of(task: str) -> str:
-    """Column of a further task's label."""
+    """Column of an additional task's label."""
     return f"label_{task}"
 
 
 def task_columns(task: str, kind: str) -> tuple[str, str]:
-    """Columns of a further task's score and of its prediction."""
+    """(column of an additional task's score, column of its prediction)."""
     return f"score_{task}", f"{'probability' if kind == 'binary' else 'prediction'}_{task}"
 
 
 def find_tasks(columns: Sequence[str]) -> dict[str, Literal["binary", "number"]]:
-    """The further tasks whose columns prediction files have, and their kinds."""
+    """Additional task -> kind, for the tasks whose columns are in `columns`."""
     found: dict[str, Literal["binary", "number"]] = {}
     kinds: tuple[Literal["binary", "number"], ...] = ("binary", "number")
     for column in columns:
@@ -94,7 +97,7 @@ def describe_predictions(
         paths: model → its files; the first model's contain the columns that models share.
         scores, probabilities: model → column, if it is not the standard one, or `NONE`.
         columns: field of `ColumnLayout` → column, or `NONE`.
-        slices: further columns; each of their values is a slice.
+        slices: additional columns; each of their values is a slice.
 
     Raises:
         ValueError: the files do not exist, or there is no column of labels.
@@ -104,11 +107,11 @@ def describe_predictions(
     for name, path in paths.items():
         score, probability = (scores or {}).get(name, "score"), (probabilities or {}).get(name)
         if probability is None and score == "score" and has_values(files[name], "probability"):
-            probability = "probability"  # with a score of another name, `probability` may belong to another model
+            probability = "probability"  # if the score has a different name, `probability` may belong to another model
         models.append(PredictionModel(name, (path,), score, None if probability == NONE else probability))
         # A calibrated run is listed with its probabilities after and before calibration; its scores are the same.
-        if probability == "probability" and has_values(files[name], "raw_probability"):
-            models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, "raw_probability"))
+        if probability == "probability" and has_values(files[name], f"{RAW}probability"):
+            models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, f"{RAW}probability"))
     found = column_names(next(iter(files.values()))[0])
     usual = {field: column for field, column in STANDARD_COLUMNS.items() if column in found}
     named = {field: column for field, column in (usual | dict(columns or {})).items() if column != NONE}

@@ -60,8 +60,10 @@ class PairedTables:
             for table in in_step(self._read(reader), group):
                 self._receive(name, table)
 
-    def batches(self, size: int) -> Iterator[Tables]:
+    def batches(self, size: int) -> Iterator[tuple[int, Tables]]:
         """Yield this rank's exposures, sorted by user and position within a bucket, at most `size` at a time.
+
+        With each its place in the bucket. Afterwards nothing is left in memory or on disk.
 
         Raises:
             ValueError: a model has an exposure twice, or only some of the models have it.
@@ -76,7 +78,11 @@ class PairedTables:
                 raise ValueError(self._difference(first, others))
             for start in range(0, keys[first].shape[1], size):
                 parts = {name: table.slice(start, size) for name, table in tables.items()}
-                yield {name: (part.drop_columns([ROW]), part[ROW].to_numpy()) for name, part in parts.items()}
+                yield (
+                    start,
+                    {name: (part.drop_columns([ROW]), part[ROW].to_numpy()) for name, part in parts.items()},
+                )
+        self._remove()
 
     def _read(self, reader: RowReader) -> Iterator[pa.Table]:
         """Yield this rank's share of a model's rows, with row numbers."""
@@ -112,6 +118,12 @@ class PairedTables:
         with self._path(name, bucket).open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
         self.spilled += table.nbytes
+
+    def _remove(self) -> None:
+        self._parts.clear()
+        for bucket in range(self._count):
+            for name in self._readers:
+                self._path(name, bucket).unlink(missing_ok=True)
 
     def _path(self, name: str, bucket: int) -> Path:
         return self._folder / f"paired-{list(self._readers).index(name)}-{bucket}"

@@ -1,4 +1,7 @@
-"""Validated rows of prediction files: labels, weights, scores of one or more models, users and slices."""
+"""Validated rows of prediction files: labels, weights, scores of one or more models, users and slices.
+
+The files are read once: every batch has the columns of the first label and of all further tasks.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Doubles
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
@@ -22,7 +27,7 @@ from hllm_torchrec.evaluation.prediction_files import (
     identities,
     seconds_of,
 )
-from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, label_of, task_columns
+from hllm_torchrec.evaluation.prediction_layout import RAW, ColumnLayout, PredictionModel, label_of, task_columns
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
 from hllm_torchrec.metrics.user_statistics import NO_USER
@@ -72,6 +77,18 @@ class RowBatch:
     """For each column, the names of its slices and the index of each row's slice [n], -1 for none."""
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """Rows that were read together, decoded for the first label and for each further task."""
+
+    start: int
+    """Number of the first row within the rank's share or, if rows are paired, within its bucket of users."""
+    first: RowBatch
+    tasks: dict[str, RowBatch | Doubles]
+    """Task → its rows, those whose label is defined. A binary task has no keys; one that predicts numbers has float64
+    [n, 2 + m]: label, weight (1 without weights), and the predictions of its m models."""
+
+
 class PredictionRows:
     """Reads the rows of all models together; every rank reads its own share."""
 
@@ -92,7 +109,7 @@ class PredictionRows:
             known_items: items of the training part (`known_items`); all others are cold, if no column says which items
                 are.
             paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
-                call of `batches` is then collective, because it pairs them.
+                call of `read` is then collective, because it pairs them.
             memory: bytes per rank for pairing.
             item_events: [N] number of training events by item id, where items are the ids of a dataset.
 
@@ -104,7 +121,6 @@ class PredictionRows:
         self._item_events = item_events
         self._paired, self._memory, self._folder = paired, memory, folder
         self._tables: PairedTables | None = None
-        self._task: str | None = None
         self.files = {model.name: find_files(model.files) for model in models}
         self._ids = {model.name: self._shared_ids(model.name) for model in models[1:]}
         self.readers = {}
@@ -117,9 +133,9 @@ class PredictionRows:
             # Shared columns are read from the first model only; labels and ids from all, to check that they agree.
             columns += layout.all if place == 0 else [layout.label, *self._ids[model.name]]
             columns += PAIR_COLUMNS if paired else ()
-            for task, kind in layout.tasks.items():
-                if self._predicts(model.name, task):
-                    columns += [label_of(task), *task_columns(task, kind)]
+            for task in layout.tasks:
+                if found := self._task_columns(model, task):
+                    columns += [label_of(task), *found]
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():
@@ -131,42 +147,28 @@ class PredictionRows:
         self.rows = first.rows
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
 
-    def _predicts(self, model: str, task: str) -> bool:
-        """True if a model's files have the columns of a further task."""
-        wanted = {label_of(task), *task_columns(task, self.layout.tasks[task])}
-        return all(wanted <= set(column_names(file)) for file in self.files[model])
+    def _task_columns(self, model: PredictionModel, task: str) -> tuple[str, str] | None:
+        """Columns of a model's score and prediction for a further task; None if its files lack them.
+
+        A model before calibration has the probabilities before calibration, and no further tasks that have none.
+        """
+        score, prediction = task_columns(task, self.layout.tasks[task])
+        if model.probability is not None and model.probability.startswith(RAW):
+            prediction = f"{RAW}{prediction}"
+        wanted = {label_of(task), score, prediction}
+        has = all(wanted <= set(column_names(file)) for file in self.files[model.name])
+        return (score, prediction) if has else None
 
     def of_task(self, task: str) -> "PredictionRows":
-        """The rows of a further task, of the models that predict it: those whose label is defined.
-
-        The result shares the open files and the pairing of this object: call `batches` of this object first.
-        """
-        own, kind = copy(self), self.layout.tasks[task]
-        score, prediction = task_columns(task, kind)
-        own._task, own.layout = task, replace(self.layout, label=label_of(task), slices=())
+        """The label, models and columns of a further task: of the models that predict it. It shares the open files."""
+        own, binary = copy(self), self.layout.tasks[task] == "binary"
+        own.layout = replace(self.layout, label=label_of(task), tasks={})
         own.models = [
-            replace(model, score=score, probability=prediction if kind == "binary" else None)
+            replace(model, score=found[0], probability=found[1] if binary else None)
             for model in self.models
-            if self._predicts(model.name, task)
+            if (found := self._task_columns(model, task))
         ]
         return own
-
-    def numbers(self, rank: int, world_size: int, size: int) -> Iterator[np.ndarray]:
-        """Label, weight (1 without weights) and each model's prediction of a task that predicts numbers: [n, 2 + m].
-
-        Like `batches`, for the rank's share; rows whose label is not defined or whose weight is 0 are left out.
-        """
-        assert self._task is not None
-        prediction = task_columns(self._task, "number")[1]
-        for read in self._read(rank, world_size, size):
-            tables = {name: table for name, (table, _) in read.items()}
-            rows = {name: numbers for name, (_, numbers) in read.items()}
-            table = tables[self.models[0].name]
-            labels = table[self.layout.label].to_numpy()
-            weights = self._weights(table, rows) if self.layout.weight else np.ones(len(labels))
-            columns = [self._numbers(model.name, tables[model.name], prediction, rows) for model in self.models]
-            kept = ~np.isnan(labels) & (weights > 0)
-            yield np.stack([labels, weights, *columns], axis=1).astype(np.float64)[kept]
 
     def _shared_ids(self, name: str) -> list[str]:
         """Columns of ids in a model's files that must equal the first model's, row by row."""
@@ -184,8 +186,8 @@ class PredictionRows:
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
         return np.dtype(np.float32 if small else np.float64)
 
-    def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
-        """Iterate over the rank's share of the rows in batches of at most `size` rows.
+    def read(self, rank: int, world_size: int, size: int) -> Iterator[ReadRows]:
+        """Read the rank's share of the rows, at most `size` at a time.
 
         The share is a contiguous range of rows or, if rows are paired, the rows of some users. Collective at the
         first call if rows are paired.
@@ -193,10 +195,17 @@ class PredictionRows:
         Raises:
             ValueError: a bad value, with its file and row.
         """
-        return map(self._batch, self._read(rank, world_size, size))
+        tasks = {task: self.of_task(task) for task in self.layout.tasks}
+        for start, tables in self._tables_of(rank, world_size, size):
+            every = self._batch(tables)
+            of_tasks = {
+                task: own._task_batch(tables, every) if kind == "binary" else own._task_numbers(tables, every, task)
+                for (task, kind), own in zip(self.layout.tasks.items(), tasks.values(), strict=True)
+            }
+            yield ReadRows(start, _weighed(every), of_tasks)
 
-    def _read(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
-        """The tables of `batches`."""
+    def _tables_of(self, rank: int, world_size: int, size: int) -> Iterator[tuple[int, Tables]]:
+        """(number of the first row, see `ReadRows`; the tables)."""
         if not self._paired:
             return self._stretches(rank, world_size, size)
         if self._tables is None:
@@ -208,32 +217,25 @@ class PredictionRows:
         """Number of bytes written to disk on this rank."""
         return self._tables.spilled if self._tables else 0
 
-    def _stretches(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
+    def _stretches(self, rank: int, world_size: int, size: int) -> Iterator[tuple[int, Tables]]:
         # Row i of every file belongs together: all models read the same range, in batches of the same size.
         low, high = self.rows * rank // world_size, self.rows * (rank + 1) // world_size
         streams = [self.readers[model.name].batches(low, high, size) for model in self.models]
+        start = 0
         for tables in zip(*streams, strict=True):
-            rows = np.arange(low, low + len(tables[0]))
-            yield {name: (table, rows) for name, table in zip(self.readers, tables)}
-            low += len(rows)
+            rows = np.arange(low + start, low + start + len(tables[0]))
+            yield start, {name: (table, rows) for name, table in zip(self.readers, tables)}
+            start += len(rows)
 
     def _batch(self, read: Tables) -> RowBatch:
+        """All rows, those of weight 0 included."""
         first, layout = self.models[0], self.layout
-        tables = {name: table for name, (table, _) in read.items()}
-        rows = {name: numbers for name, (_, numbers) in read.items()}
+        tables, rows = _unzipped(read)
         table = tables[first.name]
-        if self._task is not None:
-            read = self._defined(read)
-            tables = {name: table for name, (table, _) in read.items()}
-            rows, table = {name: numbers for name, (_, numbers) in read.items()}, tables[first.name]
         is_positive = self._labels(tables, rows)
         weights = self._weights(table, rows) if layout.weight else None
         scores = {model.name: self._scores(model, tables[model.name], rows) for model in self.models}
-        probabilities = {
-            model.name: self._probabilities(model, tables[model.name], rows)
-            for model in self.models
-            if model.probability
-        }
+        probabilities = self._all_probabilities(tables, rows)
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
         self._check_ids(tables, {layout.user: users, layout.item: items}, rows)
@@ -242,16 +244,38 @@ class PredictionRows:
         slices = self._slices(table, rows, items)
         if users is not None and (null := table[layout.user].is_null().to_numpy()).any():
             users = np.where(null, NO_USER + rows[first.name], users)
-        batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
-        return batch if weights is None or weights.all() else _without(batch, weights > 0)
+        return RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
 
-    def _defined(self, read: Tables) -> Tables:
-        """The rows where the task's label is a number in the first model's files, of the models that predict it."""
-        first = read[self.models[0].name][0]
-        kept = ~np.isnan(first[self.layout.label].to_numpy())
+    def _task_batch(self, read: Tables, every: RowBatch) -> RowBatch:
+        """The rows of a binary task (`of_task`); every: all rows of the first label."""
+        defined, kept = self._defined(read)
+        tables, rows = _unzipped(defined)
+        is_positive = self._labels(tables, rows)
+        weights, users = (None if column is None else column[kept] for column in (every.weights, every.users))
+        scores = {model.name: self._scores(model, tables[model.name], rows) for model in self.models}
+        probabilities, table = self._all_probabilities(tables, rows), tables[self.models[0].name]
+        items = None if self._known_items is None else self._identities(table, self.layout.item)
+        slices = self._slices(table, rows, items)
+        no_keys = np.empty(0, np.uint64)
+        return _weighed(RowBatch(is_positive, weights, scores, probabilities, users, no_keys, slices))
+
+    def _task_numbers(self, read: Tables, every: RowBatch, task: str) -> Doubles:
+        """The rows of a task that predicts numbers (`of_task`): see `ReadRows`."""
+        defined, kept = self._defined(read)
+        tables, rows = _unzipped(defined)
+        labels = self._equal_labels(tables, rows)
+        weights = np.ones(len(labels)) if every.weights is None else every.weights[kept]
+        prediction = task_columns(task, "number")[1]
+        columns = [self._numbers(model.name, tables[model.name], prediction, rows) for model in self.models]
+        return np.stack([labels, weights, *columns], axis=1).astype(np.float64)[weights > 0]
+
+    def _defined(self, read: Tables) -> tuple[Tables, NDArray[np.bool_]]:
+        """The rows where the label is a number in the first model's files, of all models; and their mask."""
+        first = self.models[0].name
+        kept = ~np.isnan(self._values(first, read[first][0], self.layout.label))
         mask = pa.array(kept)
         names = [model.name for model in self.models]
-        return {name: (read[name][0].filter(mask), read[name][1][kept]) for name in names}
+        return {name: (read[name][0].filter(mask), read[name][1][kept]) for name in names}, kept
 
     def _identities(self, table: pa.Table, column: str | None) -> np.ndarray | None:
         if not column:
@@ -262,15 +286,20 @@ class PredictionRows:
             return identities(table[column])
 
     def _labels(self, tables: Mapping[str, pa.Table], rows: Rows) -> np.ndarray:
-        columns = {name: self._numbers(name, table, self.layout.label, rows) for name, table in tables.items()}
         first = self.models[0].name
-        labels = columns[first]
+        labels = self._numbers(first, tables[first], self.layout.label, rows)
         good = (labels == 0) | (labels == 1)
         self._check(first, self.layout.label, labels, good, rows, "a label is 0 or 1; remove the row")
+        return self._equal_labels(tables, rows) == 1
+
+    def _equal_labels(self, tables: Mapping[str, pa.Table], rows: Rows) -> np.ndarray:
+        """The first model's labels, which the files of all models must have."""
+        columns = {name: self._numbers(name, table, self.layout.label, rows) for name, table in tables.items()}
+        first = self.models[0].name
         for name, other in columns.items():
             rule = f"it differs from the files of {first!r}; {self._remedy}"
-            self._check(name, self.layout.label, other, other == labels, rows, rule)
-        return labels == 1
+            self._check(name, self.layout.label, other, other == columns[first], rows, rule)
+        return columns[first]
 
     @property
     def _remedy(self) -> str:
@@ -319,6 +348,10 @@ class PredictionRows:
             self._check(model.name, model.score, scores, exact, rows, rule)
         return scores.astype(kind, copy=False)
 
+    def _all_probabilities(self, tables: Mapping[str, pa.Table], rows: Rows) -> dict[str, np.ndarray]:
+        having = [model for model in self.models if model.probability]
+        return {model.name: self._probabilities(model, tables[model.name], rows) for model in having}
+
     def _probabilities(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
         assert model.probability
         values = self._numbers(model.name, table, model.probability, rows).astype(np.float64)
@@ -328,17 +361,20 @@ class PredictionRows:
 
     def _numbers(self, name: str, table: pa.Table, column: str, rows: Rows) -> np.ndarray:
         """A numeric column in its own type; raises ValueError for nulls and NaN."""
+        array = self._values(name, table, column)
+        if array.dtype.kind == "f":
+            rule = "it must be a number (infinities are allowed in scores); remove the row, or correct the model"
+            self._check(name, column, array, ~np.isnan(array), rows, rule)
+        return array
+
+    def _values(self, name: str, table: pa.Table, column: str) -> np.ndarray:
+        """A numeric column in its own type, with NaN for nulls."""
         values = table[column]
         kind = values.type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
             raise ValueError(f"{self.readers[name].files[0]}: column {column!r} is {kind}; it must hold numbers")
         array = np.asarray(values.to_numpy())  # nulls become NaN
-        if array.dtype.kind not in "fiu":
-            array = array.astype(np.float64)
-        if array.dtype.kind == "f" or values.null_count:
-            rule = "it must be a number (infinities are allowed in scores); remove the row, or correct the model"
-            self._check(name, column, array, ~np.isnan(array), rows, rule)
-        return array
+        return array if array.dtype.kind in "fiu" else array.astype(np.float64)
 
     def _check(self, name: str, column: str, values: np.ndarray, good: np.ndarray, rows: Rows, rule: str) -> None:
         if not good.all():
@@ -439,6 +475,16 @@ def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
     return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
 
 
+def _unzipped(read: Tables) -> tuple[dict[str, pa.Table], Rows]:
+    """(Model → its rows, model → their numbers)."""
+    return {name: table for name, (table, _) in read.items()}, {name: rows for name, (_, rows) in read.items()}
+
+
+def _weighed(batch: RowBatch) -> RowBatch:
+    """The batch without rows of weight 0."""
+    return batch if batch.weights is None or batch.weights.all() else _without(batch, batch.weights > 0)
+
+
 def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:
     """The batch with the rows in the mask `kept` (bool [n]) only."""
 
@@ -451,6 +497,6 @@ def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:
         {name: values[kept] for name, values in batch.scores.items()},
         {name: values[kept] for name, values in batch.probabilities.items()},
         pick(batch.users),
-        batch.keys[kept],
+        batch.keys[kept] if batch.keys.size else batch.keys,
         [(names, codes[kept]) for names, codes in batch.slices],
     )

@@ -1,4 +1,4 @@
-"""Regression gate for a model repository: tests whether AUC or GAUC is worse than a baseline's by more than chance."""
+"""Regression gate for a model repository: tests whether AUC or GAUC is lower than a baseline's by more than chance."""
 
 import math
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ class Verdict:
     max_drop: float
     """The allowed drop."""
     status: str
-    """`pass`: the drop is at most the allowed one. `fail`: it is larger, and its interval lies above 0.
-    `unsure`: it is larger, but its interval contains 0, or there is none."""
+    """`pass`: the drop is at most `max_drop`. `fail`: the drop is larger, and its interval is above 0. `unsure`: the
+    drop is larger, but its interval contains 0, or there is no interval."""
     drop: float
     low: float
     high: float
-    """95% interval of the drop; NaN without one."""
+    """95% interval of the drop; NaN without an interval."""
     text: str
 
     @property
@@ -53,29 +53,32 @@ def judge(
     limits: Mapping[str, float | None],
     tasks: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The worst verdict of `compare_with_baseline` over metrics, with the texts of all.
+    """The worst verdict of `compare_with_baseline` over several metrics, with the texts of all verdicts.
 
-    limits: "auc" or "gauc" -> largest allowed drop; None: the metric is not judged. tasks: further task -> largest
+    limits: "auc" or "gauc" -> maximum allowed drop; None: the metric is not judged. tasks: additional task -> maximum
     allowed drop of its AUC, or of its XAUC if it predicts numbers.
 
     Raises:
-        ValueError: as `compare_with_baseline`; a task that was not evaluated.
+        ValueError: see `compare_with_baseline`; or a task was not evaluated.
     """
     found = [compare_with_baseline(metrics, baseline, limit, key) for key, limit in limits.items() if limit is not None]
     for task, limit in (tasks or {}).items():
-        own = _of_task(metrics, task, "the evaluation")
-        key = "auc" if own["tasks"][task]["kind"] == "binary" else "xauc"
-        found.append(compare_with_baseline(own, baseline, limit, key, task))
-    worst = max(found, key=lambda verdict: _SEVERITY.index(verdict.status))  # the first of equals
+        of_task = _of_task(metrics, task, "the evaluation")
+        key = "auc" if of_task["tasks"][task]["kind"] == "binary" else "xauc"
+        found.append(compare_with_baseline(of_task, baseline, limit, key, task))
+    worst = max(found, key=lambda verdict: _SEVERITY.index(verdict.status))  # the first one if several are equal
     return replace(worst, text="; ".join(verdict.text for verdict in found))
 
 
 def _of_task(metrics: Mapping[str, Any], task: str, place: object) -> dict[str, Any]:
-    """The content of a `metrics.json` with the models of a further task in the place of the first label's."""
+    """The content of a `metrics.json` in which the models of a task replace those of the first label."""
     tasks = metrics.get("tasks") or {}
     if task not in tasks:
         has = ", ".join(tasks) or "none"
-        raise ValueError(f"--max-task-drop: {place} has no task {task!r}{did_you_mean(task, tasks)}; it has {has}")
+        raise ValueError(
+            f"--max-task-drop: {place} has no task {task!r}{did_you_mean(task, tasks)}; it has {has}; the first "
+            "label has --max-drop"
+        )
     return {**metrics, **tasks[task]}
 
 
@@ -86,15 +89,15 @@ def compare_with_baseline(
 
     Args:
         metrics: the content of a `metrics.json` (`offline_evaluation.evaluate_predictions`).
-        baseline: a `metrics.json`, whose interval is combined with the new one as if the samples were independent
-            (too wide, because both must have scored the same rows); or the name of another model in `metrics`,
-            whose rows are paired.
+        baseline: a `metrics.json`, whose interval is combined with the new one as if the samples were independent (too
+            wide, because both must have scored the same rows); or the name of another model in `metrics`, whose rows
+            are paired.
         max_drop: maximum allowed drop (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
-        key: "auc", "gauc", or "xauc", which has no interval: a drop above the allowed one is never more than unsure.
-        task: further task whose models `metrics` has; None: the first label.
+        key: "auc", "gauc", or "xauc", which has no interval, so that a drop above `max_drop` is always "unsure".
+        task: additional task whose models are in `metrics`; None: the first label.
 
     Raises:
-        ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or a metric is
+        ValueError: max_drop is negative or NaN, the baseline does not exist or has different rows, or a metric is
             undefined.
     """
     if not max_drop >= 0:  # also refuses NaN
@@ -117,18 +120,18 @@ def compare_with_baseline(
 
 
 def _paired_interval(pair: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
-    """95% interval of the drop of the metric on the same rows, and how it was found."""
+    """(95% interval of the metric's drop on the same rows, description of the method)."""
     kind = "gauc" if key == "gauc" else "clustered" if pair.get("clustered_low") is not None else "delong"
-    # The pair says by how much the baseline exceeds the reference model, which is the drop.
+    # The paired difference is baseline minus reference model, which is the drop.
     return (_number(pair[f"{kind}_low"]), _number(pair[f"{kind}_high"])), f"paired on the same rows, {_UNITS[kind]}"
 
 
 def _interval(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
-    """95% interval of the metric's drop for independent samples, and how it was found."""
+    """(95% interval of the metric's drop for independent samples, description of the method)."""
     kind = "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
-    if key == "gauc":  # a metrics.json of an earlier version has no error of it
+    if key == "gauc":  # a metrics.json of an earlier version has no standard error of GAUC
         kind, other = "gauc", {"gauc_se": None, **other}
-    # Standard errors of independent estimates add in squares.
+    # The variance of the difference of independent estimates is the sum of their variances.
     half = normal_quantile(0.95) * math.hypot(_number(own[f"{kind}_se"]), _number(other[f"{kind}_se"]))
     drop = other[key] - own[key]
     return (drop - half, drop + half), f"not paired, {_UNITS[kind]}"
@@ -147,7 +150,7 @@ def _verdict(
     max_drop: float,
     how: str,
 ) -> Verdict:
-    """Verdict on (name, metric) of two models."""
+    """Verdict on two models, each given as (name, metric)."""
     drop, (low, high) = baseline[1] - judged[1], interval
     if drop <= max_drop:
         status = "pass"
@@ -169,7 +172,7 @@ def _verdict(
 
 
 def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) -> Mapping[str, Any] | None:
-    """The reference model's block of a baseline `metrics.json`; raises ValueError if it has other rows."""
+    """The reference model's block of a baseline `metrics.json`; raises ValueError if it has different rows."""
     if not path.is_file():
         hint = did_you_mean(str(path), metrics["models"])
         raise ValueError(f"--baseline {path} is neither a file nor a compared model{hint}; name a metrics.json")
@@ -187,7 +190,7 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) ->
 
 
 def _defined(block: Mapping[str, Any] | None, key: str, what: str) -> Mapping[str, Any]:
-    """The block, which must have the metric."""
+    """Return the block. Raises ValueError if the metric is undefined."""
     if not block or block.get(key) is None:
         needs = {"auc": "rows of both classes", "xauc": "different labels"}
         needs |= {"gauc": "users (--user) with rows of both classes"}

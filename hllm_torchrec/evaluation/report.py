@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page that loads nothing from the network.
+"""Report of a run: one self-contained HTML page that loads nothing from the network.
 
 The template of the page is `report.html.j2`; this module computes its contents.
 """
@@ -31,7 +31,7 @@ from hllm_torchrec.metrics.registry import METRICS
 LOSSES = {"loss": "loss", "loss_cls": "classification loss", "loss_gen": "generative loss"}
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
-"""Header and rows, as texts."""
+"""(header, rows), all cells as text."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class TrainingLog:
     """Contents of a training log (`log.jsonl`)."""
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Step → its last line; a resumed run logs some steps again."""
+    """Step → its last line in the log; a resumed run logs some steps again."""
     evaluations: dict[tuple[str, int], float] = field(default_factory=dict)
-    """(split, step) → AUC, the last of each."""
+    """(split, step) → the last logged AUC."""
     unreadable: list[int] = field(default_factory=list)
-    """Numbers of the lines that are not JSON objects, such as an incomplete line of a killed run."""
+    """Numbers of the lines that are not JSON objects with an event, such as an incomplete line of a killed run."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -57,8 +57,8 @@ def write_report(run_dir: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        ValueError: the directory has neither metrics nor a log, or its `metrics.json` is damaged, has another schema
-            version or does not have a required field.
+        ValueError: the directory has neither metrics nor a log, or its `metrics.json` is damaged, has an unsupported
+            schema version or does not have a required field.
     """
     run_dir = Path(run_dir)
     file, config = run_dir / "metrics.json", run_dir / "config.yaml"
@@ -114,7 +114,7 @@ def read_training_log(path: Path) -> TrainingLog:
 
 
 def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables and figures of the models, the reference first, which is the order of the colors in every figure."""
+    """Tables and figures of the models; the reference comes first, and every figure uses the same order of colors."""
     found, reference = metrics.get("models") or {}, metrics.get("reference")
     models = {name: found[name] for name in sorted(found, key=lambda name: name != reference)}
     order, probability = _metric_tables(models)
@@ -135,7 +135,7 @@ def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task_tables(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of a further task: like the first label's for a binary one, else one of regression metrics."""
+    """Tables of an additional task: those of the first label if it is binary, else a table of regression metrics."""
     models = task["models"]
     if task["kind"] != "binary":
         names = list(dict.fromkeys(key for model in models.values() for key in model))
@@ -146,7 +146,7 @@ def _task_tables(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metric_tables(models: Mapping[str, Any]) -> tuple[Table, Table]:
-    """Two tables with a row per model: AUC and single-number metrics of scores; all other metrics of the registry."""
+    """Two tables with a row per model: (AUC and single-number metrics of scores, all other metrics of the registry)."""
     order: dict[str, list[str]] = {
         "AUC": [format_number(model["auc"]) for model in models.values()],
         "95% (DeLong)": [format_interval(model["auc_low"], model["auc_high"]) for model in models.values()],

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-"""Okabe and Ito's colors, which color-blind readers can distinguish; models beyond seven get other dashes."""
+"""Okabe and Ito's colors, which color-blind readers can distinguish; from the eighth model on, lines are dashed."""
 
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT = "#333333", "#D9D9D9"
@@ -49,7 +49,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "hllm_torchrec",  # the same figure gives the same bytes
     "text.color": INK,
-    "text.parse_math": False,  # a `$` in a model's name is a `$`
+    "text.parse_math": False,  # show a `$` in a model's name as it is
     "xtick.color": INK,
     "ytick.color": INK,
 }
@@ -82,7 +82,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Interval:
-    """One named line with intervals: (value, low, high) at each place, None for missing values."""
+    """One named line with intervals: (value, low, high) at each position, None for missing values."""
 
     name: str
     points: Sequence[tuple[float | None, float | None, float | None]]
@@ -100,7 +100,7 @@ def line_panels(panels: Sequence[Series], label: str) -> Svg:
             axis.plot(x, y, color=PALETTE[0], alpha=0.3 if window > 1 else 1.0, linewidth=1)
             if window > 1:
                 means = np.convolve(y, np.full(window, 1 / window), "valid")
-                axis.plot(x[window // 2 :][: len(means)], means, color=PALETTE[0])  # centered: it does not lag
+                axis.plot(x[window // 2 :][: len(means)], means, color=PALETTE[0])  # centered, so that it does not lag
             axis.set(title=_short(series.name), xlabel="training step")
         return _svg(figure, "training", label)
 
@@ -119,7 +119,7 @@ def step_lines(lines: Sequence[Series], y_label: str, label: str) -> Svg:
 
 
 def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: str, label: str, identifier: str) -> Svg:
-    """Lines over named places (days) with intervals as bands; a place without a value is a gap."""
+    """Lines over named positions (days), with intervals as bands; a position without a value is a gap."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.2 + LEGEND_LINE * len(lines)))
         axis = figure.subplots()
@@ -245,7 +245,7 @@ def _svg(figure: Figure, identifier: str, label: str) -> Svg:
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # an HTML parser knows both
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # not needed in HTML, whose parsers know both namespaces
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r'\bid="', f'id="{identifier}-', text)
     text = re.sub(r'\bhref="#', f'href="#{identifier}-', text)

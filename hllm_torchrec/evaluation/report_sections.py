@@ -19,7 +19,7 @@ from hllm_torchrec.evaluation.report_figures import (
 )
 
 MAX_DRAWN = 40
-"""Maximum number of slices in the figure; the table has all."""
+"""Maximum number of slices in the figure; the table has all slices."""
 
 CURVES = {
     "roc": ("ROC curve and AUC", "auc", "false_positive_rate", "true_positive_rate"),
@@ -101,7 +101,7 @@ def time_figure(models: Mapping[str, Any]) -> Svg | str:
 
 
 def slice_parts(models: Mapping[str, Any]) -> tuple[tuple[Sequence[str], list[Sequence[str]]], Svg | str]:
-    """Table and figure of the AUC by slice, without the days, which `time_figure` shows."""
+    """Table and figure of the AUC by slice, without the days, which are in `time_figure`."""
     names = dict.fromkeys(name for model in models.values() for name in model.get("slices") or {})
     groups: dict[str, list[Estimate]] = {}
     rows: list[Sequence[str]] = []

@@ -1,8 +1,8 @@
 """Comparison of retrieval models: Recall@K and NDCG@K with intervals over users, for one or more seeds per model.
 
-Reads the targets' ranks that `hllm evaluate` and `hllm retrieval` write. An estimate is the mean over seeds of the
-mean over targets. Its interval resamples users, each with all targets and seeds, because users and not seeds cause
-most of the uncertainty here; the standard deviation over seeds is reported in addition.
+Reads the targets' ranks that `hllm evaluate` and `hllm retrieval` write. An estimate is the mean over seeds of the mean
+over targets. Its interval is computed by resampling users, each with all targets and seeds, because most of the
+uncertainty comes from the users, not the seeds. The standard deviation over seeds is reported in addition.
 
 Legend: X targets, U users, R seeds.
 """
@@ -21,7 +21,7 @@ from hllm_torchrec.metrics.bootstrap import percentile_interval
 
 @dataclass(frozen=True)
 class TargetRanks:
-    """Ranks of targets, sorted by (user_id, position); each array is [X], rank 1 is best."""
+    """Ranks of targets, sorted by (user_id, position); each array is [X]; rank 1 is the best."""
 
     user_id: Ints
     position: Ints
@@ -30,7 +30,7 @@ class TargetRanks:
 
 @dataclass(frozen=True)
 class MetricEstimate:
-    """Estimate of a metric: mean over seeds, 95% interval over users, standard deviation over seeds (None for one)."""
+    """Estimate of a metric: mean over seeds, 95% interval over users, deviation over seeds (None for one seed)."""
 
     mean: float
     low: float
@@ -62,7 +62,7 @@ def gains(rank: Ints, metric: str) -> Doubles:
     With one relevant item per target, recall@K is 1 and ndcg@K is 1 / log2(rank + 1) if rank <= K, else 0.
 
     Raises:
-        ValueError: another metric.
+        ValueError: the metric is not one of these.
     """
     name, _, cut = metric.partition("@")
     if name not in ("recall", "ndcg") or not cut.isdigit() or int(cut) < 1:
@@ -83,7 +83,7 @@ def compare_models(
     Args:
         models: name -> directories of ranks, one per seed.
         metrics: `recall@K`, `ndcg@K`.
-        reference: model that the others are compared with; None: the first.
+        reference: model with which the others are compared; None: the first model.
         draws: number of resamples of the users.
         seed: seed of the resamples, which are the same for every model.
 
@@ -92,7 +92,7 @@ def compare_models(
         differences.
 
     Raises:
-        ValueError: a model has other targets than the reference, or a directory is invalid.
+        ValueError: a model's targets differ from those of the reference, or a directory is invalid.
     """
     base = next(iter(models)) if reference is None else reference
     read = {name: [read_target_ranks(path) for path in paths] for name, paths in models.items()}
@@ -122,7 +122,7 @@ def _draws(users: Ints, draws: int, seed: int) -> Doubles:
 
 
 def _figure(rows: Doubles, users: Ints, weights: Doubles) -> MetricEstimate:
-    """Estimate from the contributions rows [R, X] of the targets of users [X] (indices from 0); weights [draws, U]."""
+    """Estimate from contributions `rows` [R, X]; users: [X] user index per target; weights: [draws, U] resamples."""
     # A resample's mean over targets is a ratio of sums over users, since users have different numbers of targets.
     of_users = np.bincount(users, rows.mean(0))
     low, high = percentile_interval((weights @ of_users) / (weights @ np.bincount(users).astype(np.float64)))

@@ -43,7 +43,7 @@ from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
-"""Bytes for the search for exposures that are also in the training part."""
+"""Memory in bytes for the search for exposures that are also in the training part."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class RunScores:
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:
-    """The resolved configuration of a run directory, with the paths of what exists here: see `with_found_paths`.
+    """The resolved configuration of a run directory, with paths changed to existing ones (`with_found_paths`).
 
     Args:
-        dataset: another dataset to read, in its newest version; None: the run's.
+        dataset: dataset to read instead, in its newest version; None: the run's dataset.
 
     Raises:
-        ValueError: `run` is not a run directory, or a directory that its configuration names does not exist.
+        ValueError: `run` is not a run directory, or a directory in its configuration does not exist.
     """
     run = local_run(run)
     path = run / "config.yaml"
@@ -87,7 +87,7 @@ def run_config(run: Path, dataset: Path | None = None) -> Config:
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The "best" (on validation) or "latest" checkpoint of a run, or the directory `which`. Collective.
+    """Path of the "best" (on validation) or "latest" checkpoint of a run, or of the directory `which`. Collective.
 
     Raises:
         ValueError: there is no such checkpoint, or the directory is damaged.
@@ -108,9 +108,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
 class LoadedRun:
     """A run's model with the weights of a checkpoint.
 
-    weights: context manager in which the model has its evaluation weights (the averaged ones of `optim.ema`).
-    began: version and fingerprint of the dataset that it was trained on; None: not known. fingerprint:
-    `weights_fingerprint` of the checkpoint, which its run may have removed since.
+    weights: context manager in which the model has its evaluation weights (with `optim.ema`, the averages). began:
+    version and fingerprint of the dataset that the run was trained on; None: unknown. fingerprint:
+    `weights_fingerprint` of the checkpoint, stored because the run may remove the checkpoint.
     """
 
     experiment: Experiment
@@ -133,13 +133,14 @@ def load_run(
     """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
     Args:
-        config: configuration; None: the run's. A configuration that changes only the parallelization also loads.
-        dataset: dataset to read instead of the run's; its ids must continue those of the run.
-        use_items: fill the table of a run with stored item embeddings; without it the model can only embed items.
+        config: configuration; None: that of the run. A configuration may differ from it in the parallelization.
+        dataset: dataset to read instead of the run's; its ids must be the run's ids, possibly followed by new ones.
+        use_items: for a run with stored item embeddings: fill the table of items; without it the model can only embed
+            items.
 
     Raises:
-        ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of another model or has other ids
-            than the dataset, or the item store does not have all items.
+        ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of a different model or its ids do
+            not fit the dataset, or the item store does not have all items.
     """
     config = config or run_config(run, dataset)
     checkpoint = find_checkpoint(run, which)
@@ -151,7 +152,7 @@ def load_run(
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))
 
-    # The model takes long to build, and the run may have pruned the checkpoint meanwhile: then choose again.
+    # Building the model takes long, and the run may have pruned the checkpoint meanwhile; then select one again.
     still_there = iter([checkpoint])
     loaded = read_checkpoint(lambda: next(still_there, None) or find_checkpoint(run, which), load)
     if use_items and takes_stored_items(config):
@@ -165,10 +166,10 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
     Averaged weights (`optim.ema`) are used if the run has them, as in the evaluation during training.
 
     Args:
-        dataset: dataset whose split is scored; None: the newest version of the run's.
+        dataset: dataset whose split is scored; None: the dataset of the run's configuration.
 
     Raises:
-        ValueError: as `load_run`, or the split is empty.
+        ValueError: see `load_run`; or the split is empty.
     """
     loaded, run = load_run(run, which, device, dataset=dataset), local_run(run)
     experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
@@ -191,17 +192,17 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
 
 
 def _trained_on(loaded: LoadedRun, given: Path | None) -> Dataset:
-    """See `RunScores.trained_on`. given: the dataset that was named instead of the run's."""
+    """Value of `RunScores.trained_on`. given: the dataset that is read instead of the run's, or None."""
     scored, began = loaded.experiment.dataset, loaded.began
     if began is None or began == {"version": scored.version, "fingerprint": scored.fingerprint}:
         return scored
-    if url_of(loaded.experiment.config.data.dataset) is not None:  # another version would be fetched whole
+    if url_of(loaded.experiment.config.data.dataset) is not None:  # another version would have to be fetched completely
         return scored
     try:
         found = Dataset.open(scored.root, int(began["version"]))
     except ValueError:
         return scored
-    # Forgetting changes fingerprints, so for the run's own dataset the number of the version decides.
+    # Forgetting changes fingerprints, so for the run's own dataset only the version number is compared.
     return found if given is None or found.fingerprint == began["fingerprint"] else scored
 
 
@@ -224,7 +225,7 @@ def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
 
 
 def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int, dict[str, Any] | None]:
-    """Load the weights; return the context manager with the evaluation weights, the checkpoint's step and dataset."""
+    """Load the weights; returns (context manager with the evaluation weights, the checkpoint's step, its dataset)."""
     state: dict[str, Any] = {"model": experiment.model_state()}
     weights: AbstractContextManager[None] = nullcontext()
     if experiment.config.optim.ema:

@@ -14,7 +14,7 @@ from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, ide
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout
 
 SMALL_CLASS = 30
-"""A slice with fewer rows of a class is reported as tiny: its interval is wide and relies on an approximation."""
+"""A slice with fewer rows of one class is reported as tiny: its interval is wide, and an approximation."""
 
 FEW_USERS = 50
 SUSPICIOUS_AUC = 0.99
@@ -46,14 +46,16 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
             "training part too; a model may know their labels."
         )
     for name, model in metrics["models"].items():
-        if model["auc"] is None:
-            found.append(f"{name}: no AUC, the rows are of one class only.")
-        elif model["auc"] > SUSPICIOUS_AUC:
+        found += _model_warnings(name, model, metrics.get("weighted", False))
+    for task, block in (metrics.get("tasks") or {}).items():
+        if block["kind"] == "binary":
+            for name, model in block["models"].items():
+                found += _model_warnings(f"task {task}, {name}", model, block.get("weighted", False))
+        elif "rows_ranked" in block:
             found.append(
-                f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
-                "that is known only after the label, or training on these rows."
+                f"task {task}: Spearman and XAUC are of {block['rows_ranked']:,} random rows of {block['rows']:,}, as "
+                "many as --memory holds."
             )
-        found += _off_calibration(name, model, metrics.get("weighted", False))
     found += _alike_rows(metrics)
     left_out = (metrics.get("bootstrap") or {}).get("left_out")
     if left_out:
@@ -69,11 +71,24 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
     return found
 
 
+def _model_warnings(name: str, model: Mapping[str, Any], weighted: bool) -> list[str]:
+    """Warnings about a model's metrics on one label."""
+    found = []
+    if model["auc"] is None:
+        found.append(f"{name}: no AUC, the rows are of one class only.")
+    elif model["auc"] > SUSPICIOUS_AUC:
+        found.append(
+            f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
+            "that is known only after the label, or training on these rows."
+        )
+    return found + _off_calibration(name, model, weighted)
+
+
 def _off_calibration(name: str, model: Mapping[str, Any], weighted: bool) -> list[str]:
     """A warning if the sum of probabilities differs from the number of positives by more than its 95% interval.
 
-    The sum's error is that of the rows' residuals, sqrt(rows * Brier); with weights, whose squares are not known here,
-    twice as much is allowed.
+    The standard error of the sum is estimated from the rows' residuals, sqrt(rows * Brier). With weights, whose squares
+    are not known here, twice this error is allowed.
     """
     ratio, brier, positives = (model.get(key) for key in ("calibration", "brier", "positives"))
     if ratio is None or brier is None or not positives:
@@ -124,7 +139,7 @@ def file_overlap(
 ) -> Overlap:
     """Compare the exposures of prediction files with training files that have the same columns. Collective.
 
-    If both have the column of times, it is part of the key: without it a repeated purchase counts as an overlap.
+    The column of times is part of the key if both have it; without it, a repeated purchase counts as an overlap.
 
     Raises:
         ValueError: the layout or the files do not have columns of users and items.
@@ -147,7 +162,7 @@ def file_overlap(
 
 
 def own_rows(rows: int) -> tuple[int, int]:
-    """(first, end) of this rank's share of `rows` rows."""
+    """(first, end) of this rank's range of `rows` rows."""
     rank, ranks = group_rank(), world_size()
     return rows * rank // ranks, rows * (rank + 1) // ranks
 
@@ -157,7 +172,7 @@ def count_overlap(
 ) -> Overlap:
     """Count the distinct test keys that are among the training keys. Collective.
 
-    Each rank passes its share of both, and looks up a share of the keys. If the keys do not fit into `memory`, a
+    Each rank passes its share of both parts, and looks up a share of all keys. If the keys do not fit into `memory`, a
     sample of one in `1 / share` keys is checked.
 
     Args:
@@ -170,7 +185,7 @@ def count_overlap(
     one_in = np.uint64(max(1, -(-rows * 32 // (ranks * max(memory, 1)))))
 
     def dealt(shares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        # Sampling by the key, not by the row, takes the same keys of both parts. Equal keys go to the same rank.
+        # Sampling by the key, not by the row, selects the same keys in both parts. Equal keys go to the same rank.
         for share in in_step(iter(shares)):
             keys = np.empty(0, np.uint64) if share is None else share[share % one_in == 0]
             owner = (keys // one_in % np.uint64(ranks)).astype(np.int64)
@@ -181,9 +196,9 @@ def count_overlap(
     wanted = np.unique(np.concatenate([*dealt(test), np.empty(0, np.uint64)]))
     hit = np.zeros(len(wanted), dtype=bool)
     for keys in dealt(train):
-        # searchsorted returns len(wanted) for keys above all others: clip before indexing.
-        places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+        # searchsorted returns len(wanted) for keys larger than all wanted ones: clip before indexing.
+        at = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
         if len(wanted):
-            hit[places[wanted[places] == keys]] = True
+            hit[at[wanted[at] == keys]] = True
     exposures, seen = np.sum(gather_objects((len(wanted), int(hit.sum()))), axis=0).tolist()
     return Overlap(exposures, seen, names, 1 / int(one_in))

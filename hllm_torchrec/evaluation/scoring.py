@@ -1,7 +1,7 @@
-"""Scoring of every exposure of a split once, on any number of ranks, and metrics of the scores during training.
+"""Scoring of each exposure of a split, on any number of ranks, and metrics of the scores during training.
 
-The rows are written to `predictions/<split>/part-<rank>.parquet`. The offline job (`hllm evaluate`) reads them, so a
-model, a baseline and predictions of other programs are evaluated by the same code.
+The rows are written to `predictions/<split>/part-<rank>.parquet`. The offline job (`hllm evaluate`) reads these files,
+so models, baselines and predictions of other programs are evaluated by the same code.
 """
 
 import math
@@ -35,7 +35,7 @@ from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 RETRIEVAL_ROWS = 512
-"""Number of exposures of all ranks together that are ranked against the catalogue at a time."""
+"""Number of exposures that all ranks together rank against the catalogue at a time."""
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def score_split(
     show: bool = False,
     epoch: int = 0,
 ) -> PredictionColumns:
-    """This rank's exposures with their scores, in the columns of the predictions format. Collective.
+    """Columns of the predictions format for this rank's exposures, with their scores. Collective.
 
     cold: bool [N], True for items without a training event.
     """
@@ -92,19 +92,20 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
 
 
 def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, outputs: Tensor) -> PredictionColumns:
-    """Label, score and prediction [X] of all tasks but the first, of task_labels [X, K], outputs [X, O]; NaN: no label.
+    """Columns [X] with label, score and prediction of all tasks except the first, whose columns have no task name.
 
-    The columns' names end with the task's (the first task's are plain: `label`, `score` and `probability`), and the
-    prediction of a number is in the label's unit.
+    The names of the columns end with the name of the task. Predicted numbers are in the label's unit.
+
+    task_labels: [X, K], NaN where not defined; outputs: [X, O]; scales: [K, 2] center and scale of each task.
     """
     found: PredictionColumns = {}
     parts = outputs.split([task.outputs for task in tasks], dim=1)
-    for place, (task, own) in enumerate(zip(tasks[1:], parts[1:], strict=True), start=1):
-        labels = task.units(task_labels[:, place].numpy())
+    for k, (task, predicted) in enumerate(zip(tasks[1:], parts[1:], strict=True), start=1):
+        labels = task.units(task_labels[:, k].numpy())
         kind = "probability" if task.is_binary else "prediction"
         found[f"label_{task.name}"] = labels.astype(np.float32)
-        found[f"score_{task.name}"] = task.scores(own).numpy().astype(np.float32)
-        found[f"{kind}_{task.name}"] = task.predictions(own, scales[place]).numpy().astype(np.float32)
+        found[f"score_{task.name}"] = task.scores(predicted).numpy().astype(np.float32)
+        found[f"{kind}_{task.name}"] = task.predictions(predicted, scales[k]).numpy().astype(np.float32)
     return found
 
 
@@ -112,7 +113,7 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     """AUC, GAUC and log loss of a split over all ranks during training. Collective.
 
     auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
-    maximum error. All are weighted if the rows have weights.
+    maximum error. All metrics are weighted if the rows have weights.
     """
     labels, scores = columns["label"], columns["score"]
     # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
@@ -124,7 +125,7 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     total_loss, weight, rows = global_sum(torch.tensor(sums, dtype=torch.float64)).tolist()
     found = {"log_loss": total_loss / (weight or 1.0), "rows": rows} | quick_task_metrics(columns)
     if auc == "exact":
-        total = roc_auc(labels, scores, weights)  # first: it raises on every rank if a score is NaN
+        total = roc_auc(labels, scores, weights)  # first, because it raises an error on every rank if a score is NaN
         return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores, weights)} | found
     histogram = ScoreHistogram(weighted=weights is not None)
     given = (labels, scores) if weights is None else (labels, scores, weights)
@@ -136,15 +137,15 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
 
 
 def quick_task_metrics(columns: PredictionColumns) -> dict[str, float]:
-    """Exact AUC of each further binary task, and RMSE of each that predicts numbers, over all ranks. Collective."""
+    """Exact AUC of each additional binary task, and RMSE of each task that predicts numbers. Collective."""
     found = {}
     for task, kind in find_tasks(list(columns)).items():
         score, prediction = task_columns_of(task, kind)
         labels, weights = columns[label_of(task)], columns.get("weight", np.ones(len(columns["label"]), np.float32))
         known = ~np.isnan(labels)
         if kind == "binary":
-            own = weights[known] if "weight" in columns else None
-            found[f"auc_{task}"] = roc_auc(labels[known], columns[score][known], own)
+            given = weights[known] if "weight" in columns else None
+            found[f"auc_{task}"] = roc_auc(labels[known], columns[score][known], given)
             continue
         error = (columns[prediction] - labels)[known].astype(np.float64)
         sums = torch.tensor([weights[known] @ error**2, weights[known].sum()], dtype=torch.float64)
@@ -164,13 +165,14 @@ def rank_catalogue_targets(
     filter_seen: bool = True,
     positive_only: bool = True,
 ) -> tuple[PredictionColumns, int]:
-    """Rank of each of this rank's targets in the complete catalogue, and the number without history. Collective.
+    """Rank each target of this process in the complete catalogue. Collective.
 
-    Scores are cosine similarities. Item 0 is not a candidate. Exposures without history are skipped.
+    Scores are cosine similarities. Item 0 is not a candidate. Exposures without visible history are skipped.
 
     Args:
-        items: this rank's share of all items, in the space of the generative loss.
-        filter_seen: items of the user's history, the complete one whatever the model reads of it, are not candidates.
+        items: this process's share of all items, in the space of the generative loss.
+        filter_seen: the items of the user's complete history (not only of the part that the model reads) are not
+            candidates.
         positive_only: exposures with label 0 are not targets.
 
     Returns:
@@ -178,7 +180,7 @@ def rank_catalogue_targets(
         exposures.
     """
     model.eval()
-    unit = items.normalized()  # once: dot products with normalized outputs are then cosine similarities
+    unit = items.normalized()  # so that dot products with normalized outputs are cosine similarities
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
     histories = CompleteHistories(loader)
@@ -190,10 +192,10 @@ def rank_catalogue_targets(
             assert predicted is not None, "retrieval needs the generative loss"
             # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
-            only = positive_only or loader.collator.draws is not None  # drawn negatives are no targets
+            only = positive_only or loader.collator.draws is not None  # drawn negatives are not targets
             wanted = batch.labels > 0 if only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
-            # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
+            # All ranks need the same number of chunks, because ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
                 seen, offsets = histories.seen_items(step, batch, rows) if filter_seen else (None, None)
                 found = distributed_target_ranks(
@@ -231,7 +233,7 @@ def score_retrieval(
 def metrics_of_target_ranks(
     columns: PredictionColumns, skipped: int, ks: tuple[int, ...]
 ) -> dict[str, float | int | None]:
-    """Retrieval metrics of the targets of all ranks, and `without_history`, the number skipped. Collective."""
+    """Retrieval metrics of the targets of all ranks, and `without_history`, the number of skipped ones. Collective."""
     left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
     return retrieval_metrics(torch.from_numpy(columns["rank"]), ks) | {"without_history": int(left_out)}
 
@@ -243,10 +245,10 @@ def _piece_of_query(batch: HybridBatch) -> Tensor:
 
 
 class CompleteHistories:
-    """Items of the users' complete sequences, of which the pieces of a loader hold the latest `max_history` at most.
+    """Items of the users' complete sequences; the pieces of a loader have only up to `max_history` events of them.
 
-    What was seen does not depend on what the model reads: neither on the length of pieces, nor on `data.history`, which
-    may leave disliked items out.
+    The items that a user has seen do not depend on the model's inputs: neither on the length of pieces, nor on
+    `data.history`, which may leave out disliked items.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -254,13 +256,13 @@ class CompleteHistories:
         self._by_second = loader.collator.spec.visibility == "second"
 
     def seen_items(self, step: int, batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Items (jagged: values, offsets) before each of the exposures `rows` [n] of this rank's batch of a step."""
+        """(items, offsets [n + 1]) of the items before each exposure in `rows` [n] of this rank's batch in a step."""
         pieces, loader = self._loader.pieces, self._loader
-        # number [n]: the loader's piece of each exposure; its row group and row hold the user's complete sequence.
+        # number [n]: index of each exposure's piece, whose row group and row have the user's complete sequence.
         number = loader.rank_batches(0)[loader.rank][step][
             _piece_of_query(batch)[batch.target_query[rows]].cpu().numpy()
         ]
-        # Seen is what is earlier by the rule of the exposures: by second, or by position (leave one out).
+        # Seen items are the earlier ones by the visibility rule: by second, or by position (leave one out).
         counts = (batch.history_lengths if self._by_second else batch.positions)[rows]
         parts = [np.empty(0, np.int64)]
         for group, row, count in zip(pieces.group[number], pieces.row[number], counts.tolist(), strict=True):
@@ -270,7 +272,7 @@ class CompleteHistories:
         return torch.from_numpy(np.concatenate(parts)).to(rows.device), offsets_from_lengths(counts)
 
     def _sequences(self, group: int) -> UserSequences:
-        """Items of a row group; the latest ones are kept, as the pieces of a batch lie close together."""
+        """Items of a row group; the last groups are cached, because a batch's pieces are in neighboring groups."""
         if group not in self._cached:
             self._cached[group] = self._loader.dataset.sequences([self._loader.groups[group]], ["item_ids"])
             if len(self._cached) > WINDOW_ROW_GROUPS:

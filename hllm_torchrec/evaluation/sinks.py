@@ -1,4 +1,4 @@
-"""Outputs of metrics: `metrics.json`, TensorBoard, and the TorchX tracker of the job, if configured."""
+"""Writers of metrics: `metrics.json`, TensorBoard, and the TorchX tracker of the job, if configured."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def track_metrics(metrics: Mapping[str, Any], artifacts: Mapping[str, Path]) -> 
 
 
 def lineage(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Inputs of an evaluation as (kind, fingerprint): short ids that do not depend on the location of files."""
+    """Inputs of an evaluation as (kind, fingerprint); fingerprints do not depend on the location of files."""
     found = []
     if "weights" in provenance:
         found.append(("weights", str(provenance["weights"]["fingerprint"])))

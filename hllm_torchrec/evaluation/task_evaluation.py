@@ -5,46 +5,109 @@ is defined; one with `prediction_<task>` predicts a number and gets MAE, RMSE, S
 tasks share one reading (and pairing) of the rows.
 """
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from hllm_torchrec.distributed.array_collectives import gather_objects, group_rank, world_size
+from hllm_torchrec.common.arrays import Doubles
+from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, world_size
+from hllm_torchrec.evaluation.label_evaluation import LabelEvaluation
 from hllm_torchrec.evaluation.metrics_schema import finite_or_none
-from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
-from hllm_torchrec.evaluation.prediction_rows import PredictionRows
-from hllm_torchrec.metrics.number_metrics import number_metrics
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows, RowBatch
+from hllm_torchrec.evaluation.spooled_rows import Spool, SpooledRows
+from hllm_torchrec.metrics.number_metrics import NumberSums, number_metrics
 
-_READ_ROWS = 1 << 18
+IN_BINARY = ("rows", "users", "reference", "weighted", "models", "paired")
+"""Keys of a binary task's block, as they are of the first label."""
 
 
-def evaluate_tasks(rows: PredictionRows, settings: EvaluationSettings) -> dict[str, Any]:
-    """Task -> its kind, rows and metrics by model; for binary tasks with the paired differences. Collective.
+ROW_BYTES = 128
+"""Memory for a row while Spearman's correlation and XAUC are computed, with what sorting needs."""
 
-    Raises:
-        ValueError: a bad value, with its file and row.
+
+class TaskEvaluation(Protocol):
+    """Takes the rows of a further task once, and says what is in its block of `metrics.json`."""
+
+    def add(self, start: int, rows: Any) -> None:
+        """Add rows as in `ReadRows.tasks`."""
+
+    def metrics(self) -> dict[str, Any]:
+        """The task's block. Collective."""
+
+
+def task_evaluation(source: PredictionRows, task: str, spool: Spool, group: Group = None) -> TaskEvaluation:
+    """The evaluation of a task among the rows `source`."""
+    own = source.of_task(task)
+    return BinaryTask(own, spool, group) if source.layout.tasks[task] == "binary" else NumberTask(own, spool, group)
+
+
+class BinaryTask:
+    """Metrics of all models on the label of a binary task: those of the first label, without bootstrap and curves.
+
+    The rows are kept while they are read, and evaluated afterwards, each task alone with the whole memory.
     """
-    found: dict[str, Any] = {}
-    for task, kind in rows.layout.tasks.items():
-        own = rows.of_task(task)
-        if kind == "binary":
-            metrics = evaluate_predictions(own, replace(settings, draws=0))
-            kept = ("rows", "users", "reference", "weighted", "models", "paired")
-            found[task] = {"kind": kind} | {name: metrics[name] for name in kept}
-        else:
-            found[task] = {"kind": kind} | _numbers(own, task)
-    return found
+
+    def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
+        self.source, self.spool, self.group = source, spool, group
+        self._rows = SpooledRows(spool)
+
+    def add(self, start: int, rows: RowBatch) -> None:
+        """Keep rows."""
+        self._rows.add(start, rows)
+
+    def metrics(self) -> dict[str, Any]:
+        """The task's block. Collective."""
+        evaluation = LabelEvaluation(self.source, self.spool, self._rows, group=self.group)
+        for start, rows in self._rows:
+            evaluation.add(start, rows)
+        found = evaluation.metrics()
+        return {"kind": "binary"} | {name: found[name] for name in IN_BINARY}
 
 
-def _numbers(rows: PredictionRows, task: str) -> dict[str, Any]:
-    names = [model.name for model in rows.models]
-    parts: list[np.ndarray] = [np.empty((0, 2 + len(names)))]
-    parts += rows.numbers(group_rank(), world_size(), _READ_ROWS)
-    every = np.concatenate(gather_objects(np.concatenate(parts)))  # Spearman and XAUC need all rows: 8 bytes a value
-    labels, weights = every[:, 0], every[:, 1]
-    models = {}
-    for place, name in enumerate(names, start=2):
-        metrics = number_metrics(labels, every[:, place], weights if rows.weighted else None)
-        models[name] = {key: finite_or_none(value) for key, value in metrics.items()}
-    return {"rows": len(labels), "reference": names[0], "weighted": rows.weighted, "models": models}
+class NumberTask:
+    """Metrics of all models on a task that predicts numbers.
+
+    Spearman's correlation and XAUC need all rows together, on every rank. Of more rows than the memory holds they are
+    computed on a uniform sample; sums over rows always have all of them.
+    """
+
+    def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
+        self.names, self.weighted, self.group = [model.name for model in source.models], source.weighted, group
+        self._most = max(1, spool.memory // ROW_BYTES)
+        self._random = np.random.default_rng((0, group_rank(group)))
+        self._rows, self._places = np.empty((0, 2 + len(self.names))), np.empty(0)
+        self._parts: list[tuple[Doubles, Doubles]] = []
+        self._share = 1.0
+        self._sums = NumberSums(len(self.names))
+
+    def add(self, start: int, rows: Doubles) -> None:
+        """Add rows: label, weight and each model's prediction."""
+        self._sums.add(rows)
+        places = self._random.random(len(rows))
+        self._parts.append((rows[places < self._share], places[places < self._share]))
+        if sum(len(part) for part, _ in self._parts) + len(self._rows) > self._most // world_size(self.group):
+            self._join()
+
+    def _join(self, share: float = 1.0) -> None:
+        """Put the parts together, and keep a smaller share of the rows while there are too many of them."""
+        parts = [(self._rows, self._places), *self._parts]
+        self._rows, self._places = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        self._parts, self._share = [], min(self._share, share)
+        while (kept := self._places < self._share).sum() > self._most // world_size(self.group):
+            self._share /= 2
+        self._rows, self._places = self._rows[kept], self._places[kept]
+
+    def metrics(self) -> dict[str, Any]:
+        """The task's block. Collective."""
+        self._join()
+        self._join(min(gather_objects(self._share, self.group)))
+        every = np.concatenate(gather_objects(self._rows, self.group))
+        sums = self._sums.over_ranks(self.group)
+        labels, weights, models = every[:, 0], every[:, 1] if self.weighted else None, {}
+        for place, name in enumerate(self.names):
+            found = number_metrics(labels, every[:, 2 + place], weights)
+            if self._share < 1:
+                found |= sums.means(place)
+            models[name] = {key: finite_or_none(value) for key, value in found.items()}
+        head = {"kind": "number", "rows": sums.rows, "reference": self.names[0], "weighted": self.weighted}
+        return head | ({"rows_ranked": len(every)} if self._share < 1 else {}) | {"models": models}

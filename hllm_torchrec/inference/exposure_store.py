@@ -4,8 +4,8 @@
     embed_item_features(loaded, Path("stores/item-features"))         # P(E) + ID + item features, by raw id
 
 The key of an exposure is its user and its position in the user's complete sequence, which does not depend on how the
-sequence is split into parts. The content hash is a hash of the exposure's item and second, by which a reader detects
-that the store was made from other sequences than its own.
+sequence is split into parts. The content hash is a hash of the exposure's item and second, with which a reader detects
+that the store was made from different sequences.
 
 Legend: n exposures, D width of a user vector.
 """
@@ -44,7 +44,7 @@ from hllm_torchrec.store.keys import Hashes, hash_numbers, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 BATCHES = 4
-"""Batches of exposures between two commits."""
+"""Number of batches of exposures between two commits."""
 
 MAX_POSITION = 2**31
 
@@ -67,7 +67,7 @@ def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
 
 @dataclass(frozen=True)
 class ExposureReport:
-    """Result of `embed_exposures`. coverage: by part; seconds: embedding and writing."""
+    """Result of `embed_exposures`. coverage: part -> coverage; seconds: duration of embedding and writing."""
 
     coverage: dict[str, Coverage]
     version: int
@@ -83,7 +83,7 @@ def embed_exposures(
     earlier day (daily) has no vector.
 
     Raises:
-        ValueError: a part is empty, or the store was made by another checkpoint or in another mode.
+        ValueError: a part is empty, or the store was made by a different checkpoint or in a different mode.
     """
     experiment = loaded.experiment
     facts = {
@@ -98,8 +98,8 @@ def embed_exposures(
     for part in splits:
         counts = torch.zeros(2, dtype=torch.int64)
         batches = exposure_vectors(experiment, part, mode)
-        # iter(callable, []) yields lists of BATCHES batches until one is empty. Every rank has the same number of
-        # batches, and so of rounds, which are collective.
+        # iter(callable, []) yields lists of BATCHES batches until a list is empty. Rounds are collective; all ranks
+        # have the same number of batches, and so of rounds.
         rounds = iter(lambda batches=batches: list(islice(batches, BATCHES)), [])  # type: ignore[misc]
 
         def encode(batch: ExposureVectors, counts: Tensor = counts) -> NewRows:
@@ -122,12 +122,12 @@ def _rows_of(batch: ExposureVectors) -> NewRows:
 def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> EmbedReport:
     """Update a store of item vectors as inputs of the user encoder, P(E) + ID + item features. Collective.
 
-    Late fusion compares these with the user's vector; for an item without an interaction the vector still contains
-    the text component. Keys are raw item ids. Must be called within `loaded.weights`.
+    Late fusion compares these vectors with the user's vector; for an item without interactions the vector still has the
+    text component. Keys are raw item ids. Must be called within `loaded.weights`.
 
     Raises:
         ConfigError: the model has no Item LLM.
-        ValueError: the store was made by another checkpoint.
+        ValueError: the store was made by a different checkpoint.
     """
     experiment = loaded.experiment
     if experiment.item_encoder is None:
@@ -169,7 +169,7 @@ class ExposureLookup:
         """Exposures [n] -> float32 [n, D + 1]: vectors (zeros if missing); the last column is 1 if missing, else 0.
 
         Raises:
-            ValueError: an exposure in the store has another item or second: it was made from other sequences.
+            ValueError: an exposure in the store has a different item or second, so the store has other sequences.
         """
         keys = exposure_keys(user_ids, positions)
         marks, known = self._snapshot.content_hashes(keys)
@@ -185,6 +185,6 @@ class ExposureLookup:
 
 
 def coverage_lines(report: ExposureReport) -> Iterator[str]:
-    """One line per part."""
+    """Yield one line on the coverage per part."""
     for part, found in report.coverage.items():
         yield f"{part}: {found.with_user:,} of {found.exposures:,} exposures ({found.share:.1%}) have a user vector"

@@ -1,11 +1,11 @@
-"""User vectors as of a second, for a log that knows users and times but not the positions of a dataset's sequences.
+"""User vectors at a given second, for a log with users and times but without positions in a dataset's sequences.
 
     vectors = AsOfLookup("stores/exposures/nearline", Dataset.open("data/shop"))
     dense = append_vectors(dense, vectors(raw_user_ids, seconds))
 
-The vector of a request is that of the user's latest exposure at or before its second. An exposure's vector comes from
-strictly earlier events (of the second before it, or of the day before it), so nothing at or after the request is in it.
-If the log is the dataset's source, a request is an exposure itself and gets its own vector.
+The vector of a request is that of the user's latest exposure at or before its second. The vector of an exposure uses
+only events of earlier seconds (nearline) or earlier days (daily), so it uses no event at or after the request. If the
+log is the dataset's source, a request is itself an exposure and gets the vector of this exposure.
 
 Legend: n requests, X exposures of the dataset, D width of a vector.
 """
@@ -24,18 +24,18 @@ from hllm_torchrec.inference.exposure_store import ExposureLookup
 from hllm_torchrec.inference.raw_ids import RawIds
 
 _SECONDS = 1 << 34
-"""Range of the exposures' seconds (544 years): user and second are compared as one number of 64 bits."""
+"""Range of the exposures' seconds (544 years); user and second are packed into one 64-bit integer."""
 
 
 class AsOfLookup:
-    """Reads the vectors of a store of exposures by raw user id and second. It holds 32 bytes for each exposure.
+    """Reads the vectors of a store of exposures by raw user id and second; needs 32 bytes of memory per exposure.
 
     Args:
         path: store of `hllm exposures`.
-        dataset: the one that the store was made from, or a later version of it.
+        dataset: the dataset from which the store was made, or a later version of it.
 
     Raises:
-        ValueError: as `ExposureLookup`; seconds that are more than 544 years apart.
+        ValueError: see `ExposureLookup`; or the seconds of the exposures are more than 544 years apart.
     """
 
     def __init__(self, path: str | Path, dataset: Dataset) -> None:
@@ -53,7 +53,8 @@ class AsOfLookup:
     def __call__(self, raw_user_ids: Sequence[str], seconds: Ints) -> Tensor:
         """Requests [n] -> float32 [n, D + 1]: vectors (zeros if missing); the last column is 1 if missing, else 0.
 
-        A vector is missing for an unknown user, and before the first exposure that has one.
+        A vector is missing for an unknown user, for a request before the user's first exposure, and if the latest
+        exposure has no vector in the store.
 
         Raises:
             ValueError: the store was made from other sequences (see `ExposureLookup`).
@@ -70,7 +71,7 @@ class AsOfLookup:
 
 
 def _exposures(dataset: Dataset) -> tuple[Ints, Ints, Ints, Ints]:
-    """All exposures of a dataset: user ids, positions in their sequences, item ids, seconds; each int64 [X]."""
+    """(user ids, positions in the users' sequences, item ids, seconds) of all exposures, each int64 [X]."""
     found: list[tuple[Ints, ...]] = [(np.empty(0, np.int64),) * 4]
     for part in SPLITS:
         for group in dataset.row_groups(part):

@@ -1,8 +1,9 @@
-"""Stage III: the user vector of every exposure of a split, as available to a ranking model at that time.
+"""Stage III: user vector of each exposure of a split, as available to a ranking model at the time of the exposure.
 
-Two modes. `daily`: the vector of the last nightly job, computed from events before the exposure's day (UTC), as in
-the paper's Figure 4. `nearline`: computed from events of strictly earlier seconds. Neither uses later events, and an
-exposure whose user has no such event has no user vector.
+There are two modes. `daily`: the vector of the last nightly job, computed from events before the exposure's day (UTC),
+as in the paper's Figure 4. `nearline`: the vector is computed from events of strictly earlier seconds. With
+`data.feedback_delay`, both use only events that are visible at that time. An exposure without such an event of its user
+has no user vector.
 
 Legend: X exposures, D width of a user vector.
 """
@@ -31,7 +32,7 @@ Mode = Literal["daily", "nearline"]
 
 @dataclass(frozen=True)
 class ExposureVectors:
-    """A batch of exposures with user vectors. (user_id, position) identifies an exposure: position is its index in the
+    """A batch of exposures with user vectors. (user_id, position) identifies an exposure; position is its index in the
     user's complete sequence.
 
     user_id, position, item_id, timestamp (seconds UTC): int64 [X]; label: float32 [X]; users: float32
@@ -64,7 +65,8 @@ class Coverage:
 class VectorRequest:
     """Exposures (event indices of `source`) whose user vectors come from one `history` piece; None: no vectors.
 
-    per_exposure: `history` contains these exposures, in order; otherwise a single exposure that represents them all.
+    per_exposure: True if `history` contains these exposures, in order; False if it ends with a single exposure that
+    represents all of them.
     """
 
     source: Piece
@@ -74,7 +76,7 @@ class VectorRequest:
 
     @property
     def cost(self) -> int:
-        """Number of events to encode."""
+        """Number of events to encode, at least 1."""
         return 1 if self.history is None else len(self.history)
 
 
@@ -98,7 +100,7 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
 
 def daily_requests(piece: Piece, max_history: int, delay: int = 0) -> Iterator[VectorRequest]:
     """Group a user's exposures (of a complete sequence) by the number of events that the last nightly job before
-    them may see (`delay`: seconds until it may see an event): each group shares a vector."""
+    them may see; each group shares a vector. delay: seconds from an event until a job may see it."""
     exposures = piece.exposures
     midnights = piece.timestamps[exposures] // DAY * DAY
     seen = visible_before(piece.timestamps, midnights - delay)
@@ -110,7 +112,7 @@ def daily_requests(piece: Piece, max_history: int, delay: int = 0) -> Iterator[V
 def nearline_requests(piece: Piece, max_history: int, delay: int = 0) -> Iterator[VectorRequest]:
     """Group a user's exposures (of a complete sequence) by pieces of at most max_history events, as in training.
 
-    delay: not read, since the collator of the pieces applies it.
+    delay: ignored, because the collator applies the delay to the pieces.
     """
     one, length = np.zeros(1, np.int64), np.array([len(piece)])
     cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
@@ -129,9 +131,9 @@ REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int, int], Iterator[VectorRequest]
 
 
 def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> ExposureVectors:
-    """Compute the vectors of all exposures of some requests, possibly none. Collective."""
+    """Compute the vectors of all exposures of `requests` (which may be empty). Collective."""
     vectors, known = embedder([request.history for request in requests if request.history is not None])
-    # rows: for each exposure the row of its vector in `vectors`; at: first row of the present request.
+    # rows: for each exposure the row of its vector in `vectors`; at: first row of the current request.
     rows, at = [np.empty(0, np.int64)], 0
     for request in requests:
         count = request.exposures.size
@@ -140,7 +142,7 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
         else:
             rows.append(at + (np.arange(count) if request.per_exposure else np.zeros(count, np.int64)))
             at += count if request.per_exposure else 1
-    assert at == known.numel(), "every piece has the exposures that its request states"
+    assert at == known.numel(), "every piece has the exposures of its request"
     row = torch.from_numpy(np.concatenate(rows)).to(vectors.device)
     has_user = torch.cat([known, known.new_zeros(1)])[row]  # row -1: no vector
     return ExposureVectors(
@@ -155,7 +157,7 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
 
 
 def _request_batches(requests: Iterator[VectorRequest], budget: int) -> Iterator[list[VectorRequest]]:
-    """Batches of requests with a total cost of about `budget` events."""
+    """Yield batches of requests with a total cost of at most `budget` events (or one request that costs more)."""
     batch: list[VectorRequest] = []
     spent = 0
     for request in requests:

@@ -33,17 +33,17 @@ from hllm_torchrec.store.remote_store import RemoteStore, writable_store
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
 COMMIT_TOKENS = 2_000_000
-"""Approximate number of tokens that a rank encodes between two commits; a crash loses at most these."""
+"""Approximate number of tokens that a rank encodes between two commits, which is the work that a crash can lose."""
 
 T = TypeVar("T")
 NewRows = tuple[pa.Array, Tensor, Hashes]
-"""Rows to be stored: keys [n], vectors [n, D] float32, content hashes [n]."""
+"""Rows to store: (keys [n], vectors [n, D] float32, content hashes [n])."""
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """Result of a job. items: number in the dataset; encoded: number encoded by this job; seconds: encoding and
-    writing."""
+    """Result of a job. items: number of items in the dataset; encoded: number of items encoded by this job; seconds:
+    duration of encoding and writing."""
 
     items: int
     encoded: int
@@ -60,14 +60,15 @@ def item_content_hashes(tokens: TokenStore) -> Hashes:
 def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: KeyKind | None = None) -> EmbedReport:
     """Update the item store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw item ids, as texts or (`keys`: "int64") as numbers; None: as in the store. Work is divided among the
-    ranks by tokens; each writes its rows, and rank 0 commits them.
+    Keys are raw item ids. keys: "string" or "int64", type of the keys; None: that of the store. Work is divided among
+    the ranks by tokens; each rank writes its rows, and rank 0 commits them.
 
     Raises:
-        ValueError: the store was made by another model, another process is writing to it, or raw ids are not numbers.
+        ValueError: the store was made by a different model, another process is writing to it, or `keys` is "int64" and
+            raw ids are not numbers.
     """
     facts, raw_items = item_facts(experiment), experiment.dataset.items["raw_item_id"]
-    raw_keys(raw_items, keys or "string")  # before a store is made
+    raw_keys(raw_items, keys or "string")  # raises for invalid ids before a store is created
     store = open_or_create_store(path, experiment.hllm.item_llm.width, dtype, facts, keys)  # type: ignore[union-attr]
     encoder = experiment.item_encoder
     assert encoder is not None
@@ -90,11 +91,11 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: K
 def write_rounds(
     store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int | None
 ) -> int:
-    """Encode all chunks and commit after each round; return the store's version. Collective.
+    """Encode all chunks and commit after each round; returns the store's version. Collective.
 
     Args:
         rounds: this rank's chunks; all ranks have the same number of rounds, each with the same number of chunks.
-        encode: chunk -> its rows, possibly none; may be collective.
+        encode: function that returns the rows of a chunk, possibly none; it may be collective.
         what, total: name and length (None: unknown) of the progress bar.
 
     Raises:
@@ -109,8 +110,8 @@ def write_rounds(
                 run = store.segment_writer()
                 for chunk in chunks:
                     run.add(*encode(chunk))
-                # Segments must be complete on all ranks before rank 0 commits them, and at the URL before the
-                # manifest that names them is published.
+                # Segments must be complete on all ranks before rank 0 commits them, and must be at the URL before the
+                # manifest that lists them is published.
                 written = coordination.run_on_all_ranks(run.finish)
                 if published is not None:
                     published.upload_segments(written)
@@ -131,10 +132,10 @@ def open_or_create_store(
 ) -> EmbeddingStore:
     """Open or create this model's store at `path` for writing; for a URL, a copy on each host. Collective.
 
-    keys: type of its keys; None: as it is, and "string" for a new one.
+    keys: type of the keys; None: that of an existing store, or "string" for a new one.
 
     Raises:
-        ValueError: the store was made by another model, has keys of another type, or cannot be reached.
+        ValueError: the store was made by a different model, its keys have another type, or it cannot be reached.
     """
     url = url_of(path)
 
@@ -159,7 +160,7 @@ def open_or_create_store(
 
 
 def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hashes) -> NDArray[np.int64]:
-    """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from other content.
+    """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from different content.
 
     raw_ids: [N - 1] keys of the store (`raw_keys`) for ids from 1; content_hashes: [N] uint64 of the current content,
     for ids from 0.
@@ -169,12 +170,14 @@ def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hash
 
 
 def rank_chunks(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
-    """Rounds of chunks of ids that this rank encodes; their numbers are the same on all ranks (chunks may be empty).
+    """Rounds of chunks of ids that this rank encodes; all ranks have the same number of rounds and chunks.
+
+    Chunks may be empty.
 
     ids: [k] int64; costs: [N] int64 tokens by id. Ids are sorted by length and assigned to ranks round-robin; a chunk
     has about CATALOGUE_TOKENS tokens, a round (the work between two commits) about COMMIT_TOKENS.
     """
-    # Neighbors in a sorted chunk have similar lengths, so strided shares of it cost about the same on all ranks.
+    # Neighbors in a sorted chunk have similar lengths, so taking every world-th id gives ranks about equal costs.
     world, rank = coordination.world_size(), coordination.rank()
     chunks = [chunk[rank::world] for chunk in length_sorted_chunks(ids, costs, CATALOGUE_TOKENS * world)]
     per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)

@@ -4,9 +4,9 @@
     index = ItemIndex.open(Path("exports/items"))
     ids, scores = index.top(vectors, 100, exclude=seen)
 
-Items are in the space of the generative loss, which is also that of the user vectors of a model without late fusion
-(`HLLM.embed_users`, `hllm embed --users`). The folder has the layout of `hllm store export --faiss`, which
-`ItemIndex.open` also reads. The vectors have length 1, so scores are cosines. faiss is an optional dependency:
+Item vectors are in the space of the generative loss, like the user vectors of a model without late fusion
+(`HLLM.embed_users`, `hllm embed --users`). The folder has the same layout as that of `hllm store export --faiss`, which
+`ItemIndex.open` can also read. The vectors have norm 1, so scores are cosines. faiss is an optional dependency:
 pip install "hllm_torchrec[faiss]".
 
 Legend: N items, B users, D width.
@@ -34,7 +34,7 @@ Kind = Literal["flat", "ivf"]
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """FAISS index of inner products. ids: [N], id (text or number) of each position."""
+    """FAISS index of inner products. ids: [N], id (text or number) of the item at each position of the index."""
 
     index: Any
     ids: pa.Array
@@ -50,12 +50,13 @@ class ItemIndex:
     ) -> "ItemIndex":
         """Build an index of vectors [N, D], which are normalized.
 
-        flat: exact, all items are scored. ivf: items are clustered into `cells` cells (0: 4 sqrt(N)), and only those
-        of the `nprobe` (see `search`) cells nearest to the user are scored. points_of_cell: number of items per cell in
-        the sample from which the cells are computed.
+        kind: "flat" is exact and scores all items; "ivf" clusters items into `cells` cells (0: 4 sqrt(N) cells) and
+            scores only the items of the cells nearest to the user, `nprobe` cells (see `search`). points_of_cell:
+            number of items per cell in the sample from which the cells are computed.
 
         Raises:
-            ValueError: faiss is not installed, different numbers of ids and vectors, or more cells than items.
+            ValueError: faiss is not installed, the numbers of ids and vectors differ, or there are more cells than
+                items.
         """
         faiss = import_faiss()
         vectors = normalize_rows(vectors)
@@ -67,7 +68,7 @@ class ItemIndex:
             if not 1 <= cells <= len(vectors):
                 raise ValueError(f"cells is {cells}: must be 1 to {len(vectors)}, the number of items")
             index = faiss.IndexIVFFlat(index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
-            index.cp.min_points_per_centroid = 1  # otherwise FAISS warns on small catalogues
+            index.cp.min_points_per_centroid = 1  # otherwise FAISS warns about small catalogues
             index.cp.max_points_per_centroid = points_of_cell
             index.train(vectors)
         index.add(vectors)
@@ -103,7 +104,7 @@ class ItemIndex:
         """Return the best items of each user, best first, without those in `exclude`.
 
         Args:
-            users: [B, D]; they are normalized.
+            users: [B, D]; the vectors are normalized here.
             k: number of items per user, at least 1.
             exclude: ids to leave out, per user, such as seen items; unknown ids are ignored.
             nprobe: number of cells searched in an ivf index.
@@ -113,19 +114,19 @@ class ItemIndex:
             [B, k] float32, -inf after the last id.
 
         Raises:
-            ValueError: k below 1, vectors of another width, or an `exclude` for another number of users.
+            ValueError: k is below 1, the width of `users` is wrong, or the length of `exclude` is not B.
         """
         users = self._checked(users, k, exclude)
         out = [frozenset(ids) for ids in exclude] if exclude is not None else [frozenset()] * len(users)
-        # Excluded items can occupy the first ranks, so search for as many more as the longest list excludes.
+        # Excluded items can occupy the first ranks, so search for more items, by the length of the longest list.
         wanted = min(k + max(map(len, out), default=0), len(self))
-        found, places = self.index.search(users, max(wanted, 1), params=self._parameters(nprobe))
+        found, positions = self.index.search(users, max(wanted, 1), params=self._parameters(nprobe))
         scores, ids = np.full((len(users), k), -np.inf, np.float32), []
-        known = self.ids.take(pa.array(np.maximum(places, 0).reshape(-1))).to_pylist()
+        known = self.ids.take(pa.array(np.maximum(positions, 0).reshape(-1))).to_pylist()
         # FAISS returns position -1 where it has found fewer items than requested.
         for row, banned in enumerate(out):
-            row_ids = known[row * places.shape[1] : (row + 1) * places.shape[1]]
-            kept = [at for at, place in enumerate(places[row]) if place >= 0 and row_ids[at] not in banned][:k]
+            row_ids = known[row * positions.shape[1] : (row + 1) * positions.shape[1]]
+            kept = [at for at, found_at in enumerate(positions[row]) if found_at >= 0 and row_ids[at] not in banned][:k]
             scores[row, : len(kept)] = found[row, kept]
             ids.append([row_ids[at] for at in kept])
         return ids, scores
@@ -145,7 +146,7 @@ class ItemIndex:
 
 
 def normalize_rows(vectors: Floats) -> Floats:
-    """Copy [n, D] with rows of length 1, as by `torch.nn.functional.normalize`."""
+    """Copy [n, D] with rows normalized to length 1 by `torch.nn.functional.normalize`."""
     return torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=-1).numpy().copy()
 
 
@@ -161,13 +162,13 @@ def export_item_index(
 ) -> int:
     """Write the index of a run's items at a checkpoint ("best", "latest" or a directory), by raw id. Collective.
 
-    It has the dataset's items that are candidates, and those that came after it (`inference.new_items`).
+    The index has the candidate items of the dataset and the new items of its journal (`inference.new_items`).
 
     Returns:
         Number of items.
 
     Raises:
-        ValueError: as `load_run` and `ItemIndex`; a model whose users and items do not share a vector space.
+        ValueError: see `load_run` and `ItemIndex`; or users and items of the model do not share a vector space.
     """
     loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment

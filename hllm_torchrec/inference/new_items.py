@@ -1,14 +1,14 @@
-"""Items that appeared after the dataset was prepared: their ID is unknown to the model, text and features are not.
+"""Items that were added after the dataset was prepared: the model knows their texts and features, but not their IDs.
 
     new = NewItems(experiment)          # reads <dataset>/new_items.jsonl, see `data.new_item_journal`
-    new.refresh()                       # later lines, of any process; only their texts are encoded
+    new.refresh()                       # reads lines that any process has appended, and encodes only their texts
 
-Such an item gets an id after those of the dataset, by its place in the journal: N, N + 1, ... Its vector is the sum of
-the encoded text, the unknown row of the ID table, its features (unknown values: the unknown id), and, for dense
-features, zeros. The next version of the dataset has it under its own number, and its line in the journal is then
-ignored.
+A new item gets the next id after those of the dataset, in the order of the journal: N, N + 1, ... Its vector is the sum
+of the encoded text, the row of the unknown item in the ID table, and the rows of its features (the unknown id for
+unknown values); dense features are zeros. When a later version of the dataset has the item with an id of its own, the
+line in the journal is ignored.
 
-Legend: N items of the dataset (with the unknown item 0), n new items, E width of an item's embedding.
+Legend: N items of the dataset (including the unknown item 0), n new items, E width of an item's embedding.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class DatasetWithNewItems(Dataset):
-    """A dataset followed by new items: `items`, texts and features have a row for each, and ID tables do not."""
+    """A dataset followed by new items, which have rows in `items`, texts and features, but not in ID tables."""
 
     def __init__(self, base: Dataset, new: Sequence[NewItem]) -> None:
         self.__dict__.update(base.__dict__)
@@ -52,12 +52,12 @@ class DatasetWithNewItems(Dataset):
 
     @property
     def num_table_items(self) -> int:
-        """Rows of an item table: those of the dataset alone."""
+        """Rows of an item table: only those of the dataset."""
         return self._base.num_table_items
 
     @property
     def items(self) -> pa.Table:
-        """Items of the dataset, then the new ones."""
+        """Rows of the dataset's items, then rows of the new items."""
         return self._items
 
     @cached_property
@@ -74,7 +74,7 @@ class DatasetWithNewItems(Dataset):
         return pa.concat_tables([base, pa.table(rows, schema=base.schema)])
 
     def _encoded(self, name: str) -> pa.Array:
-        """Ids of a feature's values of the new items: list<int32> [n]; 0 for a value that the dataset lacks."""
+        """Ids of a feature's values for the new items: list<int32> [n]; 0 for values that the dataset does not have."""
         ids = {value: number for number, value in enumerate(self._base.feature_values(name).to_pylist(), 1)}
         values = [[ids.get(value.strip(), 0) for value in item.features.get(name, [])] for item in self._new]
         return pa.array(values, pa.list_(pa.int32()))
@@ -89,11 +89,11 @@ class DatasetWithNewItems(Dataset):
         return self._items.select(list(columns)).slice(self._base.num_items - 1)
 
     def training_item_counts(self) -> np.ndarray:
-        """Events of each item in train, int64 [num_items]; new items have none."""
+        """Number of events of each item in train, int64 [num_items]; 0 for new items."""
         return np.pad(self._base.training_item_counts(), (0, len(self._new)))
 
     def feature_ids(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """As the base class, with the bags of the new items."""
+        """Bags of a feature as in the base class, followed by those of the new items."""
         values, offsets = self._base.feature_ids(kind, name)
         if kind != "item" or not self._new:
             return values, offsets
@@ -104,15 +104,15 @@ class DatasetWithNewItems(Dataset):
 
 
 class NewItems:
-    """The new items of an experiment; `refresh` puts them into its dataset and its model's source of items.
+    """The new items of an experiment; `refresh` adds them to its dataset and to its model's source of items.
 
     The model must have its weights and a source of all items of the dataset (a cache, a store or a quantized table).
 
     Args:
-        path: the journal's file; None: that of the dataset's folder.
+        path: path of the journal; None: the journal in the dataset's folder.
 
     Raises:
-        ValueError: a damaged journal.
+        ValueError: the journal is damaged.
     """
 
     def __init__(self, experiment: Experiment, path: Path | None = None) -> None:
@@ -129,10 +129,10 @@ class NewItems:
 
     @property
     def journal(self) -> NewItemJournal:
-        """The journal.
+        """The journal of the new items.
 
         Raises:
-            ValueError: the dataset is at a URL, and no journal was named.
+            ValueError: the dataset is at a URL, and no path of a journal was given.
         """
         if self._journal is None:
             raise ValueError(
@@ -146,14 +146,14 @@ class NewItems:
         return RawIds(self._base.items["raw_item_id"], "item")
 
     def find(self, raw_ids: Sequence[str]) -> Ints:
-        """Ids int64 [n] of raw ids, of the dataset and new ones; -1: unknown."""
+        """Ids int64 [n] of raw ids of items in the dataset and of new items; -1: unknown."""
         found = self._known.find(raw_ids)
         for row in np.flatnonzero(found < 0).tolist():
             found[row] = self._numbers.get(raw_ids[row], -1)
         return found
 
     def missing(self, items: Sequence[NewItem]) -> list[NewItem]:
-        """Those of `items` that are neither in the dataset nor forgotten, and are new or changed."""
+        """The `items` that are new or changed, and neither in the dataset nor forgotten."""
         unknown = self._known.find([item.id for item in items]) < 0
         return [
             item
@@ -163,17 +163,17 @@ class NewItems:
 
     @torch.no_grad()
     def refresh(self) -> int:
-        """Read what the journal has gained, and encode it; return the number of new or changed items. Collective.
+        """Read and encode items appended to the journal; returns the number of new or changed items. Collective.
 
         Raises:
-            ValueError: a damaged journal.
+            ValueError: the journal is damaged.
         """
         journal, end = self._journal, self._end
         if journal is None:
             return 0
         lines = run_on_rank_zero(lambda: journal.read(end))
         self._end, self.name = lines.end, self.name or lines.name
-        latest = {item.id: item for item in lines.items}  # a later line of an item counts
+        latest = {item.id: item for item in lines.items}  # the last line of an item counts
         changed = self.missing(list(latest.values())) if latest else []
         if changed:
             self._take(changed)
@@ -181,11 +181,11 @@ class NewItems:
 
     def _take(self, changed: Sequence[NewItem]) -> None:
         """Encode new and changed items; add them to the model's items, the dataset and the ids that `find` knows."""
-        items = self._items | {item.id: item for item in changed}  # a known one keeps its place, and so its number
-        numbers = {raw: self._base.num_items + place for place, raw in enumerate(items)}
+        items = self._items | {item.id: item for item in changed}  # a known item keeps its index, and so its id
+        numbers = {raw: self._base.num_items + index for index, raw in enumerate(items)}
         experiment, first = self._experiment, self._base.num_items
         vectors = self._encoded(DatasetWithNewItems(self._base, changed))
-        # This order lets other threads keep scoring: `find` returns an id only after all else knows the item.
+        # This order lets other threads keep scoring: `find` returns an id only after all other parts have the item.
         if vectors is not None:
             assert self._source is not None
             old = vectors[:0] if self._vectors is None else self._vectors
@@ -224,7 +224,7 @@ class NewItems:
 
 
 def _tokens_of(texts: pa.Table, tokenizer: "PreTrainedTokenizerBase", facts: dict[str, Any]) -> TokenStore:
-    """Tokens of text columns [n], laid out as in the token store with `facts`; in memory."""
+    """In-memory token store of text columns [n], with the settings of the token store that has `facts`."""
     rows: list[list[int]] = []
     for some in laid_out_texts(texts, facts["prompt"], facts["keys"], facts["separator"]):
         rows += tokenize(tokenizer, some, facts["max_text_length"], facts.get("keep_end", False))

@@ -3,7 +3,7 @@
     row = scale * code + bias        code in 0..255; scale = (max - min) / 255 and bias = min of the row, in float16
 
 The error of an entry is at most half a step of its row, (max - min) / 510, plus the rounding of scale and bias to
-float16. Tables below `features.shard_from_rows` are not quantized: they are small.
+float16. Small tables, with fewer rows than `features.shard_from_rows`, are not quantized.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class TableBytes:
-    """Bytes of tables before and after quantisation, by name."""
+    """Table -> number of bytes, before and after quantization."""
 
     before: dict[str, int]
     after: dict[str, int]
@@ -42,7 +42,7 @@ def check_table_type(dtype: str) -> None:
     """Check that `dtype` is one of `TABLE_TYPES`.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: the type is unknown.
     """
     if dtype not in TABLE_TYPES:
         known = ", ".join(TABLE_TYPES)
@@ -62,7 +62,7 @@ def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch
     with torch.no_grad():
         for name, weight in weights.items():
             plain.embedding_bags[name].weight.copy_(weight)
-    # quantize_embeddings replaces the children of a module, so the collection needs a parent.
+    # quantize_embeddings replaces children of a module, so the collection needs a parent module.
     holder = nn.ModuleDict({"tables": plain})
     found = quantize_embeddings(holder, torch.qint8, inplace=True, per_table_weight_dtype=dict(types))["tables"]
     assert isinstance(found, QuantizedCollection)
@@ -70,10 +70,10 @@ def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch
 
 
 def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
-    """Replace a trained model's tables by quantized ones; it can then not be trained or saved. One process.
+    """Replace a trained model's tables by quantized ones; afterwards the model cannot be trained or saved.
 
     Raises:
-        ValueError: an unknown type, or more than one process.
+        ValueError: the type is unknown, or there is more than one process.
     """
     check_table_type(dtype)
     if dist.get_world_size() > 1:
@@ -97,16 +97,17 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     """Replace the model's source of item embeddings by a quantized table of the complete catalogue.
 
-    They are computed by the Item LLM with the current weights or, if the run uses stored ones, read from the store.
+    The embeddings are computed by the Item LLM with the current weights or, if the run uses stored ones, read from the
+    store. An ID-only model is not changed.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: the type is unknown.
     """
     check_table_type(dtype)
     vectors = _catalogue(experiment)
     if vectors is None:
         return TableBytes({}, {})
-    # The float table is on the meta device, and so never allocated, because the next line replaces it.
+    # The float table is on the meta device, so it is never allocated; the next line replaces it.
     items = FrozenItems(vectors.shape[0], vectors.shape[1], "fp32", torch.device("meta"))
     items.table = quantize_collection({FROZEN_ITEMS: vectors}, {FROZEN_ITEMS: TABLE_TYPES[dtype]})
     experiment.hllm.item_source = StoredItems(items, experiment.hllm.adapter)
@@ -114,7 +115,7 @@ def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 
 
 def _catalogue(experiment: Experiment) -> Tensor | None:
-    """Item embeddings [N, E] before the adapter, which is applied after the lookup."""
+    """Item embeddings [N, E] before the adapter, which is applied after the lookup; None in an ID-only model."""
     source = experiment.hllm.item_source
     if not isinstance(source, StoredItems):
         return experiment.encode_catalogue()

@@ -1,4 +1,4 @@
-"""Raw ids of items or users to dense ids and back, without a Python object per id.
+"""Conversion of raw ids of items or users to dense ids and back, without a Python object per id.
 
 Legend: N ids of the dataset (0 is unknown), n requested ids.
 """
@@ -18,7 +18,7 @@ class RawIds:
     """Index of raw ids, sorted by hash: 16 bytes per id in addition to the texts.
 
     Args:
-        raw: [N - 1] raw ids of the dense ids from 1 on.
+        raw: [N - 1] raw ids; entry i has the dense id i + 1.
         what: "item" or "user", for messages.
     """
 
@@ -30,38 +30,38 @@ class RawIds:
         self._hashes = hashes[self._order]
 
     def find(self, raw_ids: Sequence[str]) -> Ints:
-        """Dense ids int64 [n]; -1: not in the dataset."""
+        """Dense ids int64 [n]; -1 for ids that are not in the dataset."""
         keys = pa.array(raw_ids, pa.large_string())
         hashes = hash_keys(keys)
         found = np.full(len(keys), -1, np.int64)
-        place = np.searchsorted(self._hashes, hashes)
+        at = np.searchsorted(self._hashes, hashes)
         open_rows = np.arange(len(keys))
         while open_rows.size:
-            # Ids of the same hash are neighbors, and nearly always there is one: then this loop ends after one round.
-            open_rows = open_rows[place[open_rows] < self._hashes.size]
-            open_rows = open_rows[self._hashes[place[open_rows]] == hashes[open_rows]]
-            rows = self._order[place[open_rows]]
+            # Ids with equal hashes are neighbors. Nearly always there is only one, and the loop ends after one round.
+            open_rows = open_rows[at[open_rows] < self._hashes.size]
+            open_rows = open_rows[self._hashes[at[open_rows]] == hashes[open_rows]]
+            rows = self._order[at[open_rows]]
             same = pc.equal(self._raw.take(pa.array(rows)), keys.take(pa.array(open_rows)))
             is_same = same.to_numpy(zero_copy_only=False)
             found[open_rows[is_same]] = rows[is_same] + 1
             open_rows = open_rows[~is_same]
-            place[open_rows] += 1
+            at[open_rows] += 1
         found[np.array([not text for text in raw_ids], bool)] = -1
         return found
 
     def raw(self, ids: Ints) -> list[str]:
-        """Raw ids of dense ids [n], from 1 on."""
+        """Raw ids of dense ids [n], which are at least 1."""
         texts: list[str] = self._raw.take(pa.array(ids - 1)).to_pylist()
         return texts
 
 
 def raw_texts(values: Any, what: str) -> list[str] | None:
-    """The raw ids in `values` if they are texts; None if they are whole numbers, which are dense ids.
+    """The raw ids in `values` if they are texts; None if they are integers, which are dense ids.
 
-    The two never mix, and one is never taken for the other: "242" is a raw id, 242 a dense one.
+    Texts and integers cannot be mixed, and are not converted: "242" is a raw id, 242 is a dense id.
 
     Raises:
-        ValueError: other values, or both kinds.
+        ValueError: `values` has values of another type, or of both types.
     """
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         return None

@@ -1,4 +1,4 @@
-"""User embeddings from histories: one per request, computed only from events before it.
+"""User embeddings from histories: one per request, computed only from events before the request.
 
 Legend: n pieces, X exposures in them, D width of a user vector.
 """
@@ -20,10 +20,10 @@ DAY = 86_400
 
 
 class UserEmbedder:
-    """Computes the user embedding at each exposure of some pieces, from events of strictly earlier seconds.
+    """Computes the user embedding at each exposure of pieces, from the events visible at its second.
 
-    Late fusion: the output of the [USER] query at the exposure's second. Otherwise: the hidden state of the last
-    visible event, projected to item space if the generative loss compares there. Create it with `open_embedder`.
+    Visible are events of strictly earlier seconds, or more than `data.feedback_delay` seconds earlier. The result is
+    that of `HLLM.embed_users`. Created by `open_embedder`.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -38,7 +38,7 @@ class UserEmbedder:
     def __call__(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """Return vectors [X, D] float32 (zeros if missing) and a mask of existing vectors, bool [X]. Collective.
 
-        pieces: [n], may be empty. An exposure without an earlier event of its user has no vector.
+        pieces: [n], may be empty. An exposure without a visible event has no vector.
         """
         batch = self._collator(pieces, 0, 0).to(self.experiment.device)
         with autocast(self.experiment.config, self.experiment.device):
@@ -49,7 +49,7 @@ class UserEmbedder:
 
 @contextmanager
 def open_embedder(experiment: Experiment) -> Iterator[UserEmbedder]:
-    """Context manager: an embedder with the experiment's current weights and prepared item embeddings. Collective."""
+    """Context manager: yields an embedder with the experiment's current weights and item embeddings. Collective."""
     hllm = experiment.hllm
     was_training = hllm.training
     hllm.eval()
@@ -61,10 +61,10 @@ def open_embedder(experiment: Experiment) -> Iterator[UserEmbedder]:
 
 
 def history_request(piece: Piece, num_events: int, second: int, max_history: int) -> Piece:
-    """Build a piece of the last events among the first `num_events`, followed by an exposure without an item.
+    """Build a piece with the last of the first `num_events` events, followed by an exposure without an item.
 
-    second: time of the exposure, after these events; max_history: maximum number of events of the piece, including
-    the exposure, as in training.
+    second: time of the exposure, after these events; max_history: maximum number of events of the piece, including the
+    exposure, as in training.
     """
     start = max(0, num_events - max_history + 1)
     read = piece.cut(start, num_events, num_events)
@@ -73,14 +73,14 @@ def history_request(piece: Piece, num_events: int, second: int, max_history: int
 
 
 def next_midnight(second: int) -> int:
-    """First second of the day after `second` (UTC): the time of a nightly job."""
+    """First second of the UTC day after `second`, which is the time of a nightly job."""
     return (second // DAY + 1) * DAY
 
 
 def nightly_request(piece: Piece, num_events: int, max_history: int, delay: int = 0) -> Piece:
-    """Request of the first nightly job that may see event number `num_events` (>= 1).
+    """Request of the first nightly job that may see the user's first `num_events` (>= 1) events.
 
-    It depends only on the events up to that one. delay: seconds from an event until it may be seen.
+    The request depends only on these events. delay: seconds from an event until it may be seen.
     """
     seen_from = int(piece.timestamps[num_events - 1]) + delay
     return history_request(piece, num_events, next_midnight(seen_from), max_history)

@@ -29,8 +29,8 @@ from hllm_torchrec.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class UserReport:
-    """Result of a job. users: number with an event in the dataset; active: of these, number with an event since the
-    date; encoded: of these, number embedded by this job."""
+    """Result of a job. users: number of users with an event in the dataset; active: number of these users with an event
+    from `since` on; encoded: number of active users embedded by this job."""
 
     users: int
     active: int
@@ -41,8 +41,8 @@ class UserReport:
 
 @dataclass(frozen=True)
 class _Group:
-    """Users of a row group that are not in a later part: row, number of events, activity, content hash, and whether
-    they have to be embedded."""
+    """The users of a row group who are not in a later part: row, number of events, whether active, content hash, and
+    whether the user must be embedded."""
 
     group: RowGroup
     rows: Ints
@@ -52,12 +52,12 @@ class _Group:
     todo: NDArray[np.bool_]
 
     def cost(self, max_history: int) -> int:
-        """Number of events read to embed its users."""
+        """Number of events that are read to embed the users of the group."""
         return int(np.minimum(self.lengths[self.todo], max_history).sum())
 
 
 def user_facts(loaded: LoadedRun) -> dict[str, Any]:
-    """Facts that determine user embeddings, other than the histories: checkpoint and maximum history length."""
+    """Facts that determine user embeddings, except the histories: checkpoint, fusion and maximum history length."""
     config = loaded.experiment.config
     return {
         "part": "users",
@@ -72,27 +72,28 @@ def embed_users(
 ) -> UserReport:
     """Update the user store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw user ids, as texts or (`keys`: "int64") as numbers; None: as in the store. A vector is computed from
-    all events of the user, as of the midnight (UTC) after the last one. Must be called within `loaded.weights`. Users
-    who have events but no history under the configuration (`data.history: positive`) get no vector.
+    A vector is computed from the latest `max_history` - 1 events of the user, at the first midnight (UTC) at which all
+    of them are visible. Must be called within `loaded.weights`. Users who have events but no history under the
+    configuration (`data.history: positive`) get no vector.
 
     Args:
         since: second UTC; users without an event at or after it are not updated.
+        keys: type of the keys, which are raw user ids: "string" or "int64"; None: that of the store.
 
     Raises:
-        ValueError: the store was made by another checkpoint, another process is writing to it, or raw ids are not
-            numbers.
+        ValueError: the store was made by a different checkpoint, another process is writing to it, or `keys` is "int64"
+            and raw ids are not numbers.
     """
     experiment = loaded.experiment
     dataset, limit = experiment.dataset, experiment.config.data.max_history
-    raw_keys(dataset.users["raw_user_id"], keys or "string")  # before a store is made
+    raw_keys(dataset.users["raw_user_id"], keys or "string")  # raises for invalid ids before a store is created
     store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, user_facts(loaded), keys)
     started = time.perf_counter()
     groups, delay = _index(dataset, store, since), experiment.config.data.feedback_delay
     windows = _windows(groups, item_embedding.COMMIT_TOKENS * coordination.world_size(), limit)
     version = store.snapshot().version
-    # Opening an embedder encodes the catalogue, so it is skipped without work. All ranks index the complete dataset and
-    # take the same branch.
+    # Opening an embedder encodes the catalogue, so skip it if there are no users to embed. All ranks index the complete
+    # dataset, so they take the same branch.
     with open_embedder(experiment) if windows else nullcontext() as embedder:
 
         def encode(chunk: tuple[list[Piece], Hashes]) -> NewRows:
@@ -112,7 +113,7 @@ def embed_users(
 
 
 def user_keys(dataset: Dataset, user_ids: Ints, kind: KeyKind) -> pa.Array:
-    """Keys of users [n] in a store."""
+    """Keys of users [n] in a store with keys of type `kind`."""
     return raw_keys(dataset.users["raw_user_id"].take(pa.array(user_ids - 1)), kind)
 
 
@@ -122,7 +123,7 @@ def user_content_hashes(last_seconds: Ints, lengths: Ints) -> Hashes:
 
 
 def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
-    """Index every user once, in the latest part with the user, whose sequences contain the complete history."""
+    """Index each user once, in the latest part that has the user, because its row has the complete history."""
     seen, snapshot = np.zeros(dataset.num_users, bool), store.snapshot()
     found = []
     for part in ("test", "valid", "train"):  # latest first: later sequences include the events of earlier parts
@@ -131,7 +132,7 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
             heads = dataset.heads(group)
             users, lengths = heads.user_ids, heads.lengths
             rows = np.flatnonzero(~seen[users])
-            # Each row has at least one event.
+            # The last event of each row; each row has at least one event.
             ends = dataset.tails(group, lengths - 1, ["user_id", "timestamps"])
             last = ends.timestamps[ends.offsets[1:] - 1][rows]
             marks = user_content_hashes(last, lengths[rows])
@@ -144,7 +145,7 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
 
 
 def _windows(groups: list[_Group], budget: int, max_history: int) -> list[list[_Group]]:
-    """Row groups with users to embed, grouped into windows of about `budget` events."""
+    """Windows of row groups with users to embed; a window has about `budget` events."""
     windows: list[list[_Group]] = []
     spent = budget
     for group in groups:
@@ -161,20 +162,20 @@ def _windows(groups: list[_Group], budget: int, max_history: int) -> list[list[_
 def _rounds(
     window: list[_Group], dataset: Dataset, max_history: int, delay: int
 ) -> Iterator[list[tuple[list[Piece], Hashes]]]:
-    """This rank's share of a window: rounds of chunks of (requests, content hashes)."""
-    asked: list[Piece] = []
+    """Yield this rank's rounds of a window; a round is a list of chunks (requests, content hashes)."""
+    requests: list[Piece] = []
     for one in window:
         chosen, lengths = one.rows[one.todo], one.lengths[one.todo]
         start = np.maximum(0, lengths - max_history)
-        skipped = dataset.heads(one.group).lengths  # a user who is not embedded is not read
+        skipped = dataset.heads(one.group).lengths  # skip all events of users who are not embedded
         skipped[chosen] = start
         rows = dataset.tails(one.group, skipped)
         pieces = (
             rows.cut(*at)
             for at in zip(chosen.tolist(), start.tolist(), lengths.tolist(), lengths.tolist(), strict=True)
         )
-        asked += [nightly_request(piece, len(piece), max_history, delay) for piece in pieces]
+        requests += [nightly_request(piece, len(piece), max_history, delay) for piece in pieces]
     marks = np.concatenate([one.marks[one.todo] for one in window])
-    costs = np.array([len(piece) for piece in asked], np.int64)
-    for chunks in rank_chunks(np.arange(len(asked)), costs):
-        yield [([asked[i] for i in chunk], marks[chunk]) for chunk in chunks]
+    costs = np.array([len(piece) for piece in requests], np.int64)
+    for chunks in rank_chunks(np.arange(len(requests)), costs):
+        yield [([requests[i] for i in chunk], marks[chunk]) for chunk in chunks]

@@ -1,1 +1,1 @@
-"""The night as one job: append, train, evaluate, gate, embed, publish; aliases of what is published."""
+"""The nightly job (append, train, evaluate, gate, embed, publish), releases with aliases, and forgetting."""

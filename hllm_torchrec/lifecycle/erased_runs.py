@@ -1,4 +1,4 @@
-"""Erasing of ids from a run: rows of its item table with their optimizer state, and of its fitted statistics."""
+"""Erasing of ids from a run: rows of its item tables with their optimizer state, and rows of its fitted statistics."""
 
 import json
 from collections.abc import Callable
@@ -26,13 +26,13 @@ BAD_BATCHES = "bad_batches"
 
 
 def forget_in_run(place: Place, target: Target) -> Trace:
-    """Remove records of bad batches with the ids, and with `erase` the items' rows of tables and statistics.
+    """Remove records of bad batches that contain the ids; with `erase`, also the items' rows of tables and statistics.
 
-    A row of a table becomes 0; a row of the fitted factors becomes that of the unknown item. Other rows keep
-    their bits.
+    A row of a table becomes 0; a row of fitted factors or transitions becomes that of the unknown item. Other rows do
+    not change.
 
     Raises:
-        ValueError: a process trains into the run, or a checkpoint is damaged.
+        ValueError: a process is training into the run, or a checkpoint is damaged.
     """
     if not place.fits:
         return Trace(place.path, f"{RUN} on another dataset", 0)
@@ -57,14 +57,15 @@ def forget_in_run(place: Place, target: Target) -> Trace:
                 found += erase_rows(checkpoint, table, target.items, fingerprints, dry_run=target.dry_run)
             after = weights_fingerprint(checkpoint)
             if calibration is not None and calibration.weights == before != after:
-                # A function of the logit, fitted to all items: it holds without one, under the new fingerprint.
+                # A calibration is a function of the logit, fitted over all items, so it stays valid without these
+                # items: store it with the new fingerprint.
                 calibration = replace(calibration, weights=after)
                 calibration.save(place.path)
     return Trace(place.path, RUN, found)
 
 
 def _remove_record(path: Path, target: Target) -> bool:
-    """Remove a record of bad batches (`training.step_guard`) that names one of the ids."""
+    """Remove a record of bad batches (`training.step_guard`) if it contains one of the ids; returns True if it does."""
     batches = json.loads(path.read_text(encoding="utf-8")).get("batches", [])
     users = [user for batch in batches for user in batch["user_ids"]]
     items = [item for batch in batches for name in ("unique_items", "target_items") for item in batch[name]]
@@ -85,7 +86,7 @@ def _reset_evidence(model: EvidenceModel, items: Ints) -> tuple[EvidenceModel, i
 
 
 def _reset(loadings: np.ndarray, bias: np.ndarray, items: Ints) -> tuple[np.ndarray, np.ndarray, int]:
-    """Loadings [k, N, J] and bias [k, N] with the rows of the unknown item for `items`; how many were others before."""
+    """Replace the rows of `items` in loadings [k, N, J] and bias [k, N] by row 0; also returns how many changed."""
     items = items[items < bias.shape[1]]
     rows = int(((loadings[:, items] != loadings[:, :1]).any((0, 2)) | (bias[:, items] != bias[:, :1]).any(0)).sum())
     loadings, bias = loadings.copy(), bias.copy()

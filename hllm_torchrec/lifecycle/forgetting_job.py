@@ -16,19 +16,23 @@ from hllm_torchrec.lifecycle.erased_runs import forget_in_run
 from hllm_torchrec.lifecycle.night_state import NIGHT_LOCK, hold_nights
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import (
+    CLUSTERS,
     EVENTS,
     INDEX,
     JOURNAL,
     PREDICTIONS,
     RUN,
     STORE,
+    TITLES,
     Place,
     Target,
     Trace,
+    forget_in_clusters,
     forget_in_events,
     forget_in_journal,
     forget_in_predictions,
     forget_in_store,
+    forget_in_titles,
     places,
 )
 
@@ -133,6 +137,10 @@ def _forget_in(place: Place, target: Target) -> Trace:
         return forget_in_events(place, target)
     if place.kind == RUN:
         return forget_in_run(place, target)
+    if place.kind == CLUSTERS:
+        return forget_in_clusters(place.path, target)
+    if place.kind == TITLES:
+        return forget_in_titles(place.path, target)
     assert place.kind == INDEX
     found = any(files_with([place.path], target.names.items))
     return Trace(place.path, INDEX, int(found), "write the index again (hllm index)" if found else "")

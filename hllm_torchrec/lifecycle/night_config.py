@@ -1,4 +1,4 @@
-"""Configuration of `hllm nightly`: one YAML, independent of the night."""
+"""Configuration of `hllm nightly`: one YAML file that is the same for all nights."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 
 PLACE = "{night}"
-"""Stands for the night's name in `append.path` and `append.items`."""
+"""Placeholder for the night's name in `append.path` and `append.items`."""
 
 NIGHT_BOUNDS = {
     "held_out": "> 0, < 1",
@@ -26,14 +26,14 @@ NIGHT_BOUNDS = {
 
 @dataclass(frozen=True)
 class AppendConfig:
-    """The new data of a night, as `hllm prepare --append` reads it."""
+    """The new data of a night, which is read as by `hllm prepare --append`."""
 
     source: str = "table"
-    """Source of `hllm prepare`."""
+    """Value of --source of `hllm prepare`."""
     path: str = "exports/{night}.yaml"
-    """Its --path; {night} stands for the night's name."""
+    """Value of --path of `hllm prepare`; {night} is replaced by the night's name."""
     items: str | None = None
-    """Its --items, if the source has one; {night} as above."""
+    """Value of --items of `hllm prepare`, if the source has this option; {night} is replaced by the night's name."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class GateConfig:
     """Condition under which a night's model is published."""
 
     max_drop: float = 0.002
-    """Largest drop of AUC below the published model's, on the same new exposures."""
+    """Maximum drop of the AUC below that of the published model, on the same new exposures."""
     on_unsure: Literal["pass", "fail"] = "pass"
-    """If the drop is larger, but chance may explain it."""
+    """Result of the gate if the drop is larger but may be due to chance (its interval contains 0)."""
     least_auc: float = 0.0
-    """Smallest AUC of a model that is published, also of the first one."""
+    """Minimum AUC of a model that is published, including the first model."""
     draws: int = 0
-    """Resamples for intervals over users in the night's metrics.json; 0: none, the gate has its own interval."""
+    """Number of resamples for bootstrap intervals over users in the night's metrics.json; 0: none. The gate does not
+    need them.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class StoresConfig:
     """Stores of embeddings that are published with the run."""
 
     items: bool = True
-    """Item store, if the model has an Item LLM; only new and changed items are encoded while its weights stay."""
+    """Item store, if the model has an Item LLM. While its weights do not change, only changed items are encoded."""
     users: bool = True
-    """User store; made anew for every new model."""
+    """User store; a new one is made for every new model."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Data type of new stores."""
 
@@ -67,33 +69,33 @@ class NightConfig:
     """One night: append, train, evaluate, gate, embed, publish.
 
     Raises:
-        ConfigError: values out of range, or entries of `increment` that `hllm nightly` sets itself; names all of them.
+        ConfigError: values are out of range, or `increment` has fields that `hllm nightly` sets; lists all problems.
     """
 
     folder: str = "nights"
-    """Where states, runs, stores, releases and the aliases `current` and `previous` are written."""
+    """Folder for states, runs, stores, releases and the aliases `current` and `previous`."""
     dataset: str = "data/shop"
-    """Dataset that grows, made once by `hllm prepare`."""
+    """Dataset to which each night appends; made once by `hllm prepare`."""
     append: AppendConfig = field(default_factory=AppendConfig)
     """The new data of a night."""
     training: str = "configs/quickstart.yaml"
-    """Configuration of `hllm train`, for the first model and, with `increment`, for every night's."""
+    """Configuration of `hllm train`, for the first model and, with the changes in `increment`, for every later one."""
     increment: dict[str, Any] = field(default_factory=dict)
-    """Dotted fields of that configuration that differ in a night's increment, such as {optim.lr: 5.0e-4}. Without
-    `stages` an increment is one epoch over what is new, with the last stage's `item_embeddings`."""
+    """Dotted fields of that configuration that differ in incremental training, such as {optim.lr: 5.0e-4}. Without
+    `stages`, a night trains one epoch on the new events, with the last stage's `item_embeddings`."""
     start_from: str | None = None
-    """Run from which the first night starts; none given: the first night trains on all events from the beginning."""
+    """Run from which the first night starts; None: the first night trains a new model on all events."""
     held_out: float = 0.2
-    """Share of a night's new events, the last by time, that its model is evaluated on; the next night trains on them.
-    The first half of them selects checkpoints (valid), the second half decides the gate (test)."""
+    """Share of a night's new events, the last ones by time, on which its model is evaluated; the next night trains on
+    them. The first half of these events selects the checkpoint (valid), the second half decides the gate (test)."""
     gate: GateConfig = field(default_factory=GateConfig)
-    """Condition of publishing."""
+    """Condition for publishing."""
     stores: StoresConfig = field(default_factory=StoresConfig)
     """Stores that are published with the run."""
     timeout: float = 3600.0
-    """Seconds that ranks wait for one that appends or publishes."""
+    """Seconds that the other ranks wait for rank 0 to append or publish."""
     keep: int = 7
-    """Nights whose runs and stores are kept, besides those that an alias names."""
+    """Number of nights whose runs and stores are kept, in addition to those of the aliases."""
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, NIGHT_BOUNDS))
@@ -103,11 +105,11 @@ class NightConfig:
             raise ConfigError(problems)
 
     def train_config(self, options: dict[str, Any], *, increment: bool) -> Config:
-        """The configuration of a night's training: of an increment, or of the first model.
+        """The configuration of a night's training: incremental, or of the first model.
 
         Raises:
-            ConfigError: `training` or `increment` are not of `hllm train`, take item embeddings from a store, or train
-                on valid.
+            ConfigError: `training` or `increment` is not valid for `hllm train`, uses item embeddings from a store, or
+                trains on valid.
         """
         given = dict(options)
         if increment:
@@ -140,11 +142,11 @@ RESERVED = (
     "data.train_since",
     "data.train_late_after",
 )
-"""Fields of `hllm train` that a night sets."""
+"""Fields of the configuration of `hllm train` that a night sets."""
 
 
 def check_night(name: str) -> str:
-    """Return a night's name. Raises ValueError if it is not a plain name of a file."""
+    """Return a night's name. Raises ValueError if it is not a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"--night {name!r}: must be letters, digits, dots and dashes, such as 2023-11-22")
     return name

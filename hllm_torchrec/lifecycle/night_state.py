@@ -1,6 +1,6 @@
-"""State of a night: what each step has done, in one file that is replaced after each step.
+"""State of a night: the results of its steps, in one file that is replaced after each step.
 
-A step is repeated if it was killed before its entry was written, so every step can be repeated without harm.
+A step that was killed before its entry was written is run again, so running a step twice must have the same result.
 """
 
 import json
@@ -21,7 +21,7 @@ NIGHT_LOCK = "night.lock"
 
 @dataclass(frozen=True)
 class NightState:
-    """What the steps of a night have done: `done` maps a step to its facts (JSON values)."""
+    """State of a night. done: completed step -> its facts (JSON values)."""
 
     path: Path
     night: str
@@ -29,7 +29,7 @@ class NightState:
 
     @classmethod
     def read(cls, folder: Path, night: str) -> Self:
-        """Read a night's state; without a file, nothing is done.
+        """Read a night's state; without a file, no step is done.
 
         Raises:
             ValueError: the file is damaged.
@@ -47,7 +47,7 @@ class NightState:
         return cls(path, night, done)
 
     def with_step(self, step: str, facts: Mapping[str, Any]) -> "NightState":
-        """Write that a step is done; returns the new state."""
+        """Record that a step is done; returns the new state."""
         facts = {**facts, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         after = NightState(self.path, self.night, {**self.done, step: facts})
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,10 @@ class NightState:
         return after
 
     def facts(self, step: str) -> Mapping[str, Any]:
-        """What a step has done.
+        """The facts of a completed step.
 
         Raises:
-            ValueError: it is not done yet.
+            ValueError: the step is not done yet.
         """
         if step not in self.done:
             raise ValueError(f"night {self.night}: step {step} is not done; run it first (--steps {step})")
@@ -66,25 +66,25 @@ class NightState:
 
     @property
     def is_rejected(self) -> bool:
-        """True if the gate has refused the night's model."""
+        """True if the gate has rejected the night's model."""
         return "gate" in self.done and self.done["gate"]["status"] != "pass"
 
     @property
     def is_finished(self) -> bool:
-        """True if no step is left."""
+        """True if no step is left to run."""
         return self.is_rejected or STEPS[-1] in self.done
 
 
 def unfinished_nights(folder: Path) -> list[str]:
-    """Names of the nights that were begun and not finished, in their order."""
+    """Sorted names of the nights that were begun and are not finished."""
     names = sorted(path.parent.name for path in (folder / NIGHTS).glob("*/state.json"))
     return [name for name in names if not NightState.read(folder, name).is_finished]
 
 
 def hold_nights(folder: Path) -> AbstractContextManager[None]:
-    """Context manager that holds the lock of the nights in a folder, which one process has.
+    """Context manager that holds the lock of the nights in a folder; one process can hold it at a time.
 
     Raises:
-        Locked: a night runs.
+        Locked: another process runs a night.
     """
     return hold_lock(folder / NIGHT_LOCK, f"{folder}: another process runs a night here")

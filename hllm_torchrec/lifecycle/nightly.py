@@ -1,4 +1,4 @@
-"""`run_night`: the steps of a night in order, each once; what is done already is left out."""
+"""`run_night`: runs the steps of a night in order, except those that are already done."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,11 +24,11 @@ def run_night(
     """Run the steps of a night that are not done, and return its state. Collective.
 
     Args:
-        night: its name; None: the oldest one that was begun and not finished, else today's date (UTC).
-        steps: steps to run; a step whose predecessors are not done is an error.
+        night: name of the night; None: the oldest night that was begun and is not finished, else today's date (UTC).
+        steps: steps to run; a step whose predecessors are not done raises an error.
 
     Raises:
-        ValueError: a step cannot be done, or another process runs a night; what was done stays done.
+        ValueError: a step fails, or another process runs a night; completed steps stay recorded.
     """
     folder = Path(config.folder)
     with ExitStack() as stack:
@@ -39,7 +39,7 @@ def run_night(
             state = run_on_rank_zero(lambda: NightState.read(folder, name))
             if step not in steps or step in state.done:
                 continue
-            if state.is_rejected and len(steps) > 1:  # a single step that cannot be done says so itself
+            if state.is_rejected and len(steps) > 1:  # a single step that was requested raises an error itself
                 break
             facts = RUN_STEP[step](Night(config, state, device))
             run_on_rank_zero(partial(state.with_step, step, facts))
@@ -62,5 +62,5 @@ def _next_night(folder: Path) -> str:
 
 
 def describe(facts: dict[str, object]) -> str:
-    """The facts of a step in one line."""
+    """The facts of a step as one line of text."""
     return str(facts["text"]) if "text" in facts else ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,13 +1,13 @@
 """Releases and their aliases `current` and `previous`, which move together in one step.
 
-    FOLDER/releases/2023-11-22/   release.json, and links to what it publishes: run, items, users
-    FOLDER/moves/00003/           links `current` and `previous` to two releases, and move.json: what moved them
+    FOLDER/releases/2023-11-22/   release.json, and links to the published folders: run, items, users
+    FOLDER/moves/00003/           links `current` and `previous` to two releases, and move.json: cause of the move
     FOLDER/aliases                link to the newest folder of moves; its replacement moves both aliases
     FOLDER/current, previous      links to aliases/current and aliases/previous
 
-So `hllm recommend --run FOLDER/current/run` and `Scorer.of_run(FOLDER / "current" / "run")` follow what is published. A
-process that is killed at any moment leaves the aliases before or after a move. A program that opens several parts of a
-release resolves the alias once (`Path.resolve`), because it may move in between.
+So `hllm recommend --run FOLDER/current/run` and `Scorer.of_run(FOLDER / "current" / "run")` use the published run. If a
+process is killed, both aliases have either moved or not. A program that opens several parts of a release must resolve
+the alias once (`Path.resolve`), because the alias may move in between.
 """
 
 import json
@@ -25,16 +25,16 @@ from hllm_torchrec.common.locks import hold_lock, lock_wait
 RELEASES, MOVES, ALIASES = "releases", "moves", "aliases"
 FACTS = "release.json"
 PARTS = ("run", "items", "users")
-"""Links of a release; one without a store lacks its link."""
+"""Links in a release's folder; the link of a store that does not exist is missing."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """What a night publishes.
+    """The run and the stores that a night publishes.
 
     run, items, users: folders of the run and of the stores (None: no such store); checkpoint: "best", or a folder;
-    dataset, version: what the run was trained on; trained_until: the first second (UTC) that it was not trained on;
-    auc: on the exposures that were new to it, None if it was not measured.
+    dataset, version: dataset and version that the run was trained on; trained_until: the first second (UTC) after the
+    events that it was trained on; auc: AUC on the night's held-out exposures, None if it was not measured.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Release:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read a release's folder, whose links are resolved.
+        """Read a release's folder; the links are resolved.
 
         Raises:
-            ValueError: no release, or a damaged one.
+            ValueError: the folder is not a release, or is damaged.
         """
         path = folder / FACTS
         try:
@@ -67,20 +67,20 @@ def _resolved(folder: Path) -> dict[str, str]:
 
 
 def read_alias(folder: Path, alias: str) -> Release | None:
-    """The release that `current` or `previous` names; None before the first one is published.
+    """The release of the alias `current` or `previous`; None before the first release is published.
 
     Raises:
-        ValueError: the alias names a release that is not there or damaged.
+        ValueError: the release of the alias is missing or damaged.
     """
     link = folder / ALIASES / alias
     return Release.read(link.resolve()) if link.is_symlink() else None
 
 
 def publish(folder: Path, release: Release) -> bool:
-    """Make a release `current`, and what was current `previous`; False if it is current already.
+    """Make a release `current` and the current one `previous`; returns False if it is already current.
 
     Raises:
-        ValueError: another process is moving the aliases, or has published another release of this name.
+        ValueError: another process is moving the aliases, or the current release is damaged.
     """
     with _write_lock(folder):
         current = read_alias(folder, "current")
@@ -92,13 +92,13 @@ def publish(folder: Path, release: Release) -> bool:
 
 
 def rollback(folder: Path, to: str | None = None) -> tuple[str, str]:
-    """Make the previous release, or the one named `to`, current again; returns the names before and after.
+    """Make the previous release, or the one with the name `to`, current again; returns the names before and after.
 
-    Nothing is done if the last move was such a rollback, so that it can be repeated after it was killed; to go on to
-    another release, name it.
+    Without `to`, nothing is done if the last move was a rollback, so that an interrupted rollback can be repeated. To
+    change to yet another release, give its name.
 
     Raises:
-        ValueError: nothing is published, no such release, or no other one.
+        ValueError: nothing is published, there is no such release, or there is no other release.
     """
     nothing = f"{folder}: nothing is published yet; `hllm nightly` publishes a release"
     if not folder.is_dir():  # taking the lock would create the folder
@@ -122,13 +122,13 @@ def rollback(folder: Path, to: str | None = None) -> tuple[str, str]:
 
 
 def named_releases(folder: Path) -> list[str]:
-    """Names of the releases that an alias names."""
+    """Names of the releases of both aliases."""
     found = (read_alias(folder, alias) for alias in ("current", "previous"))
     return [release.name for release in found if release is not None]
 
 
 def nights_folder(run: Path) -> Path | None:
-    """The folder whose releases a run is of, by an alias (FOLDER/current/run) or by itself (FOLDER/runs/NIGHT)."""
+    """Folder of the nights to which a run belongs, given by an alias (FOLDER/current/run) or as FOLDER/runs/NIGHT."""
     above = (run.absolute().parent.parent, run.resolve().parent.parent)
     return next((folder for folder in above if (folder / ALIASES).is_symlink()), None)
 
@@ -141,9 +141,9 @@ def _write_lock(folder: Path) -> Iterator[None]:
 
 
 def _write_release(target: Path, release: Release) -> None:
-    """Write a release's folder: facts, and relative links, so that the folder of everything can be moved."""
-    # The name may be there: a release that was killed before its move, or one that was published before and rolled
-    # back. Nothing reads the former, and the latter is replaced as a whole.
+    """Write a release's folder: facts, and relative links, so that the folder of all nights can be moved."""
+    # A release of this name may exist: its publishing was killed before the move, or it was published and rolled back.
+    # Nothing reads the former, and the latter is replaced completely.
     with atomic_folder(target, replace=True) as new:
         parts = {part: path for part in PARTS if (path := getattr(release, part)) is not None}
         for part, path in parts.items():
@@ -153,7 +153,7 @@ def _write_release(target: Path, release: Release) -> None:
 
 
 def _move(folder: Path, current: str, previous: str, what: str) -> None:
-    """Point both aliases to releases, by the replacement of one link."""
+    """Point both aliases to releases, by replacing one link."""
     taken = [int(path.name) for path in (folder / MOVES).glob("[0-9]*") if path.name.isdecimal()]
     number = f"{max(taken, default=0) + 1:05d}"
     with atomic_folder(folder / MOVES / number) as new:
@@ -169,7 +169,7 @@ def _move(folder: Path, current: str, previous: str, what: str) -> None:
 
 
 def _replace_link(link: Path, target: Path) -> None:
-    beside = link.with_name(f".{link.name}-new")
-    beside.unlink(missing_ok=True)  # of a process that was killed: the lock is ours
-    beside.symlink_to(target)
-    beside.replace(link)
+    temporary = link.with_name(f".{link.name}-new")
+    temporary.unlink(missing_ok=True)  # left by a process that was killed, because this one holds the lock
+    temporary.symlink_to(target)
+    temporary.replace(link)

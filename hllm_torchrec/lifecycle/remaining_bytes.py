@@ -1,7 +1,8 @@
-"""Search of all files below folders for raw ids: proof that nothing is left of erased ones.
+"""Search of all files below folders for raw ids, to check that nothing is left of erased ids.
 
-Text is searched for the id as a word (an id that is a number: as a quoted value, because numbers are everywhere),
-Parquet and Arrow files by their texts, other files for the bytes of ids that are too long to occur by chance.
+Text files are searched for the id as a word (an id that is a number: as a quoted value, because unquoted numbers are
+too frequent). In Parquet and Arrow files, text columns are compared with the ids. Other files are searched only for the
+bytes of ids that are too long to occur by chance.
 """
 
 import re
@@ -15,22 +16,22 @@ import pyarrow.parquet as pq
 from hllm_torchrec.data.manifest import MANIFEST, VERSIONS
 
 LONG = 6
-"""Number of bytes from which an id is searched for in files that are not text."""
+"""Minimum number of bytes of an id that is searched for in files that are not text."""
 _BLOCK = 1 << 24
 _HEAD = 4096
 _WORD = re.compile(rb"[\w-]+")
 _NUMBER = re.compile(rb"[\"'](-?[0-9]+)[\"'](?!\s*:)")
-"""A quoted number that is no key of a JSON object."""
+"""A quoted number that is not a key of a JSON object."""
 
 
 def files_with(
     folders: Sequence[Path], raw_ids: Sequence[str], kinds: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[Path]:
-    """The files below `folders`, links not followed, in which one of the ids occurs.
+    """Yield the files below `folders` in which one of the ids occurs; links are not followed.
 
-    kinds: name of a column that holds users or items -> the ids of that kind (the item "1" is not the user "1").
-    If given, ids that are numbers are searched for in these columns only, and as quoted values in all files but
-    manifests, whose quoted numbers mean actions and features.
+    kinds: name of a column with users or items -> the ids of this kind (the item "1" is not the user "1"). If given,
+    ids that are numbers are searched for in these columns only, and as quoted values in all files except manifests,
+    in which quoted numbers are those of actions and features.
     """
     words, named = _Words(raw_ids), _Words([raw for raw in raw_ids if not _is_number(raw)])
     others = raw_ids if kinds is None else [raw for raw in raw_ids if not _is_number(raw)]
@@ -51,7 +52,7 @@ def _is_number(raw: str) -> bool:
 
 
 class _Words:
-    """Finds ids among bytes: words and numbers by a set, in one pass however many there are; others one by one."""
+    """Finds ids in bytes: words and numbers by look-up in a set, in one pass for all of them; other ids one by one."""
 
     def __init__(self, raw_ids: Sequence[str]) -> None:
         ids = {raw.encode() for raw in raw_ids}
@@ -63,7 +64,7 @@ class _Words:
         self._overlap = max(map(len, ids), default=0) + 4
 
     def are_in(self, path: Path) -> bool:
-        """True if one of the ids is in a file; in one that is not text, only long ones are looked for."""
+        """True if one of the ids is in a file; in a file that is not text, only long ids are searched for."""
         with path.open("rb") as file:
             is_text = b"\0" not in file.read(_HEAD)
             file.seek(0)
@@ -76,7 +77,7 @@ class _Words:
         return False
 
     def _has(self, data: bytes, is_later: bool, plain: set[bytes]) -> bool:
-        """True if one of the ids is in a block. is_later: its start was seen at the end of the one before."""
+        """True if one of the ids is in a block. is_later: the block starts with the end of the previous block."""
         if plain and any(one[0] in plain for one in _matches(_WORD, data, is_later)):
             return True
         if self._numbers and any(one[1] in self._numbers for one in _matches(_NUMBER, data, is_later)):
@@ -85,12 +86,12 @@ class _Words:
 
 
 def _matches(pattern: re.Pattern[bytes], data: bytes, is_later: bool) -> Iterator[re.Match[bytes]]:
-    """Matches; without one at the start of a later block, which may be the end of a longer word."""
+    """Yield the matches, except one at the start of a later block, which may be the end of a longer word."""
     return (match for match in pattern.finditer(data) if match.start() or not is_later)
 
 
 def _table_has(path: Path, texts: Mapping[str, pa.Array]) -> bool:
-    """True if a text column of a Parquet or Arrow file has one of its texts; "": those of columns without an entry."""
+    """True if a text column of a Parquet or Arrow file has one of its ids. texts: column -> ids; "": other columns."""
     try:
         if path.suffix == ".parquet":
             batches: Iterator[pa.RecordBatch] = pq.ParquetFile(path).iter_batches()
@@ -100,7 +101,7 @@ def _table_has(path: Path, texts: Mapping[str, pa.Array]) -> bool:
         else:
             return False
         return any(_batch_has(batch, texts) for batch in batches)
-    except (pa.ArrowInvalid, OSError):  # damaged, or of another format: searched as bytes
+    except (pa.ArrowInvalid, OSError):  # damaged or in another format; the caller searches the bytes
         return False
 
 

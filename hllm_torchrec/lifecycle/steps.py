@@ -1,6 +1,6 @@
-"""The steps of a night, in order; each can be repeated, and returns the facts that the later ones read.
+"""The steps of a night, in order; each can be repeated, and returns the facts that later steps read.
 
-A step is a function of (`Night`) on all ranks; what only one process may do runs on rank 0.
+A step is a function of a `Night` that all ranks call; work that only one process may do runs on rank 0.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 RUNS, STORES = "runs", "stores"
 SPLIT = "test"
-"""Part of the new exposures that decides the gate."""
+"""Part of the new exposures on which the gate compares the models."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Night:
 
     @property
     def run(self) -> Path:
-        """This night's run."""
+        """Folder of this night's run."""
         return self.folder / RUNS / self.state.night
 
 
@@ -71,14 +71,14 @@ class Night:
 
 
 def append(night: Night) -> dict[str, Any]:
-    """Append the night's files as a new version whose last events by time are held out."""
+    """Append the night's files as a new version, in which the last events by time are held out."""
     return run_on_rank_zero(lambda: _append(night))
 
 
 def _append(night: Night) -> dict[str, Any]:
     config, source = night.config, _source(night.config, night.state.night)
-    # The run that this night starts from is the published one; without one, that of the configuration, which was
-    # trained on the version before.
+    # This night starts from the published run. If there is none, it starts from the run in the configuration, which was
+    # trained on the previous version.
     last = read_alias(night.folder, "current")
     if last is not None and not Path(last.run).is_dir():
         raise ValueError(
@@ -92,7 +92,7 @@ def _append(night: Night) -> dict[str, Any]:
         append_events(source, dataset.root, split=split)
         version = version_of_source(Dataset.open(config.dataset), source)
         assert version is not None, "events after the last one are new"
-    pin_version(dataset.root, version, night.work)  # until the run pins it: others may append and prune meanwhile
+    pin_version(dataset.root, version, night.work)  # until the run pins it, because others may append and prune
     return {
         "version": version,
         "start_from": config.start_from if last is None else last.run,
@@ -113,7 +113,7 @@ def new_seconds(source: Source, dataset: Dataset) -> np.ndarray:
     """Sorted seconds (int64) of the source's events that are later than every event of the dataset.
 
     Raises:
-        ValueError: there are fewer than three seconds: too few to divide.
+        ValueError: the events have fewer than three different seconds, which are too few to divide.
     """
     last = int(dataset.manifest["seconds"][1])
     parts = [chunk.table["timestamp"].drop_null().to_numpy() for chunk in source.events()]
@@ -128,9 +128,9 @@ def new_seconds(source: Source, dataset: Dataset) -> np.ndarray:
 
 
 def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
-    """The split by date that holds out the last share of the sorted `seconds`: half of it valid, half of it test.
+    """The split by date that holds out the last share of the sorted `seconds`: one half is valid, the other half test.
 
-    Each part has at least one second; a second is never divided.
+    Each part has at least one second, and a second is never divided between parts.
     """
     distinct = np.unique(seconds)
     cuts = seconds[(np.array([1 - held_out, 1 - held_out / 2]) * seconds.size).astype(np.int64)]
@@ -140,17 +140,17 @@ def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
 
 
 def version_of_source(dataset: Dataset, source: Source) -> int | None:
-    """The version that was made from the source's files; None if there is none yet."""
+    """The version that was made from the source's files; None if there is none."""
     fingerprint = source_fingerprint(source)
     found = (one["version"] for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint)
     return next(found, None)
 
 
 def train_cut(dataset: Dataset, version: int) -> int:
-    """The first second that is not of the training part of a version.
+    """The first second after the training part of a version.
 
     Raises:
-        ValueError: the dataset is not divided by time.
+        ValueError: the dataset is not split by time.
     """
     split = Dataset.open(dataset.root, version).manifest["split"]
     if not split.get("cut_timestamps"):
@@ -164,7 +164,7 @@ def train_cut(dataset: Dataset, version: int) -> int:
 
 
 def train(night: Night) -> dict[str, Any]:
-    """Train from the run before on what is new, or the first model on everything; goes on where it was killed."""
+    """Train the previous run on the new events, or the first model on all events; resumes an interrupted training."""
     run_on_rank_zero(lambda: _check_start(night))
     trainer = build_trainer(training_config(night), night.device)
     try:
@@ -179,9 +179,11 @@ def train(night: Night) -> dict[str, Any]:
 
 
 def _check_start(night: Night) -> None:
-    """Raise ValueError if another release was made current since the night began, as by a rollback."""
+    """Raise ValueError if another release was made current since the night began, for example by a rollback."""
     begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
-    if current is None or current.name == night.state.night:  # the latter: killed after the aliases had moved
+    if (
+        current is None or current.name == night.state.night
+    ):  # this night is current if it was killed after the aliases had moved
         return
     if begun is None or Path(begun).name != Path(current.run).name:
         raise ValueError(
@@ -205,7 +207,7 @@ def training_config(night: Night) -> Config:
         "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
         "start_from_optimizer": True,
         "data.train_since": facts["train_since"],
-        "data.train_late_after": facts.get("train_late_after"),  # None: begun by an earlier release
+        "data.train_late_after": facts.get("train_late_after"),  # missing if an earlier release began the night
     }
     return night.config.train_config(options, increment=True)
 
@@ -214,7 +216,7 @@ def training_config(night: Night) -> Config:
 
 
 def evaluate(night: Night) -> dict[str, Any]:
-    """Score the new exposures with the night's model and with the one before, and compare them."""
+    """Score the new exposures with the night's model and with the previous one, and compare the two."""
     facts = night.state.facts("append")
     night.state.facts("train")
     runs = {"new": (night.run, "best")}
@@ -227,7 +229,7 @@ def evaluate(night: Night) -> dict[str, Any]:
 
 
 def _score(night: Night, name: str, run: Path, which: str) -> Path:
-    """Directory of a run's predictions of the new exposures, in the version of the night."""
+    """Score the new exposures in the night's version of the dataset with a run; returns the predictions' directory."""
     loaded = _load(night, run, which)
     experiment = loaded.experiment
     if not experiment.hllm.fusion.has_queries:
@@ -241,14 +243,14 @@ def _score(night: Night, name: str, run: Path, which: str) -> Path:
 
 
 def _load(night: Night, run: Path, which: str) -> LoadedRun:
-    """A run's model on the night's version of the dataset, which may have more ids than it was trained with."""
+    """Load a run's model for the night's version of the dataset, which may have more ids than the run's version."""
     config = run_config(run, Path(night.config.dataset))
     config = replace(config, data=replace(config.data, version=night.state.facts("append")["version"]))
     return load_run(run, which, night.device, config)
 
 
 def gate(night: Night) -> dict[str, Any]:
-    """Compare the AUC with the published model's and with the smallest allowed one; the status is pass or fail."""
+    """Compare the AUC with the published model's and with the minimum; only status "pass" permits publishing."""
     return run_on_rank_zero(lambda: _gate(night))
 
 
@@ -268,7 +270,7 @@ def _gate(night: Night) -> dict[str, Any]:
 
 
 def embed(night: Night) -> dict[str, Any]:
-    """Embed what changed into stores that the model's fingerprint names: a store is never of two models."""
+    """Embed new and changed items and users into stores named by the model's facts, so a store has only one model."""
     _require_pass(night)
     wanted = night.config.stores
     facts: dict[str, Any] = {"items": None, "users": None}
@@ -287,19 +289,19 @@ def embed(night: Night) -> dict[str, Any]:
 
 
 def _store(night: Night, kind: str, facts: Mapping[str, Any]) -> Path:
-    """Folder of the store of these facts: the same one while the model's part is the same."""
+    """Folder of the store for these facts, which is the same as long as the weights that they describe are."""
     text = json.dumps({**facts, "dtype": night.config.stores.dtype}, sort_keys=True)
     return night.folder / STORES / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def publish_release(night: Night) -> dict[str, Any]:
-    """Move the aliases to this night's release, and remove runs and stores of nights that nothing names any more."""
+    """Move the aliases to this night's release, and remove the runs and stores of nights that are no longer needed."""
     return run_on_rank_zero(lambda: _publish(night))
 
 
 def _publish(night: Night) -> dict[str, Any]:
     _require_pass(night)
-    _check_start(night)  # a later night may have been published since: this one would take its place
+    _check_start(night)  # do not replace a later night that has been published since
     appended, embedded = night.state.facts("append"), night.state.facts("embed")
     release = Release(
         name=night.state.night,
@@ -317,10 +319,10 @@ def _publish(night: Night) -> dict[str, Any]:
 
 
 def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
-    """Remove old runs, releases and stores; return their names.
+    """Remove old runs, releases and stores; returns their names.
 
-    Kept are the runs and releases of the newest `keep` nights, of the `needed` ones, and of those that an alias names;
-    and the stores that a kept release links to or a needed night has written.
+    The runs and releases of the newest `keep` nights, of the `needed` nights and of the aliases are kept, and the
+    stores that a kept release links to or that a needed night has written.
     """
     nights = sorted(path.name for path in (folder / RUNS).iterdir())
     kept = {*nights[-keep:], *needed, *named_releases(folder)}
@@ -328,8 +330,8 @@ def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
     for name in removed:
         for path in (folder / RELEASES / name, folder / RUNS / name):
             shutil.rmtree(path, ignore_errors=True)
-    # Releases first: afterwards only those that stay are found, and their links say which stores are in use. A needed
-    # night may have embedded without being published yet, so its state is asked as well.
+    # Remove releases first: the links of the remaining ones show which stores are in use. A needed night may have
+    # embedded without being published yet, so the stores in its state are kept too.
     linked = [Release.read(path.parent) for path in (folder / RELEASES).glob("*/release.json")]
     stores = {path for release in linked for path in (release.items, release.users)}
     embedded = [NightState.read(folder, name).done.get("embed", {}) for name in needed]

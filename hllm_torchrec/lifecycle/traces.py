@@ -22,6 +22,9 @@ from hllm_torchrec.checkpoint.erased_rows import checkpoints_of
 from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.creative.clusters import FILE as CLUSTERS_FILE
+from hllm_torchrec.creative.forgotten_titles import forget_items, forget_users
+from hllm_torchrec.creative.titles import MARKER as TITLES_MARKER
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_log import EventLog, is_event_log
 from hllm_torchrec.data.forgetting import Names
@@ -40,6 +43,7 @@ from hllm_torchrec.store.store import EmbeddingStore
 
 STORE, PREDICTIONS, JOURNAL, RUN, INDEX = "store", "predictions", "journal", "run", "index"
 EVENTS = "events of a service"
+CLUSTERS, TITLES = "clusters of users", "titles"
 _ROWS = 65_536
 
 
@@ -84,6 +88,12 @@ def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator
         yield Place(STORE, folder, fits)
         return
     if MANIFEST in names:  # a dataset: `hllm forget` changes only the one that --dataset names
+        return
+    if CLUSTERS_FILE in names:
+        yield Place(CLUSTERS, folder, fits)
+        return
+    if TITLES_MARKER in names:
+        yield Place(TITLES, folder, fits)
         return
     if "index.faiss" in names:
         yield Place(INDEX, folder, fits)
@@ -157,6 +167,16 @@ def forget_in_store(path: Path, target: Target) -> Trace:
     if not target.dry_run and target.erase:
         store.compact()
     return Trace(path, f"{STORE} of {part}", int(known.sum()))
+
+
+def forget_in_clusters(path: Path, target: Target) -> Trace:
+    """Remove the users from clusters; see `creative.forgotten_titles`."""
+    return Trace(path, CLUSTERS, *forget_users(path, target.names.users, target.dry_run))
+
+
+def forget_in_titles(path: Path, target: Target) -> Trace:
+    """Remove the titles of the items."""
+    return Trace(path, TITLES, forget_items(path, target.names.items, target.dry_run))
 
 
 def _raw_keys(store: EmbeddingStore, raw_ids: Sequence[str]) -> pa.Array:

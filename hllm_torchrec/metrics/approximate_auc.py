@@ -1,16 +1,15 @@
 """Approximate AUC from a histogram of scores, with a guaranteed error bound.
 
-Fast, of fixed size, and mergeable over batches and ranks; for progress during training. Reported metrics use the exact
-AUC. Scores are put into bins of equal relative width: the first `bits` bits of their float32 representation (sign,
-exponent, leading mantissa bits), ordered like the numbers. Pairs of rows in different bins are ranked exactly; a pair
-within a bin counts one half, which is wrong by at most one half. Hence, with P_b and N_b rows of bin b:
+The histogram is fast, has a fixed size, and can be merged over batches and ranks. It is meant for progress during
+training; reported metrics use the exact AUC. The bin of a score is given by the first `bits` bits of its float32
+representation (sign, exponent, leading mantissa bits), ordered like the numbers, so bins have equal relative width.
+Pairs of rows in different bins are ranked exactly; a pair within a bin counts one half, which is wrong by at most one
+half. Hence, with P_b positives and N_b negatives in bin b, P positives and N negatives (numbers, or sums of weights):
 
-    |approximate - exact| <= 1/2 sum_b P_b N_b / (P N), over the bins with more than one distinct score,
+    |approximate - exact| <= 1/2 sum_b P_b N_b / (P N), over the bins with more than one distinct score
 
-where P and N are numbers, or sums of weights,
-
-which `auc` returns with the value. (float64 scores are rounded to float32 first, where different scores may become
-ties; the bound refers to the rounded scores.)
+`ScoreHistogram.auc` returns this bound with the AUC. Scores are rounded to float32 first, so different float64 scores
+may become ties; the bound refers to the rounded scores.
 """
 
 import math
@@ -25,7 +24,7 @@ BITS = 16
 
 @dataclass(frozen=True)
 class BoundedAuc:
-    """Approximate AUC and the maximum of its difference from the exact one; `nan` if a class is empty."""
+    """Approximate AUC, and the maximum of its difference from the exact AUC; both `nan` if a class is empty."""
 
     auc: float
     error: float
@@ -39,10 +38,10 @@ class ScoreHistogram:
     """
 
     def __init__(self, bits: int = BITS, device: torch.device | str = "cpu", *, weighted: bool = False):
-        """Create an empty histogram; weighted: of rows with weights, whose sums are then float64.
+        """Create an empty histogram. weighted: rows have weights, so that bins contain float64 sums.
 
         Raises:
-            ValueError: `bits` outside 10..24.
+            ValueError: `bits` is outside 10..24.
         """
         if not 10 <= bits <= 24:
             raise ValueError(f"bits is {bits}; a histogram has 10 to 24 (16: 1.5 MB, error about 1e-3 or less)")
@@ -55,14 +54,14 @@ class ScoreHistogram:
         self.highest = torch.full_like(self.lowest, -(2**31))
 
     def add(self, labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows: labels 0 or 1, scores without NaN, perhaps weights of at least 0, all [n], on its device.
+        """Add rows: labels 0 or 1, scores without NaN, and weights >= 0 or None, all [n], on the histogram's device.
 
         Raises:
             ValueError: a label is not 0 or 1, or a score is NaN.
         """
         if torch.isnan(scores).any() or not ((labels == 0) | (labels == 1)).all():
             raise ValueError("the histogram takes labels 0 or 1 and scores that are numbers; there is another, or nan")
-        # The shift is arithmetic: bins of negative scores are negative, so the number of bins / 2 is added.
+        # The shift is arithmetic: negative scores give negative values, so half the number of bins is added.
         ordered = _ordered(scores.detach())
         bins = ((ordered >> (32 - self.bits)) + (1 << (self.bits - 1))).to(torch.int64)
         size = self.counts.shape[1]
@@ -72,9 +71,9 @@ class ScoreHistogram:
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the histograms of all ranks, on each of them. Collective; no effect without a process group.
+        """Replace the histogram of every rank by the sum of all. Collective; no effect without a process group.
 
-        Counts are integers, so the result does not depend on the order of rows and ranks; weights are rounded.
+        Counts are integers, so the result does not depend on the order of rows and ranks. Sums of weights are rounded.
         """
         if not dist.is_initialized():
             return
@@ -90,7 +89,7 @@ class ScoreHistogram:
             return BoundedAuc(math.nan, math.nan)
         below = negatives.cumsum(0) - negatives
         within = positives * negatives
-        # Only bins with different scores contribute to the error: pairs of equal scores do count one half.
+        # Only bins with different scores contribute to the error: for pairs of equal scores, one half is exact.
         mixed = float(within[self.lowest < self.highest].sum())
         return BoundedAuc(float(positives @ below + within.sum() / 2) / pairs, mixed / 2 / pairs)
 

@@ -50,7 +50,7 @@ def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group
         chunks = _sorted_rows(as_labels(labels), scores, weights)
     except ValueError as error:
         problem = str(error)
-    # Exchanged before any rank raises: a rank that raised alone would leave the others in the next collective.
+    # Exchange the problems before raising: if only one rank raised, the others would wait for it in a collective.
     problems = gather_objects(problem, group)
     if len(problems) == 1 and problem:
         raise ValueError(problem)
@@ -108,13 +108,13 @@ def _sorted_rows(is_positive: np.ndarray, scores: Values, weights: Values | None
         chunks.add(row_scores, is_positive)
     else:
         row_weights = as_weights(weights, len(is_positive))
-        counts = row_weights > 0  # rows of weight 0 are skipped: they must not create thresholds
+        counts = row_weights > 0  # a row of weight 0 must not create a threshold
         chunks.add(row_scores[counts], is_positive[counts], row_weights[counts])
     return chunks
 
 
 def _auc_and_influences(is_positive: np.ndarray, scores: Values) -> tuple[float, np.ndarray]:
-    """(AUC, influence of each row on it [n])."""
+    """Return the AUC, and the influence [n] of each row on it."""
     row_scores = as_scores(scores, len(is_positive))
     statistics, placements = rank_statistics(_sorted_rows(is_positive, row_scores), SINGLE_RANK, keep=True)
     if math.isnan(statistics.interval.auc):
@@ -124,7 +124,10 @@ def _auc_and_influences(is_positive: np.ndarray, scores: Values) -> tuple[float,
 
 
 def _standard_error(is_positive: np.ndarray, influences: np.ndarray) -> float:
-    """DeLong's standard error from the rows' influences [n] on an AUC or a difference; `nan` with < 2 rows a class."""
+    """Return DeLong's standard error from the rows' influences [n] on an AUC, or on a difference of two.
+
+    `nan` if a class has fewer than two rows.
+    """
     variance = 0.0
     for of_class in (influences[is_positive], influences[~is_positive]):
         if of_class.size < 2:

@@ -68,17 +68,35 @@ def user_mean_interval(
     Raises:
         ValueError: no rows, or fewer than one draw.
     """
+    return user_ratio_interval(values, np.ones(len(values)), user_ids, draws, seed, confidence)
+
+
+def user_ratio_interval(
+    values: np.ndarray,
+    bases: np.ndarray,
+    user_ids: UserIds,
+    draws: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Bounds of sum(values) / sum(bases), both [n], over samples of users, each drawn with all of its rows.
+
+    Raises:
+        ValueError: no rows, or fewer than one draw.
+    """
     users = as_groups(user_ids, len(values))
     if draws < 1 or not len(users):
         raise ValueError(f"{draws} draws of {len(users)} rows; at least one of each is needed; 1000 draws are usual")
-    rows = np.bincount(users).astype(np.float64)
-    sums = np.bincount(users, np.asarray(values, np.float64))
+    below = np.bincount(users, np.asarray(bases, np.float64))
+    above = np.bincount(users, np.asarray(values, np.float64))
     random = np.random.default_rng(seed)
-    means = np.empty(draws)
+    ratios = np.full(draws, math.nan)
     for draw in range(draws):
-        weights = _draw_users(random, rows.size)
-        means[draw] = weights @ sums / (weights @ rows)
-    return percentile_interval(means, confidence)
+        weights = _draw_users(random, below.size)
+        total = weights @ below
+        if total:
+            ratios[draw] = weights @ above / total
+    return percentile_interval(ratios, confidence)
 
 
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Ranks of targets in a catalogue whose vectors are sharded over the ranks of the process group.
+"""Positions of targets in a ranking of a catalogue whose vectors are sharded over the ranks of the process group.
 
-Each rank counts, for the queries of all ranks, the items of its own shard that rank before the target; the sum of the
-counts equals the result of one process. Queries are gathered; item vectors are not communicated.
+For the queries of all ranks, each rank counts the items of its shard that are ranked before the target. The sum of
+these counts over the ranks equals the result of one process. Queries are gathered; item vectors are not communicated.
 
 Legend: B rows of this rank, A rows of all ranks, n items of this rank's share, D width, S seen items of all rows.
 """
@@ -28,7 +28,8 @@ from hllm_torchrec.metrics.retrieval_metrics import (
 class CatalogueShard:
     """Vectors [n, D] of the items `first` to `first + n - 1`, of `total` items (including the unknown item 0).
 
-    excluded: ids that are no candidates; as a target one still ranks among the candidates.
+    excluded: ids of items that are not candidates. An excluded item may be a target: it is then ranked among the
+    candidates.
     """
 
     vectors: Tensor
@@ -38,30 +39,30 @@ class CatalogueShard:
 
     @classmethod
     def of_rank(cls, vectors: Tensor) -> "CatalogueShard":
-        """This rank's shard of vectors [N, D] that every rank holds completely (a view)."""
+        """Return this rank's shard, a view, of vectors [N, D] that are complete on every rank."""
         first, end = shard_bounds(len(vectors))
         return cls(vectors[first:end], first, len(vectors))
 
     @property
     def end(self) -> int:
-        """One after the last item."""
+        """Id of the last item, plus 1."""
         return self.first + len(self.vectors)
 
     def normalized(self) -> "CatalogueShard":
-        """The shard with vectors of length 1, float32."""
+        """Return the shard with float32 vectors of length 1."""
         return replace(self, vectors=torch.nn.functional.normalize(self.vectors.float(), dim=-1))
 
 
 def shard_bounds(total: int) -> tuple[int, int]:
-    """(first, end) of this rank's items: contiguous, in rank order, with sizes that differ by at most 1."""
+    """Return (first, end) of this rank's items: contiguous shards in rank order, whose sizes differ by at most 1."""
     rank = dist.get_rank() if world_size() > 1 else 0
     return total * rank // world_size(), total * (rank + 1) // world_size()
 
 
 def equal_chunks(rows: Tensor, at_once: int) -> Iterator[Tensor]:
-    """Chunks of at most `at_once` of this rank's rows [B]; the same number on every rank, the last may be empty.
+    """Yield chunks of at most `at_once` of this rank's rows [B], the same number of chunks on every rank. Collective.
 
-    Collective. A rank with fewer rows yields empty chunks, so that all ranks run the same collectives per chunk.
+    A rank with fewer rows yields empty chunks at the end, so that all ranks run the same collectives for each chunk.
     """
     needed = -(-rows.numel() // at_once)
     rounds = int(all_gather_variable(torch.tensor([needed], device=rows.device)).max())
@@ -79,15 +80,15 @@ def distributed_target_ranks(
     block_size: int = BLOCK_SIZE,
     tie_tolerance: float = TIE_TOLERANCE,
 ) -> Tensor:
-    """Rank of each row's target over all shards, see `target_ranks`; ranks may differ in numbers of rows. Collective.
+    """Compute the position of each row's target in the ranking over all shards, as `target_ranks`. Collective.
 
-    Memory: the vectors of the shard, and [A, block] scores at a time.
+    Processes may have different numbers of rows. Memory: the vectors of the shard, and [A, block] scores at a time.
 
     Returns:
-        int64 [B], 1 = best, of this rank's rows.
+        Position of the target for each row of this process, int64 [B], 1 = best.
 
     Raises:
-        ValueError: as `target_ranks`; for an invalid target or score on every rank.
+        ValueError: as `target_ranks`. An invalid target or target score raises on every rank.
     """
     seen = seen_pairs(seen_items_S, seen_offsets, target_B)
     sizes = all_gather_variable(torch.tensor([len(target_B)], device=target_B.device)).tolist()
@@ -98,7 +99,7 @@ def distributed_target_ranks(
         rows, ids = seen
         # Rows are renumbered to their positions among the gathered queries.
         seen = all_gather_variable(rows + before), all_gather_variable(ids)
-    # The shard's items from 1 on: the unknown item 0 is not ranked.
+    # The unknown item 0 is not ranked.
     ahead_A = count_ahead(
         lambda start, stop: _scores(queries_AD, items, start, stop),
         _scores_to_beat(queries_AD, items, target_A, tie_tolerance),
@@ -111,7 +112,7 @@ def distributed_target_ranks(
 
 
 def _scores(queries_AD: Tensor, items: CatalogueShard, start: int, stop: int) -> Tensor:
-    """Scores [A, stop - start] of the items from `start` to before `stop`; -inf of those that are no candidates."""
+    """Compute the scores [A, stop - start] of the items start..stop - 1; -inf for excluded items."""
     scores = queries_AD @ items.vectors[start - items.first : stop - items.first].float().T
     if items.excluded is not None:
         here = items.excluded[(items.excluded >= start) & (items.excluded < stop)]
@@ -120,7 +121,7 @@ def _scores(queries_AD: Tensor, items: CatalogueShard, start: int, stop: int) ->
 
 
 def _scores_to_beat(queries_AD: Tensor, items: CatalogueShard, target_A: Tensor, tie_tolerance: float) -> Tensor:
-    """Scores to beat [A]: each computed by the rank whose shard has the target; the other ranks add 0. Collective."""
+    """Compute the scores to beat [A]: the rank whose shard has the target computes it, the others add 0. Collective."""
     here = torch.nonzero((target_A >= items.first) & (target_A < items.end)).flatten()
     least_A = queries_AD.new_zeros(len(target_A))
     least_A[here] = scores_to_beat(queries_AD[here], items.vectors[target_A[here] - items.first], tie_tolerance)

@@ -1,6 +1,7 @@
 """Exact AUC, its standard error, and the other ranking metrics of any number of rows.
 
-One pass over the score ranges of all ranks (`score_chunks.ScoreRanges`), in memory bounded by the pool's option.
+They are computed in one pass over the score ranges of all ranks (`score_chunks.ScoreRanges`). `MemoryPool.memory`
+bounds the memory.
 
 Legend: P and N, total weight of positives and negatives (their number without weights); U unique scores.
 """
@@ -28,11 +29,11 @@ from hllm_torchrec.metrics.registry import RANK_METRICS
 from hllm_torchrec.metrics.score_chunks import ScoreMasses, ScoreRanges, SortedChunks
 
 BLOCK = 1 << 14
-"""Unique scores processed at a time: the arrays of a block fit into the processor's cache."""
+"""Number of unique scores processed at a time: the arrays of a block fit into the processor's cache."""
 
 CURVE_POINTS = 200
 GRID = np.sort(np.concatenate([np.linspace(0, 2, CURVE_POINTS * 3 // 4), 2 * np.logspace(-5, -1, CURVE_POINTS // 4)]))
-"""Positions along the ROC curve (false plus true positive rate) at which points are stored: finer at its start."""
+"""Positions along the ROC curve (false plus true positive rate, 0 to 2) at which points are stored; denser near 0."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RankStatistics:
     metrics: dict[str, Value]
     """Key of each `RankMetric` of the registry → its value."""
     curve: np.ndarray
-    """Points (false positive rate, recall, precision) [3, at most CURVE_POINTS + 2] from the highest score down."""
+    """Points (false positive rate, recall, precision) [3, at most CURVE_POINTS + 2], in order of descending score."""
     rows: int
     positives: int
     weight: tuple[float, float]
@@ -56,28 +57,30 @@ class _Sums:
     """Sums over unique scores, additive over ranges and ranks."""
 
     concordant: float | int = 0
-    """Twice the weight of the correctly ranked pairs, ties as one half: an exact integer without weights."""
+    """Twice the weight of the correctly ranked pairs, where a tie counts one half: without weights an exact integer."""
     moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
-    """For positives and negatives: sums of w^2, w^2 (V - 1/2), w^2 (V - 1/2)^2 with the placement V, [2, 3]."""
+    """Sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 for positives and negatives, with the placement V, [2, 3]."""
     metrics: dict[str, np.ndarray] = field(
         default_factory=lambda: {metric.key: np.array(metric.start) for metric in RANK_METRICS}
     )
     corners: list[np.ndarray] = field(default_factory=list)
+    """Points of the ROC curve, as `RankStatistics.curve`, of each range."""
 
 
 class Placements:
-    """Placement values of each unique score, stored for `look_up`: in memory up to a share of the pool's, else on disk.
+    """Placement values of each unique score, stored for `look_up`.
 
-    The placement of a row is the share of the other class that it is ranked correctly against.
+    The placement of a row is the share of the other class against which the row is ranked correctly (ties count one
+    half). Values are stored in memory up to a share of the pool's memory, and otherwise on disk.
     """
 
     def __init__(self, chunks: SortedChunks, ranges: ScoreRanges):
-        """Empty; `measure` fills it."""
+        """Create an empty store; `rank_statistics` fills it."""
         self._pool, self._ranges = chunks.pool, ranges
         self._tables: dict[int, tuple[np.ndarray, np.ndarray] | tuple[Path, np.dtype, int]] = {}
 
     def add(self, index: int, scores: np.ndarray, values_2U: np.ndarray) -> None:
-        """Store a range's placements: [2, U], of a positive and of a negative row with each score."""
+        """Store the placements [2, U] of a range: those of a positive row and of a negative row with each score."""
         size = scores.nbytes + values_2U.nbytes
         if self._pool.sorted_bytes + size <= self._pool.memory // 4:
             self._pool.sorted_bytes += size
@@ -90,7 +93,10 @@ class Placements:
         self._tables[index] = Path(file.name), scores.dtype, len(scores)
 
     def look_up(self, scores: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
-        """The placement of each row [n]; the rows must have been measured. Collective; a rank may have none."""
+        """Return the placement of each row [n], whose score must be among the stored ones. Collective.
+
+        A rank may have no rows.
+        """
         group = self._ranges.group
         ranks, per_rank = world_size(group), self._ranges.per_rank
         # side="left": a score equal to a splitter belongs to the range that the splitter ends, as in `ScoreRanges`.
@@ -99,7 +105,7 @@ class Placements:
         sent = np.bincount(index // per_rank, minlength=ranks).tolist()
         requested = all_to_all(scores[order], sent, group)
         answers = self._answer(requested)
-        # The answers go back in the order of arrival: as many to each rank as it had sent.
+        # The answers are sent back in the order in which the requests arrived: to each rank as many as it requested.
         back = [int(count) for count in _transposed(sent, group)]
         returned = np.stack([all_to_all(row, back, group) for row in answers])
         placements = np.empty(len(scores))
@@ -107,7 +113,7 @@ class Placements:
         return placements
 
     def _answer(self, requested: np.ndarray) -> np.ndarray:
-        """Placements (of a positive, of a negative) [2, n] with the scores [n], which lie in this rank's ranges."""
+        """Return the placements [2, n] of a positive and a negative row with each score [n] of this rank's ranges."""
         index = np.searchsorted(self._ranges.splitters, requested, side="left")
         answers = np.empty((2, len(requested)))
         for table in np.unique(index):
@@ -129,7 +135,7 @@ class Placements:
 def rank_statistics(
     chunks: SortedChunks, group: Group = None, *, keep: bool = False
 ) -> tuple[RankStatistics, Placements]:
-    """Statistics of the rows of all ranks, the same on every rank. Collective.
+    """Compute the statistics of the rows of all ranks; the result is the same on every rank. Collective.
 
     Without weights the AUC is bitwise equal for any number of ranks and any memory (integers up to 2^63). All other
     values, and everything with weights, agree to 1e-12.
@@ -138,7 +144,7 @@ def rank_statistics(
     each class replaced by n / (n - 1) x sum of (w / W)^2 (V - AUC)^2, for n rows of total weight W.
 
     Args:
-        keep: fill the returned `Placements`.
+        keep: fill the returned `Placements`; otherwise they are empty.
     """
     ranges = chunks.split_ranges(group)
     totals, placements = ranges.totals, Placements(chunks, ranges)
@@ -155,10 +161,10 @@ def rank_statistics(
 def _add_range(
     sums: _Sums, tied: ScoreMasses, below: np.ndarray, positives: float, negatives: float, keep: bool
 ) -> np.ndarray | None:
-    """Add a range's unique scores to `sums`; returns their placements [2, U] (positive, negative) if `keep`.
+    """Add a range's unique scores to `sums`; return their placements [2, U] (positive, negative) if `keep`, else None.
 
-    below: mass of all rows with scores below the range. Works in blocks that fit the processor's cache, which is three
-    times as fast as complete columns.
+    below: mass of all rows with scores below the range. The scores are processed in blocks that fit into the
+    processor's cache, which is three times as fast as processing complete columns.
     """
     weighted = len(tied.masses) == 6
     kinds = slice(2, 4) if weighted else slice(0, 2)
@@ -174,7 +180,8 @@ def _add_range(
         upto += start[:, None]
         under = upto - mass
         start = upto[:, -1].copy()
-        # Each positive outranks the negatives under it and ties with those at its score: twice under + ties.
+        # Twice the pairs of a positive: 2 for each negative with a lower score, 1 for each with the same score, which
+        # is under + upto.
         sums.concordant += (mass[0] * (under[1] + upto[1])).sum().item()
         if has_pairs:
             placements = np.stack([(under[1] + upto[1]) / (2 * negatives), 1 - (under[0] + upto[0]) / (2 * positives)])
@@ -189,7 +196,7 @@ def _add_range(
 
 def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> None:
     """Add to the sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 of both classes; squares: w^2 [2, U]."""
-    # Centred at 1/2 because the AUC is not known yet: less cancellation in `_standard_error` than around 0.
+    # Around 1/2, because the AUC is not known yet; this gives less cancellation in `_standard_error` than around 0.
     centred = placements - 0.5
     sums.moments[:, 0] += squares.sum(axis=1)
     weighed = squares * centred
@@ -199,14 +206,18 @@ def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> No
 
 
 def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tuple[float, float]) -> list[np.ndarray]:
-    """Add the metrics of a block's thresholds (predicted positive: scores at or above it); returns curve points."""
-    over = np.maximum(np.array(total)[:, None] - under, mass)  # at least `mass`: rounding may lose light rows
+    """Add the metrics of a block's thresholds, and return its points of the ROC curve.
+
+    A threshold predicts rows with its score or a higher one as positive.
+    """
+    over = np.maximum(np.array(total)[:, None] - under, mass)  # >= mass, although rounding may lose rows of low weight
     block = RankedBlock(mass, under, total, over, over[0] / (over[0] + over[1]))
     for metric in RANK_METRICS:
         sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
     true_rate, false_rate = over[0] / total[0], over[1] / total[1]
-    # A block's grid positions reach up to the rows above it, not to its own highest score: which scores share a block
-    # depends on the number of ranks and on memory, and must not change the curve. Before the first point is the origin.
+    # The block stores points for the grid positions between those of the rows above it and of its lowest score. The
+    # interval begins at the rows above, not at the block's highest score: otherwise the division into blocks, which
+    # depends on the number of ranks and on memory, would change the curve. The topmost block begins at its first point.
     above = ((over[:, -1] - mass[:, -1]) / np.array(total)).sum()
     low = np.searchsorted(GRID, above, "right") if above > 0 else np.searchsorted(GRID, true_rate[-1] + false_rate[-1])
     inside = GRID[low : np.searchsorted(GRID, true_rate[0] + false_rate[0], "right")]
@@ -214,7 +225,7 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
 
 
 def _corners(curve_3U: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The points of a block at or next above each of the grid positions `inside`, ascending in score."""
+    """Return the points of a block at or next after each of the grid positions `inside`, ascending in score."""
     along = (curve_3U[0] + curve_3U[1])[::-1]  # reversed: the rates fall as the score rises
     points = np.unique(np.searchsorted(along, inside))
     return curve_3U[:, ::-1][:, points[::-1]]
@@ -237,7 +248,7 @@ def _finish(parts: Sequence[_Sums], totals: np.ndarray, positives: float, negati
 
 
 def _interval(parts: Sequence[_Sums], totals: np.ndarray, positives: float, negatives: float) -> AucInterval:
-    """AUC and DeLong's interval."""
+    """Return the AUC with DeLong's interval."""
     concordant = sum(part.concordant for part in parts)
     if len(totals) == 2:
         auc = concordant / (2 * int(positives) * int(negatives))  # a ratio of integers, rounded once
@@ -248,19 +259,19 @@ def _interval(parts: Sequence[_Sums], totals: np.ndarray, positives: float, nega
 
 
 def _standard_error(moments: np.ndarray, auc: float, totals: np.ndarray, weights: tuple[float, float]) -> float:
-    """DeLong's standard error; `nan` with fewer than two rows of a class."""
+    """Return DeLong's standard error; `nan` if a class has fewer than two rows."""
     variance, shift = 0.0, auc - 0.5
     for (zeroth, first, second), rows, weight in zip(moments, totals[:2], weights):
         if rows < 2:
             return math.nan
-        # sum of w^2 (V - AUC)^2, expanded from the moments around 1/2.
+        # Sum of w^2 (V - AUC)^2, computed from the moments around 1/2.
         spread = second - 2 * shift * first + shift**2 * zeroth
         variance += max(spread, 0.0) / weight**2 * rows / (rows - 1)
     return math.sqrt(variance)
 
 
 def _transposed(sent: Sequence[int], group: Group) -> Sequence[int]:
-    """Number of rows that each rank sent to this one. Collective."""
+    """Return the number of rows that each rank sent to this rank. Collective."""
     if world_size(group) == 1:
         return sent
     rank = group_rank(group)

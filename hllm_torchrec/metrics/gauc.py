@@ -1,4 +1,4 @@
-"""Exact GAUC of rows in memory, on one rank or many: AUC within a user, users weighted by their rows."""
+"""Exact GAUC of rows in memory, on one rank or many: mean AUC within users, weighted by their rows."""
 
 import math
 
@@ -13,7 +13,7 @@ from hllm_torchrec.metrics.user_metrics import GAUC
 def gauc(
     users: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, group: Group = None
 ) -> float:
-    """GAUC of the rows of all ranks; a user's rows may be on several. Collective.
+    """Compute the GAUC of the rows of all ranks; the rows of a user may be on several ranks. Collective.
 
     Args:
         users: int64 [n]; labels: 0 or 1, [n]; scores: [n] without NaN. Ranks may have different numbers of rows.

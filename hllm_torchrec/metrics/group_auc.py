@@ -45,8 +45,8 @@ def grouped_auc(
         negatives /= np.where(has_both, group_negatives, 1)[tie_groups]
         positives, negatives = positives * has_both[tie_groups], negatives * has_both[tie_groups]
         group_positives, group_negatives = np.bincount(tie_groups, positives), np.bincount(tie_groups, negatives)
-    # concordant: weight of correctly ranked (positive, negative) pairs of a group; below: negatives of the same group
-    # with a lower score (the cumulative sum over all rows less that of the earlier groups).
+    # below: negatives of the same group with a lower score (the cumulative sum over all rows minus that of the earlier
+    # groups); concordant: weight of the correctly ranked (positive, negative) pairs of a group.
     before = group_negatives.cumsum() - group_negatives
     below = negatives.cumsum() - negatives - before[tie_groups]
     concordant = np.bincount(tie_groups, positives * (below + negatives / 2))

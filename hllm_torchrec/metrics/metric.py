@@ -1,6 +1,6 @@
-"""The three kinds of metrics of `hllm evaluate`, by their inputs; `registry.METRICS` lists them.
+"""Types of the metrics of `hllm evaluate`, which differ in their inputs; `registry.METRICS` lists the metrics.
 
-A metric consists of sums, additive over rows, batches and ranks, and a function of those sums.
+A metric consists of sums, which are additive over rows, batches and ranks, and of a function of these sums.
 
 Legend: U unique scores, n rows.
 """
@@ -22,9 +22,9 @@ class Metric:
 
     key: str
     title: str
-    """Column title in the report; for a metric with several numbers the prefix of their names."""
+    """Title of the metric's column in the report; for a metric with several numbers, prefix of their titles."""
     meaning: str
-    """One clause for the notes of the report: meaning of the number, and which values are good."""
+    """Clause for the notes of the report: the meaning of the number, and its good values."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RankMetric(Metric):
     """Sums of a block, an array of any fixed shape."""
     value: Callable[[np.ndarray], Value]
     combine: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.add
-    """Combines the sums of two blocks, or of two ranks."""
+    """Combines the sums of two blocks or of two ranks."""
     start: float = 0.0
     names: tuple[str, ...] = ()
     """Names of the numbers, for a metric with several."""

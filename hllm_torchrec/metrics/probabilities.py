@@ -13,8 +13,8 @@ from hllm_torchrec.metrics.score_chunks import SortedChunks
 BINS = 10
 
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
-"""Log loss clips probabilities to [floor, 1 - floor], like scikit-learn for float32: predictions are stored as float32,
-in which the sigmoid of 17 is 1."""
+"""Log loss clips probabilities to [floor, 1 - floor], as scikit-learn does for float32. Predictions are stored as
+float32, in which the sigmoid of 17 is rounded to 1."""
 
 
 def row_log_loss(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -62,13 +62,13 @@ ECE = ProbabilityMetric(
     "ece",
     "ECE",
     "expected calibration error: mean gap of probability and observed rate over ten bins of equally many rows",
-    value=lambda sums: sums["calibration_error"],  # of `reliability`: it needs the rows in order
+    value=lambda sums: sums["calibration_error"],  # computed by `reliability`, which needs the rows in order of score
 )
 
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """Bins of rows with similar predicted probability, ascending; without empty bins."""
+    """Bins of rows with similar predicted probability, in ascending order; empty bins are left out."""
 
     mean_probability: np.ndarray
     observed_rate: np.ndarray
@@ -77,7 +77,7 @@ class ReliabilityCurve:
 
 @dataclass
 class ProbabilitySums:
-    """Weighted sums over rows. Per-batch sums are stored and added exactly, so their order does not matter."""
+    """Weighted sums over rows. The sums of each batch are stored and added exactly, so their order does not matter."""
 
     metrics: list[ProbabilityMetric]
     parts: list[dict[str, float]] = field(default_factory=list)
@@ -92,7 +92,10 @@ class ProbabilitySums:
         self.parts.append({name: float(weight @ column) for name, column in columns.items()})
 
     def values(self, calibration_error: float, group: Group = None) -> dict[str, float]:
-        """Metrics of the rows of all ranks by key, `nan` if undefined. Collective."""
+        """Return key -> metric of the rows of all ranks; `nan` if undefined. Collective.
+
+        calibration_error: the ECE, from `reliability`.
+        """
         names = {"weight", "positives", *(name for metric in self.metrics for name in metric.terms)}
         local = {name: math.fsum(part[name] for part in self.parts) for name in names}
         gathered = gather_objects(local, group)
@@ -102,11 +105,13 @@ class ProbabilitySums:
 
 
 def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
-    """Mean predicted probability and observed rate per bin, and the mean gap between them over rows (ECE). Collective.
+    """Compute the mean predicted probability and the observed rate per bin, and the expected calibration error (ECE).
 
-    Bins have equal mass, not equal width: with a click rate of 1% all rows would be in one of ten bins of equal width.
-    Equal probabilities always share a bin, so the result does not depend on the order of rows. Means and rates within
-    a bin are weighted by the rows' weights.
+    The ECE is the mean gap between the two over the bins, weighted by the bins' weights. Collective.
+
+    Bins have equal numbers of rows, not equal width: with a click rate of 1%, nearly all rows would be in one of ten
+    bins of equal width. Rows with equal probabilities are always in the same bin, so the result does not depend on the
+    order of rows. Means and rates within a bin are weighted by the rows' weights.
 
     Args:
         chunks: the rows, with their probability as score.
@@ -116,7 +121,7 @@ def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> 
     sums = np.zeros((4, bins))  # rows, weight, weight x probability, weight of positives
     for _, tied, below in ranges:
         counts = tied.masses[0] + tied.masses[1]
-        # A score's bin is that of its last row: number (upto - 1) of 0..rows - 1.
+        # All rows of a score are in the bin of its last row, which is row (upto - 1) of 0..rows - 1.
         upto = below[:2].sum() + np.cumsum(counts)
         bin_indices = (
             np.minimum((upto - 1) * bins // max(rows - 1, 1), bins - 1).astype(np.int64)

@@ -2,8 +2,8 @@
 
 Legend: B rows (users), I catalogue rows (including item 0, the unknown item), D width, S seen items of all rows.
 
-Ties are pessimistic: an item with the same score as the target ranks before it. A collapsed model, which gives all
-items the same score, therefore has the worst rank everywhere instead of the best, and its Recall@K is 0.
+Ties are pessimistic: an item with the same score as the target ranks before it. So if a model has collapsed and gives
+all items the same score, its targets have the worst rank instead of the best.
 """
 
 import math
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 BLOCK_SIZE = 16_384
-"""Catalogue rows scored at a time: scores take [B, block] values, never [B, I]."""
+"""Number of catalogue rows scored at a time: the scores in memory are [B, block], never [B, I]."""
 
 TIE_TOLERANCE = 1e-6
-"""Dot products that differ by less than this share of |query| |target| are tied: the scores of two equal items differ
-by float32 rounding, depending on their position in a block."""
+"""Scores that are lower than the target's by at most this share of |query| |target| count as tied with it: the scores
+of two equal items may differ by float32 rounding, depending on their position in a block."""
 
 ScoreBlock = Callable[[int, int], torch.Tensor]
 
@@ -30,7 +30,7 @@ def target_ranks(
     seen_offsets: torch.Tensor | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> torch.Tensor:
-    """The rank of each row's target among all items, from a matrix of scores.
+    """Compute the rank of each row's target among all items, from a matrix of scores.
 
     Args:
         scores_BI: column i scores item i; column 0 (unknown item) is never ranked. Any float type.
@@ -45,7 +45,7 @@ def target_ranks(
         int64 [B], 1 = best. Items with a NaN score rank before the target.
 
     Raises:
-        ValueError: a target outside 1..I-1 or with a score that is not finite, or inconsistent offsets.
+        ValueError: a target is outside 1..I-1, its score is not finite, or the offsets are inconsistent.
     """
     catalogue = scores_BI.shape[1]
     check_targets(target_B, len(scores_BI), catalogue)
@@ -62,7 +62,10 @@ def target_ranks(
 
 
 def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
-    """float32 [B], the lowest score of an item that ranks before the target: the target's score minus the tolerance."""
+    """Compute the lowest score of an item that ranks before the target: the target's score minus the tolerance.
+
+    queries_BD, targets_BD: vectors of the queries and of their targets; the result is float32 [B].
+    """
     targets_BD = targets_BD.float()
     tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
     return (queries_BD * targets_BD).sum(1) - tolerance_B
@@ -71,9 +74,9 @@ def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_toler
 def retrieval_metrics(
     item_ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10, 50, 200), group: dist.ProcessGroup | None = None
 ) -> dict[str, float | int | None]:
-    """Recall@K, HR@K, NDCG@K and MRR over the rows of all ranks of the process group.
+    """Compute Recall@K, HR@K, NDCG@K and MRR over the rows of all processes of the group. Collective.
 
-    With one target per row, HR@K and Recall@K are equal; both names are given because papers use either.
+    With one target per row, HR@K and Recall@K are equal; both names are returned because papers use either.
     NDCG@K = 1 / log2(rank + 1) if rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank, without a cut-off.
 
     Args:
@@ -82,8 +85,8 @@ def retrieval_metrics(
         group: process group, by default all ranks; only this process if torch.distributed is not initialized.
 
     Returns:
-        `rows`, `recall@K`, `hr@K`, `ndcg@K` for each K, and `mrr`; the same on every process. None without
-        rows.
+        `rows`, `mrr`, and `recall@K`, `hr@K`, `ndcg@K` for each K; the same on every process. Without rows, `rows` is 0
+        and the metrics are None.
 
     Raises:
         ValueError: a rank or a cut-off below 1.
@@ -93,7 +96,7 @@ def retrieval_metrics(
     if item_ranks.numel() and int(item_ranks.min()) < 1:
         row = int(item_ranks.argmin())
         raise ValueError(f"ranks: row {row} is {int(item_ranks[row])}; ranks start at 1; add 1 to ranks counted from 0")
-    # Sums of all metrics in one all-reduce; in float64, because counts are summed, too.
+    # One all-reduce for the sums of all metrics. float64, because counts are summed as well.
     item_ranks = item_ranks.double()
     gains = 1 / torch.log2(item_ranks + 1)
     sums = [torch.ones_like(item_ranks).sum(), (1 / item_ranks).sum()]
@@ -112,7 +115,10 @@ def retrieval_metrics(
 
 
 def all_reduce_sum(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum of a tensor over the process group, on every process; the tensor itself without a process group."""
+    """Return the sum of a tensor over the processes of the group; the tensor itself without a process group.
+
+    With nccl the result is on the GPU. Collective.
+    """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return sums
     total = sums.clone() if dist.get_backend(group) != "nccl" else sums.clone().cuda()
@@ -128,12 +134,15 @@ def count_ahead(
     seen: tuple[torch.Tensor, torch.Tensor] | None,
     block_size: int,
 ) -> torch.Tensor:
-    """Number of items in [first, end), except the target and `seen` (row [S], item [S]), with at least target_scores_B.
+    """Count, for each row [B], the items that rank before the target: those whose score is not below target_scores_B.
 
-    score_block: (start, stop) of items -> their scores [B, stop - start]; the tensor is modified in place.
+    Args:
+        score_block: (start, stop) of items -> their scores [B, stop - start]; the tensor is modified in place.
+        items: (first, end) of the items to count.
+        seen: (row [S], item [S]) of items that are not counted; the target is not counted either.
 
     Raises:
-        ValueError: a target's score that is not finite.
+        ValueError: the score of a target is not finite.
     """
     finite_B = target_scores_B.isfinite()
     if not finite_B.all():
@@ -157,7 +166,7 @@ def count_ahead(
 
 
 def check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
-    """Raises ValueError for a row without a target, or a target outside 1..catalogue - 1."""
+    """Raise ValueError if a row has no target, or a target is outside 1..catalogue - 1."""
     if target_B.shape != (rows,):
         raise ValueError(f"target has shape {tuple(target_B.shape)}; one target a row is expected: {(rows,)}")
     bad = (target_B < 1) | (target_B >= catalogue)
@@ -172,7 +181,7 @@ def check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
 def seen_pairs(
     items_S: torch.Tensor | None, offsets: torch.Tensor | None, target_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(row [S], item [S]) of the seen items; raises ValueError for inconsistent offsets."""
+    """Return (row [S], item [S]) of the seen items, or None without them; raise ValueError for inconsistent offsets."""
     if items_S is None and offsets is None:
         return None
     if items_S is None or offsets is None:
@@ -181,9 +190,9 @@ def seen_pairs(
     fits = len(offsets) == len(target_B) + 1 and offsets[0] == 0 and offsets[-1] == len(items_S)
     if not fits or (lengths < 0).any():
         raise ValueError(
-            f"seen_offsets of length {len(offsets)} does not part {len(items_S)} seen items among "
-            f"{len(target_B)} rows; it has a value more than rows, starts at 0, never falls and ends at the "
-            "number of seen items"
+            f"seen_offsets of length {len(offsets)} does not divide {len(items_S)} seen items among "
+            f"{len(target_B)} rows; it must have one value more than there are rows, start at 0, never decrease, and "
+            "end at the number of seen items"
         )
     rows = torch.repeat_interleave(torch.arange(len(target_B), device=items_S.device), lengths.to(items_S.device))
     return rows, items_S

@@ -1,7 +1,7 @@
 """Distributed external sort of rows by score, in bounded memory.
 
-Each rank sorts its rows into runs (on disk if they are many). The runs are cut into ranges of scores, and each rank
-merges its own ranges.
+Each rank sorts its rows into runs, which are stored on disk if there are many. The runs of all ranks are cut into
+ranges of scores, and each rank merges some of the ranges.
 
 Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges per rank.
 """
@@ -16,13 +16,15 @@ import numpy as np
 from hllm_torchrec.distributed.array_collectives import Group, all_gather, all_to_all, group_rank, world_size
 
 KINDS = {False: 2, True: 6}
-"""weighted -> C. Masses: numbers of (positives, negatives); with weights also their sums of w and of w^2."""
+"""weighted -> C. Kinds of mass: numbers of positives and negatives; with weights also their sums of w, and of w^2."""
 
 FRACTION_BUFFERED, FRACTION_SORTED = 16, 4
-"""Buffered rows take at most 1/16 of the memory, because sorting needs about ten times their size; sorted runs 1/4."""
+"""Buffered rows take at most 1/16 of the memory, because sorting needs about ten times their size. Sorted runs take at
+most 1/4; further runs are written to disk."""
 
 RANGE_BYTES = {False: 240, True: 600}
-"""weighted -> bytes per row of a range while it is merged and measured, with a safety factor of two."""
+"""weighted -> memory in bytes per row of a range while its rows are merged and its metrics computed, with a safety
+factor of two."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class MemoryPool:
     members: list["SortedChunks"] = field(default_factory=list)
 
     def reserve(self, size: int) -> None:
-        """Add `size` to the buffered bytes; while there are too many, sort the largest buffer into a run."""
+        """Add `size` to the buffered bytes; while these exceed the limit, sort the largest buffer into a run."""
         self.buffered += size
         while self.buffered > self.memory // FRACTION_BUFFERED:
             max(self.members, key=lambda member: member.buffered).flush()
@@ -75,21 +77,21 @@ class _SortedChunk:
 
     @property
     def scores(self) -> np.ndarray:
-        """[U], memory-mapped if on disk: only for a few look-ups, because mapped pages count as memory."""
+        """Scores [U], memory-mapped if they are on disk. Use it for few lookups only: mapped pages count as memory."""
         if self.rows is not None or self.path is None:
             assert self.rows is not None
             return self.rows.scores
         return np.memmap(self.path, self.score_type, "r", shape=(self.length,))
 
     def slice(self, low: int, high: int) -> ScoreMasses:
-        """Rows low..high - 1."""
+        """Return the rows low..high - 1."""
         if self.path is None:
             assert self.rows is not None
             return ScoreMasses(self.rows.scores[low:high], self.rows.masses[:, low:high])
         return ScoreMasses(self._read_scores(low, high), self._read_masses(low, high))
 
     def mass(self, low: int, high: int) -> np.ndarray:
-        """Sum over the rows low..high - 1, [C]."""
+        """Return the sum of the masses of the rows low..high - 1, [C]."""
         masses = self._read_masses(low, high) if self.rows is None else self.rows.masses[:, low:high]
         return masses.sum(axis=1)
 
@@ -108,10 +110,10 @@ class _SortedChunk:
 
 
 class SortedChunks:
-    """Collects the rows of this rank in any order; `split_ranges` then sorts those of all ranks."""
+    """Collects the rows of this rank in any order; `split_ranges` then cuts the rows of all ranks into score ranges."""
 
     def __init__(self, pool: MemoryPool, score_type: np.dtype, weighted: bool):
-        """`score_type` and `weighted` are the same on every rank."""
+        """Start without rows. score_type and weighted must be the same on every rank."""
         self.pool, self.score_type, self.weighted = pool, np.dtype(score_type), weighted
         self.buffered = 0
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
@@ -119,7 +121,7 @@ class SortedChunks:
         pool.members.append(self)
 
     def add(self, scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Add checked rows: scores of `score_type` without NaN, bool labels, float64 weights if weighted, [n]."""
+        """Add valid rows [n]: scores without NaN, bool labels, and float64 weights if weighted."""
         assert (weights is not None) == self.weighted
         if not len(scores):
             return
@@ -146,7 +148,7 @@ class SortedChunks:
         ranks = world_size(group)
         local_rows = np.array([sum(chunk.length for chunk in self._chunks)], dtype=np.int64)
         total = int(np.sum(all_gather(local_rows, group)))
-        # So many ranges per rank that one range fits into the memory.
+        # Number of ranges per rank with which one range fits into the memory.
         per_rank = -(-total * RANGE_BYTES[self.weighted] // (ranks * max(self.pool.memory, 1)))
         splitters = _splitters(self._chunks, self.score_type, ranks * max(per_rank, 1), group)
         return ScoreRanges(self._chunks, splitters, max(per_rank, 1), KINDS[self.weighted], self.score_type, group)
@@ -178,11 +180,11 @@ class ScoreRanges:
 
     @property
     def totals(self) -> np.ndarray:
-        """Total mass of all rows, float64 [C]; counts are exact below 2^53."""
+        """Total masses of all rows, float64 [C]; counts are exact below 2^53."""
         return self._masses.sum(axis=0)
 
     def __iter__(self) -> Iterator[tuple[int, ScoreMasses, np.ndarray]]:
-        """Yield (range index, merged rows, mass of all rows below the range [C]) of this rank's ranges. Collective."""
+        """Yield (index, merged rows, mass [C] of all rows below the range) for each range of this rank. Collective."""
         rank = group_rank(self.group)
         below = np.cumsum(self._masses, axis=0) - self._masses
         for step in range(self.per_rank):
@@ -244,7 +246,7 @@ def merge_score_masses(rows: ScoreMasses) -> ScoreMasses:
 
 
 def with_wide_masses(rows: ScoreMasses) -> ScoreMasses:
-    """The same rows with int64 counts, whose products do not overflow."""
+    """Return the same rows with int64 counts, whose products do not overflow."""
     return ScoreMasses(rows.scores, rows.masses.astype(_wide(rows.masses.dtype), copy=False))
 
 
@@ -253,10 +255,11 @@ def _wide(kind: np.dtype) -> np.dtype:
 
 
 def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores in ascending order, and their labels. float32 is sorted as integers with the label in the last bit."""
+    """Return the scores in ascending order, and their labels."""
     if scores.dtype != np.float32:
         order = np.argsort(scores)
         return scores[order], is_positive[order]
+    # float32 scores are sorted as integers whose last bit is the label: faster than argsort and two gathers.
     bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0, because the two are tied
     # The bits of negative floats order in reverse: flipping all but the sign bit gives integers in float order.
     keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)
@@ -272,12 +275,12 @@ def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndar
 
 
 def _starts(sorted_scores: np.ndarray) -> np.ndarray:
-    """Index of the first row of each unique score, [U]."""
+    """Return the index of the first row of each unique score, [U]."""
     return np.concatenate([[0], np.flatnonzero(sorted_scores[1:] != sorted_scores[:-1]) + 1])
 
 
 def _splitters(chunks: list[_SortedChunk], score_type: np.dtype, ranges: int, group: Group) -> np.ndarray:
-    """Scores [ranges - 1] that cut the rows of all runs of all ranks into ranges, see `common_splitters`."""
+    """Return scores [ranges - 1] that cut the rows of all runs of all ranks into ranges; see `common_splitters`."""
     if ranges == 1:
         return np.empty(0, score_type)
     count = 4 * ranges
@@ -287,16 +290,17 @@ def _splitters(chunks: list[_SortedChunk], score_type: np.dtype, ranges: int, gr
         samples[0, index * count : (index + 1) * count] = chunk.scores[positions]
         samples[1, index * count : (index + 1) * count] = chunk.length / count
     splitters = common_splitters(samples, ranges, group)
-    if score_type.kind == "i":  # float64 rounds int64's largest numbers up to 2^63, which int64 does not have
+    if score_type.kind == "i":  # float64 rounds the largest int64 numbers up to 2^63, which is out of range for int64
         splitters = np.minimum(splitters, float(np.iinfo(score_type).max - 1023))
     return splitters.astype(score_type)
 
 
 def common_splitters(samples_2S: np.ndarray, ranges: int, group: Group = None) -> np.ndarray:
-    """Scores [ranges - 1] that divide the rows of all ranks into ranges of about equal size. Collective.
+    """Return scores [ranges - 1] that divide the rows of all ranks into ranges of about equal size. Collective.
 
-    samples_2S: float64 (score, number of rows that it represents) of this rank. With 4 x ranges regular samples of
-    each sorted run, a range has at most about 1.25 times the average plus one row per run; equal scores stay together.
+    samples_2S: float64 (score, number of rows that the sample represents) of this rank. With 4 x ranges regular samples
+    of each sorted run, a range has at most about 1.25 times the average number of rows, plus one row per run. Rows with
+    equal scores are in the same range, which may therefore be larger.
     """
     gathered = np.concatenate(all_gather(samples_2S, group), axis=1)
     if not gathered.size:

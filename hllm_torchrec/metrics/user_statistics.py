@@ -1,6 +1,7 @@
 """Statistics that need all rows of a user together: AUC within users, and user-clustered standard errors of the AUC.
 
-Rows are partitioned by user over ranks and over buckets (on disk if they are large), so memory is bounded.
+Rows are partitioned by user over the ranks and over buckets, which are stored on disk if they are large. This bounds
+the memory.
 
 Legend: n rows, M models, I users.
 """
@@ -19,14 +20,15 @@ from hllm_torchrec.metrics.score_chunks import MemoryPool
 from hllm_torchrec.metrics.user_metrics import GAUC
 
 GROUPING_BYTES = 12
-"""Memory for grouping a bucket's rows, as a multiple of their size."""
+"""Memory for grouping a bucket's rows, as a multiple of the size of the rows."""
 NO_USER = -(1 << 63)
-"""Ids from here on, up to 2^40 more, are of rows without a user: each is a unit of its own, and no user."""
+"""Rows without a user have different ids in [NO_USER, NO_USER + 2^40). Each is an independent unit in standard errors,
+but is not counted as a user."""
 
 
 @dataclass(frozen=True)
 class UserStatistics:
-    """Statistics per model (in the order of the models), from all rows of all users."""
+    """Statistics of all rows of all users; lists are in the order of the models."""
 
     users: int
     metrics: dict[str, list[float]]
@@ -36,12 +38,13 @@ class UserStatistics:
     standard_error: list[float]
     """Standard error of the AUC with users as the independent units; `nan` with fewer than two users."""
     difference_error: list[float]
-    """Standard error of the AUC minus the first model's."""
+    """Standard error of the AUC minus the AUC of the first model."""
     rows_without_user: int = 0
     gauc_error: list[float] = field(default_factory=list)
-    """Standard error of GAUC with users as the independent units; `nan` with fewer than two users that count."""
+    """Standard error of the GAUC with users as the independent units; `nan` with fewer than two users with both
+    classes."""
     gauc_difference_error: list[float] = field(default_factory=list)
-    """Standard error of GAUC minus the first model's."""
+    """Standard error of the GAUC minus the GAUC of the first model."""
 
 
 @dataclass
@@ -55,21 +58,22 @@ class _Sums:
     ratios: dict[str, np.ndarray] = field(default_factory=dict)
     """Key of a `UserMetric` → its numerators and denominators [2, M]."""
     weight: float = 0.0
-    """Sum of the weights w of the users that count."""
+    """Sum of the weights w of the users with both classes."""
     gauc_moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3, 0)))
-    """Sums over these users of w^2, w^2 a and w^2 a^2 [2, 3, M]: a is the AUC within the user, or it minus the first
-    model's."""
+    """Sums of w^2, w^2 a and w^2 a^2 over the users with both classes, [2, 3, M]. Index 0: a is the AUC within the
+    user; index 1: a is that AUC minus the AUC of the first model within the user."""
 
 
 def record_type(models: int) -> np.dtype:
-    """Dtype of a row: user, class, weight, and each model's score (its `order_keys`) and influence on the AUC."""
+    """Dtype of a row: user, class, weight, and for each model the `order_keys` of its score and the influence on its
+    AUC."""
     scores, influences = (np.int64, (models,)), (np.float64, (models,))
     values = [("score", *scores), ("influence", *influences)]
     return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), *values])
 
 
 def order_keys(scores: np.ndarray) -> np.ndarray:
-    """int64 [n] in the order of the scores [n], of floats without NaN or of int64; equal scores have equal keys."""
+    """Convert scores [n] (floats without NaN, or int64) to int64 keys [n] with the same order and the same ties."""
     if scores.dtype == np.int64:
         return scores
     bits = (scores.astype(np.float64) + 0.0).view(np.int64)  # + 0 turns -0.0 into 0.0
@@ -81,7 +85,7 @@ class UserBuckets:
     """Collects rows; all rows of a user, from all ranks, are put into one bucket of one rank."""
 
     def __init__(self, pool: MemoryPool, models: int, rows: int, group: Group = None):
-        """`rows`: number of rows of all ranks, which determines the number of buckets."""
+        """Create empty buckets. rows: number of rows of all ranks, which determines the number of buckets."""
         self._pool, self._group, self._type = pool, group, record_type(models)
         size = rows * self._type.itemsize * GROUPING_BYTES // world_size(group)
         self._count = 1 + size // max(pool.memory, 1)
@@ -89,7 +93,7 @@ class UserBuckets:
         self._paths = [pool.folder / f"users-{id(self)}-{bucket}" for bucket in range(self._count)]
 
     def add(self, records: np.ndarray) -> None:
-        """Add this rank's records (possibly none), sending each to the rank of its user. Collective."""
+        """Add records of this rank (possibly none); each is sent to the rank of its user. Collective."""
         ranks = world_size(self._group)
         spread = hash_columns(records["user"])
         if ranks > 1:
@@ -99,7 +103,7 @@ class UserBuckets:
             raw = records[order].view(np.uint8).reshape(-1, self._type.itemsize)
             records = all_to_all(raw, sent, self._group).reshape(-1).view(self._type)
             spread = hash_columns(records["user"])
-        # The quotient, because all records of a rank have the same remainder.
+        # The bucket depends on the quotient, because all records of a rank have the same remainder.
         bucket = (spread // np.uint64(ranks) % np.uint64(self._count)).astype(np.int64)
         order = np.argsort(bucket, kind="stable")
         cuts = np.searchsorted(bucket[order], np.arange(self._count + 1))
@@ -122,7 +126,7 @@ class UserBuckets:
             yield np.concatenate([*held, *stored, np.empty(0, self._type)])
 
     def statistics(self, models: int) -> UserStatistics:
-        """Statistics of the users of all ranks, the same on every rank. Collective."""
+        """Compute the statistics of the users of all ranks; the result is the same on every rank. Collective."""
         ratios = {metric.key: np.zeros((2, models)) for metric in USER_METRICS}
         sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios, gauc_moments=np.zeros((2, 3, models)))
         for records in self:
@@ -138,7 +142,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
     is_positive = records["positive"] == 1
     sums.users += len(unique)
     sums.rows_without_user += int((unique < NO_USER + (1 << 40)).sum())
-    # A user's influence is the sum over its rows, so correlated rows add up before squaring.
+    # The influence of a user is the sum over its rows: summing before squaring accounts for their correlation.
     influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
     sums.squares += (influences**2).sum(axis=1)
     sums.difference_squares += ((influences - influences[0]) ** 2).sum(axis=1)
@@ -158,7 +162,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
 
 def _finish(parts: Sequence[_Sums]) -> UserStatistics:
     users, counted = sum(part.users for part in parts), sum(part.counted for part in parts)
-    # Unbiased variance of the users' influences: n / (n - 1).
+    # The factor n / (n - 1) makes the variance of the users' influences unbiased.
     correction = users / (users - 1) if users > 1 else math.nan
     metrics = {}
     for metric in USER_METRICS:
@@ -174,7 +178,10 @@ def _finish(parts: Sequence[_Sums]) -> UserStatistics:
 
 
 def _ratio_error(moments_3M: np.ndarray, mean_M: np.ndarray, weight: float, users: int) -> list[float]:
-    """Standard error of the ratio sum(w a) / sum(w) over users: its linearization w (a - mean) / sum(w) is squared."""
+    """Return the standard error of the ratio sum(w a) / sum(w) over users, linearized as w (a - mean) / sum(w).
+
+    moments_3M: sums of w^2, w^2 a and w^2 a^2; mean_M: the ratio; weight: sum of w.
+    """
     if users < 2:
         return [math.nan] * len(mean_M)
     zeroth, first, second = moments_3M

@@ -60,9 +60,9 @@ def build_experiment(
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
 
     Args:
-        factors: item factors of the run; None: those beside the dataset, if the configuration has any.
-        evidence: fitted evidence of the run; None: fitted here, if the configuration has any.
-        transitions: the same of transitions.
+        factors: item factors of the run; None: if the configuration uses factors, those in the dataset's folder.
+        evidence: fitted evidence of the run; None: it is fitted if the configuration uses evidence.
+        transitions: fitted transitions of the run; None: they are fitted if the configuration uses transitions.
         version: version of the dataset to read; None: `data.version`.
 
     Raises:
@@ -110,7 +110,7 @@ def build_experiment(
 
 
 def _check_configuration(config: Config, dataset: Dataset, spec: BatchSpec) -> None:
-    """Raise ConfigError with everything in which the configuration does not fit the dataset."""
+    """Raise ConfigError with all problems of the configuration on this dataset."""
     problems = [
         *task_problems(config.objective.task_configs, dataset.schema),
         *check_batch_spec(spec, dataset),
@@ -125,14 +125,14 @@ def _check_configuration(config: Config, dataset: Dataset, spec: BatchSpec) -> N
 def _build_model(
     config: Config, dataset: Dataset, spec: BatchSpec, vectors: NDArray[np.float32] | None
 ) -> tuple[HLLM, RequestContext | None]:
-    """The model with the constants that it takes from the training part, and the context of requests, if any."""
+    """(model, context of requests or None); constants such as the base rate are computed from the training part."""
     since = second_of(config.data.train_since or 0)
     tasks = resolve_tasks(config.objective.task_configs, dataset.schema)
     if spec.tasks:
         tasks = fit_tasks(tasks, dataset, since)
     rate, context, inputs = base_rate(dataset, since), None, None
     if config.data.drawn_negatives.count:
-        rate = 1 / max(dataset.num_items - 1, 2)  # of one choice from the catalogue
+        rate = 1 / max(dataset.num_items - 1, 2)  # probability of an item in one choice from the catalogue
     if spec.context or spec.bias:
         context, inputs = _context(dataset, spec, since)
     width = 0 if vectors is None else vectors.shape[1]
@@ -143,7 +143,7 @@ def _build_model(
 def _build_encoders(
     config: Config, model: HLLM, tokens: dict[str, TokenStore], device: torch.device
 ) -> tuple[dict[str, ItemEncoder], LiveItems | None]:
-    """Encoders of the model's parts that read text, and the source of live item embeddings, given to the model."""
+    """(encoders of the parts that read text, source of live item embeddings); sets the model's `item_source`."""
     encoders = {
         name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
         for name, section in text_sections(config)
@@ -161,7 +161,7 @@ def _build_encoders(
 
 
 def _context(dataset: Dataset, spec: BatchSpec, since: int) -> tuple[RequestContext, ContextInputs]:
-    """The context that a batch spec names, and the numbers by which a model reads it."""
+    """(context of the batch spec, its scales and table sizes for the model)."""
     context, scales = fit_context(dataset, spec.context + spec.bias, since)
     return context, ContextInputs(scales.tolist(), {name: dataset.schema.sizes[name] for name in spec.bias})
 
@@ -203,7 +203,7 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
 
 
 def _item_vectors(config: Config, dataset: Dataset, factors: RunFactors | None) -> NDArray[np.float32] | None:
-    """[N, V] all dense item features, concatenated, or None; fitted if they do not exist yet. Collective."""
+    """[N, V] all dense item features, concatenated, or None; fits factors that do not exist yet. Collective."""
     names = config.data.item_vectors
 
     def read(name: str) -> NDArray[np.float32]:
@@ -211,7 +211,7 @@ def _item_vectors(config: Config, dataset: Dataset, factors: RunFactors | None) 
             return factors.fold_in(dataset).vectors()
         return item_vectors(dataset, name)
 
-    # One process of each host fits the missing ones; the others then read its files.
+    # One process of each host fits missing factors; the other processes then read its files.
     run_on_each_host(lambda: [item_vectors(dataset, name).shape for name in names if name != FACTORS or not factors])
     if not names:
         return None
@@ -264,7 +264,9 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
         )
 
     first = run_on_each_host(build)
-    own = derived_path(dataset, "tokens", first.name)  # hosts that share no disk may have the dataset elsewhere
+    own = derived_path(
+        dataset, "tokens", first.name
+    )  # hosts without a shared disk may have the dataset at another path
     return TokenStore.open(own if own.is_dir() else first)
 
 
@@ -278,13 +280,13 @@ def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterat
             "the tokeniser of that model, or a shape with a larger vocab_size"
         )
     learned = learned_positions(llm.backbone)
-    # OPT's table has an offset that is no padding.
+    # The first rows of OPT's position table (its offset) are never used, although they are not padding.
     used = llm.first_position + getattr(learned, "offset", 0)
-    places = math.inf if learned is None else learned.num_embeddings - used
-    own = int(llm.pooling == "item")
+    positions = math.inf if learned is None else learned.num_embeddings - used
+    appended = int(llm.pooling == "item")
     longest = int(encoder.tokens.lengths.max())
-    if longest + own > places:
+    if longest + appended > positions:
         yield (
-            f"{name}.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
-            f"Item LLM has {places} position vectors: at most {places - own}"
+            f"{name}.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * appended}, but "
+            f"the Item LLM has {positions} position vectors: at most {positions - appended}"
         )

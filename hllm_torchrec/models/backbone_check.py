@@ -1,10 +1,10 @@
-"""Checks that a Hugging Face model is read as transformers reads it, on a small random model of the same config.
+"""Checks that this library computes the same embeddings as transformers, on a small random model of the same config.
 
-Packed attention replaces a model's attention function and mask. A model whose layers do not use that function, or
-that adds to the mask what the function does not know (windows, position biases, sinks), would let items see one
-another, or give other embeddings, without an error. So before a model is built, a small random one of its config
-encodes texts of several lengths, and is compared, values and gradients, with unpatched transformers that reads them one
-at a time. Of `ARRANGEMENTS` the first that agrees is used. Results are kept, see `check_cache`.
+Packed attention replaces a model's attention function and mask. Some models have layers that do not use this function,
+or have masks that the function does not implement (windows, position biases, sinks). In such a model items could attend
+to each other, or embeddings would differ, without an error. So before a model is built, a small random model of its
+config encodes texts of several lengths, and its values and gradients are compared with those of unpatched transformers,
+which encodes one text at a time. The first of `ARRANGEMENTS` that agrees is used. Results are cached (`check_cache`).
 """
 
 import copy
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
 
 ARRANGEMENTS = ("packed", "padded", "equal_lengths")
 _SHARE = 0.05
-"""Difference of embeddings that counts, as a share of the influence of a text's other tokens."""
+"""Tolerance of a difference of embeddings, as a share of the influence of a text's other tokens."""
 _DECODERS = "choose a decoder such as Llama, Mistral or Qwen, see docs/support.md"
 
 
 def text_reading(config: "PreTrainedConfig", causal: bool | None = None) -> TextReading:
-    """Find how texts can be given to a model so that it reads each as transformers reads it alone.
+    """Find an arrangement of texts with which embeddings equal those that transformers computes for each text alone.
 
-    causal: direction that is asked for; None: the config's own.
+    causal: required direction; None: that of the config.
 
     Raises:
-        ValueError: transformers cannot run the model on text, the model cannot read in that direction, or no
-            arrangement gives its embeddings.
+        ValueError: transformers cannot run the model on text, the model does not support the direction, or no
+            arrangement gives the embeddings of transformers.
     """
     return _kept_text_reading(config_key(config), causal)
 
@@ -99,7 +99,7 @@ def _text_reading(key: str, causal: bool | None) -> TextReading:
         want = _Encoded.of(plain, lambda: _one_by_one(plain, item_token(plain)))
         want.tolerance = min(TOLERANCE, _SHARE * sensitivity(plain))
         problems = []
-        # Where texts hardly change states, a leak could not be told from rounding: only equal lengths are safe then.
+        # If texts hardly change the states, a leak cannot be told from rounding: only equal lengths are safe then.
         for arrangement in ARRANGEMENTS if want.tolerance > ROUNDING else ARRANGEMENTS[-1:]:
             want.tolerance = max(want.tolerance, ROUNDING)
             reading = TextReading(arrangement, direction)  # type: ignore[arg-type]
@@ -132,11 +132,11 @@ def _check_user(key: str) -> None:
                     f"{_DECODERS}"
                 ) from None
         narrow = directed(small_config(key), True)
-        # ModernBERT's switch of direction does not reach its windows, within which it sees later positions.
+        # Making ModernBERT causal does not change its windows, within which it still sees later positions.
         is_causal = reads_causally(plain_model(narrow))
         problem = _user_difference(wide) if is_causal else "it sees later positions within its windows"
         if problem is None:
-            # A window must be applied, or refused where a history is longer; a mask alone is lost when packed.
+            # A window must be applied, or longer histories refused: a window that is only in the mask is lost.
             problem = _user_difference(narrow, refusal_is_fine=True)
         if problem is not None:
             raise ValueError(
@@ -148,7 +148,7 @@ def _check_user(key: str) -> None:
 
 
 class _Encoded:
-    """Embeddings of the texts and the gradients of a model's weights with respect to them."""
+    """Embeddings of the texts, and the gradients of the model's weights for a random projection of the embeddings."""
 
     def __init__(self, values: Tensor, gradients: dict[str, Tensor]) -> None:
         self.values, self.gradients = values, gradients
@@ -163,7 +163,7 @@ class _Encoded:
         return _Encoded(values.detach(), gradients)
 
     def difference(self, other: "_Encoded") -> str | None:
-        """The largest difference of `other`, in words; None if it is rounding."""
+        """Description of a difference from `other`; None if all differences are within the tolerance."""
         if (far := relative_difference(self.values, other.values)) >= self.tolerance:
             return f"values differ by {far:.1g} of the largest"
         scale = max((g.abs().max().item() for g in self.gradients.values()), default=0.0) or 1.0
@@ -178,7 +178,7 @@ class _Encoded:
 
 
 def _one_by_one(plain: "PreTrainedModel", token: Tensor) -> Tensor:
-    """By plain transformers, one text at a time: its mean and last state, and the state of [ITEM] after it."""
+    """[texts, 3, E] by plain transformers, one text at a time: mean state, last state, state of [ITEM] after it."""
     words, rows = plain.get_input_embeddings(), []
     for text in sample_texts():
         states = last_states(plain, input_ids=text[None])
@@ -190,12 +190,12 @@ def _one_by_one(plain: "PreTrainedModel", token: Tensor) -> Tensor:
 def _difference(
     config: "PreTrainedConfig", plain: "PreTrainedModel", reading: TextReading, want: _Encoded
 ) -> str | None:
-    """Difference of our embeddings from `want`, in words; None if they agree."""
+    """Description of the difference of this library's embeddings from `want`; None if they agree."""
     try:
         model = _same_weights(config, plain, PACKED_ATTENTION if reading.arrangement == "packed" else None)
         model.hllm_reading = reading
         return want.difference(_Encoded.of(model, lambda: _by_item_llm(model, item_token(plain))))
-    except Exception as error:  # what a model does with arguments that it does not know
+    except Exception as error:  # a model may raise anything for arguments that it does not support
         return first_line(error)
 
 
@@ -216,7 +216,7 @@ def _same_weights(
 
 
 def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
-    """The result of `_one_by_one`, by the Item LLM on all texts at once; [ITEM] with a shared prefix if it can."""
+    """The result of `_one_by_one`, by the Item LLM on all texts at once; [ITEM] with a shared prefix if supported."""
     texts = sample_texts()
     offsets = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
     rows = []
@@ -230,7 +230,7 @@ def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
 
 
 def _behind_prefix(llm: ItemLLM, texts: list[Tensor]) -> Tensor:
-    """E, the first and longest text's beginning being a prefix that it shares with nobody."""
+    """E of the texts when the beginning of the first (longest) text is given as a prefix that only this text has."""
     prefix, rest = texts[0][:3], [texts[0][3:], *texts[1:]]
     offsets = torch.tensor([0, *(len(text) for text in rest)]).cumsum(0)
     return llm(torch.cat(rest), offsets, prefix, torch.tensor([True, *(False for _ in texts[1:])]))
@@ -240,7 +240,7 @@ def _behind_prefix(llm: ItemLLM, texts: list[Tensor]) -> Tensor:
 
 
 def _user_difference(config: "PreTrainedConfig", refusal_is_fine: bool = False) -> str | None:
-    """How packed histories with query tokens differ from transformers on each alone, in words; None if they agree."""
+    """Description of the difference between packed histories with queries and transformers on each one, or None."""
     plain = plain_model(config)
     width = plain.get_input_embeddings().weight.shape[1]
     lengths, visible = (12, 5, 0), (7, 12, 3, 0)  # the last sequence has a query and no history

@@ -22,20 +22,21 @@ def build_backbone(
     attention: str | None = None,
     causal: bool | None = None,
 ) -> "PreTrainedModel":
-    """A bare Hugging Face model with packed attention, or as it is if its attention cannot be replaced.
+    """Build a bare Hugging Face model, with packed attention if its attention function can be replaced.
 
     Args:
         pretrained: a Hugging Face directory (its weights are loaded), or None for random weights.
-        shape: keyword arguments of the config when nothing is pretrained, with "model_type".
-        layers: keep the first n layers (None: all).
-        word_embeddings: False drops them, as the User LLM does (they would be unused parameters).
-        attention: name in transformers' attention registry; None: packed, where a small copy of the model then equals
-            plain transformers (see `backbone_check`).
-        causal: True or False makes the model read so; None: as its config says. A User LLM is causal.
+        shape: keyword arguments of the config, with "model_type"; given if `pretrained` is None.
+        layers: number of first layers to keep (None: all).
+        word_embeddings: False removes them, for the User LLM, in which they would be unused parameters.
+        attention: name in transformers' attention registry; None: packed attention if a small model of the config
+            then agrees with plain transformers (see `backbone_check`).
+        causal: direction of the attention, causal or bidirectional; None: that of the config. A User LLM is always
+            causal.
 
     Raises:
         ValueError: neither or both of `pretrained` and `shape`; `layers` exceeds the model's layers; a file is
-            damaged; or the model cannot be read as transformers reads it.
+            damaged; or no arrangement gives the embeddings of transformers.
     """
     config = backbone_config(pretrained, shape, layers)
     reading = None
@@ -54,14 +55,18 @@ def build_backbone(
     if reading is not None:
         model.hllm_reading = reading
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # BERT's pooler serves sentence pairs; unused parameters would stall DDP
+        model.pooler = None  # BERT's pooler is for sentence pairs; as unused parameters its weights would stall DDP
     if not word_embeddings:
         model.set_input_embeddings(None)
+    if attention == PACKED_ATTENTION:
+        from hllm_torchrec.modules.encoders.fused_llama import fuse_layers  # imports transformers
+
+        fuse_layers(model)
     return model
 
 
 def backbone_config(pretrained: str | None, shape: dict | None, layers: int | None = None) -> "PreTrainedConfig":
-    """The config of a backbone, with `layers` layers. Raises like `build_backbone`."""
+    """The config of a backbone, reduced to `layers` layers (None: all). Raises like `build_backbone`."""
     if (pretrained is None) == (shape is None):
         raise ValueError(
             f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
@@ -74,7 +79,7 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
-        # Lists with an entry for each layer (its kind of attention) are cut with them.
+        # Lists with one entry per layer (such as the kind of attention) must be cut too.
         for name, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == config.num_hidden_layers:
                 setattr(config, name, value[:layers])
@@ -83,12 +88,12 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
 
 
 def _config_of_shape(shape: dict) -> "PreTrainedConfig":
-    from transformers import AutoConfig  # takes seconds, and an ID-only model has no backbone
+    from transformers import AutoConfig  # the import takes seconds, and an ID-only model has no backbone
 
     try:
         config = AutoConfig.for_model(**shape)
         check_config(config)
-    except Exception as error:  # configs check their fields by exceptions of several libraries
+    except Exception as error:  # configs raise exceptions of several libraries for invalid fields
         raise ArgumentError(f"shape: {first_line(error)}: give a config that transformers knows") from error
     return config
 

@@ -12,7 +12,7 @@ from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
 from hllm_torchrec.data.evidence import evidence_width
-from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.models.hllm import HLLM, ContextInputs
 from hllm_torchrec.models.model_files import trained_item_token, vocabulary_head
 from hllm_torchrec.models.tasks import Task
@@ -47,14 +47,14 @@ def build_model(
         base_rate: share of positive training labels.
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V, width of the dense item features; 0 if there are none.
-        context: what is read of requests; None: nothing.
-        tasks: of the dataset's labels, see `models.tasks`; None: the first label alone, with this base rate.
+        context: inputs from the context of requests; None: no context.
+        tasks: tasks for the dataset's labels, see `models.tasks`; None: only the first label, with this base rate.
     """
-    # With stored embeddings the Item LLM is built (for its fingerprint and width) but never trained.
+    # With stored embeddings the Item LLM is built for its fingerprint and width, but is never trained.
     item_llm = build_text_llm("item_llm", config.item_llm, trains=not takes_stored_items(config))
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
-    # After requires_grad_: with LoRA only the adapters and what is outside the backbone are trained.
+    # After requires_grad_: with LoRA, only the adapters and the weights outside of the backbone are trained.
     if user.backbone is not None and config.user.lora.rank and config.user.trainable:
         freeze_base_weights(user.backbone)
     features = HybridFeatures(
@@ -77,7 +77,7 @@ def build_model(
     creative = build_creative_llm(config.creative)
     model = HLLM(item_llm, width, features, user, config, base_rate, vector_width, evidence, tasks, context, creative)
     if creative is not None:
-        # Its batches have no exposures and no targets: these parts would only decay.
+        # Batches of creatives have no exposures and no targets, so weight decay alone would change these parts.
         unused = ("head", "value_head", "position_bias", "task_log_variances", "logit_scale")
         for name in (*unused, *(("project_next",) if model.fusion.query_is_user else ())):
             part = getattr(model, name, None)
@@ -87,7 +87,7 @@ def build_model(
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
-    """Build the user encoder: the User LLM, or the encoder that `user.encoder` names.
+    """Build the user encoder: the User LLM, or the encoder in `user.encoder`.
 
     Raises:
         ValueError: the shape is invalid for that encoder.
@@ -111,11 +111,13 @@ def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, section: str) -> None:
 
 
 def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
-    """Build the LLM that writes texts; None if it is not enabled."""
+    """Build the Creative LLM, which writes texts; None if it is not enabled."""
     if not section.enabled:
         return None
     with configured_by("creative"):
         backbone = build_backbone(section.pretrained, section.shape, section.layers)
+        if section.pretrained is not None and section.layers is not None:
+            _flatten_logits(backbone, section.layers / backbone_config(section.pretrained, None).num_hidden_layers)
         head = vocabulary_head(section.pretrained, backbone)
         model = CreativeLLM(backbone, head)
     _adapt(backbone, section.lora, "creative.lora")
@@ -129,10 +131,22 @@ def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
     return model
 
 
-def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
-    """Build the LLM of a section that reads text; None if it is not enabled.
+def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
+    """Scale the last norm of a truncated model by the share of its layers that is left.
 
-    name: name of the section; trains: whether any stage of the configuration trains it.
+    Hidden states of an early layer do not fit the vocabulary head: 4 of SmolLM2's 30 layers score a token at 37 nats,
+    and at 10.9 with this (log of the vocabulary: 10.8). Training would first have to unlearn it.
+    """
+    weight = getattr(getattr(backbone, "norm", None), "weight", None)
+    if weight is not None and "gemma" not in backbone.config.model_type:  # Gemma's norms multiply by weight + 1
+        with torch.no_grad():
+            weight.mul_(share)
+
+
+def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
+    """Build the LLM of a section for reading text; None if it is not enabled.
+
+    name: name of the section; trains: True if a stage of the configuration trains the LLM.
     """
     if not section.enabled:
         return None

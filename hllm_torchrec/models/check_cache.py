@@ -1,6 +1,7 @@
-"""Results of the checks of foreign models, kept in this host's cache: comparing small models takes seconds.
+"""Cache of the results of `backbone_check` on this host, because comparing small models takes seconds.
 
-A result holds for a config with the same code: that of this library which the check compares, transformers and torch.
+A result is valid for the same config, the same versions of transformers and torch, and the same code of this library's
+modules and checks.
 """
 
 import functools
@@ -20,15 +21,15 @@ FILES = ("backbone_check.py", "small_models.py", "check_cache.py")
 
 
 def kept_result(check: str, *facts: Any) -> Any:
-    """The JSON value of a check of a config (its facts) that passed here before; None if none did."""
+    """Cached JSON value of a check that passed earlier for these facts (config, direction); None if there is none."""
     try:
         return json.loads(_path(check, facts).read_text())
-    except (OSError, ValueError):  # not there, unreadable or half a file: the check is made again
+    except (OSError, ValueError):  # missing, unreadable or incomplete: the check is repeated
         return None
 
 
 def keep_result(value: Any, check: str, *facts: Any) -> None:
-    """Keep the value, which is not None, of a check that passed; without effect if the cache cannot be written."""
+    """Store the value (not None) of a check that passed; has no effect if the cache cannot be written."""
     path = _path(check, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def _path(check: str, facts: tuple[Any, ...]) -> Path:
 
 @functools.cache
 def _code() -> str:
-    """Hash of the versions and the source of what a check compares."""
+    """Hash of the versions of transformers and torch and of the source code that a check compares."""
     import transformers
 
     own = [Path(hllm_torchrec.models.__file__).parent / name for name in FILES]

@@ -2,11 +2,13 @@
 
     L_write = - sum_n w_n sum_i log p(r_ni | prompt_n with U_n, r_n,<i) / sum_n w_n Y_n
     L_match = [sum over own pairs softplus(-z) + sum over sampled ones softplus(z)] / pairs
+    L_recon = L_write of the user's profile, with a soft token and a prompt of its own
+    L_align = symmetric InfoNCE of W U_n and what the Creative LLM reads in the profile, at a learned token behind it
 
 Legend: Q queries, N creatives, K sampled items, U unique items, D user width, E item width, Y response tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +16,28 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, CreativeOutput, PackedTexts
 from hllm_torchrec.modules.creative.match_head import MatchHead
 from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
-from hllm_torchrec.modules.losses.objectives import embedding_spread
+from hllm_torchrec.modules.losses.objectives import LogitScale, embedding_spread
+from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symmetric_nce
+from hllm_torchrec.modules.precision import widen
+
+MOMENTUM = 0.1
+"""Share of a step's users in the mean that their normalization subtracts after training."""
 
 
 @dataclass
 class CreativeLosses:
-    """Sums over a micro-batch of this rank. write, match: 0-d; spread: mean cosine of the users' vectors, detached,
-    None with fewer than two creatives."""
+    """Sums over a micro-batch of this rank, 0-d. negatives: of L_align, over all creatives, detached; spread: mean
+    cosine of the users' vectors, detached, None with fewer than two creatives."""
 
     write: Tensor
     match: Tensor
+    recon: Tensor
+    align: Tensor
+    negatives: Tensor
     spread: Tensor | None
 
 
@@ -47,18 +58,55 @@ class CreativeHead(nn.Module):
         self.section = section
         soft = section.soft
         scale = word_scale if soft.scale == "words" else None
-        self.soft_prompt = SoftPrompt(user_width, width, soft.tokens, soft.hidden, scale)
+        self.soft_prompt = SoftPrompt(user_width, width, soft.tokens, soft.hidden, scale, soft.normalize)
+        self.recon: SoftPrompt | None = None
+        if section.losses.recon:
+            self.recon = SoftPrompt(user_width, width, 1, 0, scale, soft.normalize)
+        self.align: _Alignment | None = None
+        if section.losses.align:
+            self.align = _Alignment(section, user_width, width, word_scale)
         self.match: MatchHead | None = None
         if section.losses.match:
             match = section.match
             self.match = MatchHead(user_width, item_width, match.width, match.kind, match.blocks)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """True if user vectors are normalized and their statistics have not been measured yet."""
+        return any(one.normalize is not None and not bool(one.normalize.measured) for one in self._soft_prompts())
+
+    def measure(self, users: Tensor) -> None:
+        """Fit the normalization of user vectors on `users` [n, D]."""
+        for one in self._soft_prompts():
+            if one.normalize is not None:
+                one.normalize.measure(users)
+
+    def _centered(self, users: Tensor, is_unknown: Tensor) -> Tensor:
+        """Users [N, D] shifted, so that their normalization subtracts the mean of the step's users on all ranks.
+
+        A writer that cannot write yet pulls all users in one direction: on MovieLens by half their spread in a step, so
+        that a mean that follows slowly is not theirs. Gradients through the mean leave out what all have in common.
+        """
+        everyone = all_gather_variable(torch.cat([widen(users), (~is_unknown)[:, None].to(widen(users).dtype)], 1))
+        rows, known = everyone[:, :-1], everyone[:, -1:].detach()
+        mean = (rows * known).sum(0) / known.sum().clamp(min=1)
+        for one in self._soft_prompts():
+            if one.normalize is not None:
+                one.normalize.mean.lerp_(mean.detach().to(one.normalize.mean.dtype), MOMENTUM * bool(known.any()))
+        assert self.soft_prompt.normalize is not None
+        return users + (self.soft_prompt.normalize.mean - mean).to(users.dtype)
+
+    def _soft_prompts(self) -> list[SoftPrompt]:
+        return [module for module in self.modules() if isinstance(module, SoftPrompt)]
+
     def forward(self, llm: CreativeLLM, users_QD: Tensor, items: Tensor | None, batch: HybridBatch) -> CreativeLosses:
         """Losses of a batch of creatives; items: E [U, E] of the unique items."""
         creative = batch.creative
         assert creative is not None and batch.request_query is not None
-        users = users_QD[batch.request_query]
-        is_null = batch.query_visible[batch.request_query] == 0
+        users = raw = users_QD[batch.request_query]
+        is_unknown = is_null = batch.query_visible[batch.request_query] == 0
+        if self.training and self.section.soft.normalize != "none":
+            users = self._centered(users, is_unknown)
         if self.training and self.section.soft.dropout:
             is_null = is_null | (torch.rand(is_null.shape, device=is_null.device) < self.section.soft.dropout)
         output = self.write(llm, users, is_null, creative.texts)
@@ -66,9 +114,17 @@ class CreativeHead(nn.Module):
         if self.match is not None:
             assert items is not None and batch.request_index is not None
             match = self._match(users, items, batch.request_index, batch.negative_index, creative.may_match)
-        spread = embedding_spread(users.detach()) if users.shape[0] > 1 else None
+        recon = align = negatives = users.new_zeros(())
+        if creative.profiles is not None and self.recon is not None:
+            profiles = llm(creative.profiles, self.recon(users, is_unknown))
+            recon = (profiles.nll * creative.weights).sum()
+        if creative.profiles is not None and self.align is not None:
+            found = self.align(llm, users, is_unknown, creative.profiles.responses(), creative.user_ids)
+            align, negatives = found.loss_sum, (found.effective_negatives * found.count).detach()
+        spread = embedding_spread(raw.detach()) if raw.shape[0] > 1 else None
         # `users` also reaches the losses where every creative is null: a rank without users takes part.
-        return CreativeLosses((output.nll * creative.weights).sum() + 0.0 * users.sum(), match, spread)
+        write = (output.nll * creative.weights).sum() + 0.0 * users.sum()
+        return CreativeLosses(write, match, recon, align, negatives, spread)
 
     def write(self, llm: CreativeLLM, users: Tensor, is_null: Tensor, texts: PackedTexts) -> CreativeOutput:
         """Log-likelihoods of responses given users [N, D], or the learned vector where `is_null` [N]."""
@@ -82,3 +138,27 @@ class CreativeHead(nn.Module):
         logits = self.match(users, items, pairs)
         labels = (torch.arange(logits.numel(), device=logits.device) < users.shape[0]).to(logits.dtype)
         return binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+
+
+class _Alignment(nn.Module):
+    """L_align; see the module docstring."""
+
+    def __init__(self, section: CreativeConfig, user_width: int, width: int, word_scale: float) -> None:
+        super().__init__()
+        self.users = SoftPrompt(user_width, width, normalize=section.soft.normalize)
+        self.token = nn.Parameter(torch.randn(1, width) * word_scale)
+        self.scale = LogitScale(section.profile.temperature)
+
+    def forward(
+        self, llm: CreativeLLM, users: Tensor, is_unknown: Tensor, profiles: PackedTexts, user_ids: Tensor
+    ) -> SymmetricNceOutput:
+        """Loss of users [N, D] and their profiles, against those of other users on all ranks. Collective."""
+        mine = self.users(users, is_unknown)[:, 0]
+        theirs = llm(profiles, self.token.expand(user_ids.numel(), 1, -1)).last
+        # One exchange, as collectives with gradients must run in the same order on all ranks.
+        rows = all_gather_variable(torch.cat([widen(mine), widen(theirs)], 1))
+        all_mine, all_theirs = rows.chunk(2, dim=1)
+        everyone = all_mine, all_theirs, all_gather_variable(user_ids)
+        found = symmetric_nce(mine, theirs, user_ids, self.scale(), everyone)
+        # A rank without creatives takes part in the backward pass of the exchange.
+        return replace(found, loss_sum=found.loss_sum + 0.0 * rows.sum())

@@ -110,4 +110,5 @@ class CreativeInputs:
             per_batch,
             dist.get_rank(),
             dist.get_world_size(),
+            never_alone=training and config.creative.losses.align > 0,
         )

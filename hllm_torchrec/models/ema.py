@@ -11,8 +11,8 @@ from torch.nn import Parameter
 class EmaWeights:
     """Exponential moving average of dense weights, used for evaluation.
 
-    Each update is average = d x average + (1 - d) x weight. The decay d is at most (1 + step) / (10 + step), so that
-    early averages do not depend on the initial weights for long.
+    Each update is average = d x average + (1 - d) x weight. The decay d is limited to (1 + step) / (10 + step), so that
+    the influence of the initial weights on early averages vanishes quickly.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], decay: float) -> None:
@@ -32,20 +32,20 @@ class EmaWeights:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the averages with the current weights; step: number of previous updates."""
-        # One by one: torch.optim.swa_utils averages in one call, which rejects a mix of Tensors and DTensors (FSDP2).
+        # One parameter at a time: the one call of torch.optim.swa_utils rejects a mix of Tensors and DTensors (FSDP2).
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, parameter in self._parameters.items():
             self._averages[name].lerp_(parameter.detach(), 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Context manager: the model has the averages inside, and its own weights again afterwards."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        """Context manager: the model has the averages inside the block, and its previous weights afterwards."""
+        previous = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._copy(self._averages)
         try:
             yield
         finally:
-            self._copy(own)
+            self._copy(previous)
 
     @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:
@@ -55,10 +55,10 @@ class EmaWeights:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again from the current weights."""
+        """Reset the averages to the current weights."""
         for name, parameter in self._parameters.items():
             self._averages[name].copy_(parameter.detach())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages themselves: loading into them in place restores this object."""
+        """Return the averages (not copies): loading into these tensors in place restores this object."""
         return dict(self._averages)

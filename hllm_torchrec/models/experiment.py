@@ -1,4 +1,4 @@
-"""A configuration on a dataset, on one rank: the wrapped model, its text encoders, its batches and its items."""
+"""`Experiment`: a configuration and a dataset on one rank, with the wrapped model, its encoders and its loaders."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,16 +46,16 @@ from hllm_torchrec.models.run_transitions import TRANSITIONS_KEY
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 
 CONTEXT_KEY = "context"
-"""Key of the values of context that a run was trained with in a checkpoint's `extra.json`."""
+"""Key in a checkpoint's `extra.json`: ids of the context that occur in the run's training."""
 LOOKUP_CHUNK = 65_536
-"""Rows of a frozen item table that all ranks together look up at a time."""
+"""Number of rows of a frozen item table that all ranks together look up per step."""
 MEASURED_ITEMS, WHITENED_ITEMS, MEASURED_CHUNK = 1024, 16_384, 64
-"""Items that `measure_item_statistics` encodes: in total, in total for a covariance, and per call."""
+"""Number of items that `measure_item_statistics` encodes: in total, in total for whitening, and per call."""
 
 
 @dataclass
 class Experiment:
-    """A configuration on a dataset, on this rank."""
+    """The parts of an experiment on this rank, built by `assembly.build_experiment`."""
 
     config: Config
     dataset: Dataset
@@ -63,18 +63,18 @@ class Experiment:
     device: torch.device
     model: DistributedModelParallel
     text_encoders: dict[str, ItemEncoder]
-    """Of the parts of the model that read text: see `named_backbones`."""
+    """Section of the configuration -> encoder, for the parts of the model that read text."""
     live_items: LiveItems | None
     item_vectors: NDArray[np.float32] | None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of weights that checkpoints leave out: see `lora_base`."""
+    """Fingerprints of the weights that checkpoints do not contain: see `lora_base`."""
     factors: RunFactors | None = None
-    """Item factors of the run, without those of new items; None: it has none of its own."""
+    """Item factors of the run, without those of new items; None: the run has no saved factors."""
     evidence: Evidence | None = None
     context: RequestContext | None = None
-    """What requests tell; None: nothing that the model reads."""
+    """Context of requests that the model reads; None: it reads no context."""
     frozen_catalogue: Tensor | None = None
-    """Embeddings [N, E] of all items by the frozen Item LLM, which evidence and transitions read; None: none."""
+    """Embeddings [N, E] of all items by the frozen Item LLM, or from a store in serving; None: not computed."""
     creatives: CreativeInputs | None = None
     transitions: Transitions | None = None
 
@@ -87,7 +87,7 @@ class Experiment:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """JSON values that checkpoints record of the model's origin and inputs. Collective at the first use."""
+        """JSON values on the model's origin and inputs that checkpoints record. Collective at the first use."""
         return {
             "config": to_dict(self.config),
             "bases": self.base_fingerprints,
@@ -103,15 +103,15 @@ class Experiment:
         """Check that a checkpoint of the same run fits the dataset's ids and the other inputs. Collective.
 
         Raises:
-            ValueError: it was trained with other ids, item factors or base weights (LoRA).
+            ValueError: it was trained with different ids, item factors, evidence, transitions or base weights (LoRA).
         """
         check_vocabulary(self.config, self.dataset, checkpoint, also=["items"] if self.transitions else [])
         extra = read_checkpoint_json(checkpoint / "extra.json")
         check_base_weights(extra, self.base_fingerprints, self.config, checkpoint)
         if self.context is not None:
             self.context.restore(extra.get(CONTEXT_KEY, {}))
-        own = None if self.factors is None else self.factors.fingerprint
-        if FACTORS in self.config.data.item_vectors and extra.get(FACTORS_KEY) != own:
+        factors = None if self.factors is None else self.factors.fingerprint
+        if FACTORS in self.config.data.item_vectors and extra.get(FACTORS_KEY) != factors:
             raise ValueError(
                 f"{checkpoint} was trained with other item factors than the run's {FILE}: restore that file"
             )
@@ -126,11 +126,11 @@ class Experiment:
 
     @property
     def item_encoder(self) -> ItemEncoder | None:
-        """Reads the items' texts; None in an ID-only model."""
+        """The encoder of the items' texts; None in an ID-only model."""
         return self.text_encoders.get("item_llm")
 
     def model_state(self) -> dict[str, Any]:
-        """The model's tensors that a checkpoint holds: loading into them in place restores it."""
+        """The model's tensors that a checkpoint contains: loading into them in place restores the model."""
         return without_base_weights(self.model.state_dict(), self.config)
 
     def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -150,13 +150,13 @@ class Experiment:
         max_history: int | None = None,
         batch_item_tokens: int = 0,
     ) -> Loader:
-        """Batches of a split on this rank; training ones of the events that `data.train_part` names.
+        """Loader of a split's batches on this rank; in training, of the events that `data.train_part` selects.
 
-        Outside of training exposures see what the scorer's requests see: see `evaluation.history`; where they see
-        earlier positions (leave one out), as much as `max_history` allows. batch_item_tokens: see
+        Outside of training, exposures see the same history as the scorer's requests (`evaluation.history`); with
+        visibility by position (leave one out), as much history as `max_history` allows. batch_item_tokens: see
         `data.batch_item_tokens`.
         """
-        whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
+        with_valid = training and split == "train" and self.config.data.train_part == "train_and_valid"
         # + 1: the [ITEM] token that the Item LLM appends to each text.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
@@ -180,14 +180,14 @@ class Experiment:
         if since and data.train_late_after is not None:
             late = late_events(self.dataset, data.dataset, data.train_late_after, since)
         spec = LoaderSpec(
-            split="valid" if whole else split,
+            split="valid" if with_valid else split,
             batch_users=batch_users,
             max_history=longest,
             seed=self.config.seed,
             shuffle=training,
             batch_cost=batch_item_tokens,
             item_costs=costs,
-            all_events=whole,
+            all_events=with_valid,
             extend_history=not training and by_position,
             as_requests=not training and not by_position and self.config.evaluation.history == "request",
             since=since,
@@ -199,7 +199,7 @@ class Experiment:
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
 
     def draws(self, training: bool) -> NegativeDraws | None:
-        """Negatives beside the exposures of a loader, or None; outside of training uniform, the same for all runs."""
+        """Negatives to add to a loader's exposures, or None; outside of training uniform and the same for all runs."""
         drawn = self.config.data.drawn_negatives
         if not drawn.count:
             return None
@@ -215,7 +215,7 @@ class Experiment:
     def creative_loader(
         self, split: str, per_batch: int, *, training: bool = False, max_history: int | None = None
     ) -> CreativeLoader:
-        """Batches of the creatives of a split on this rank: see `CreativeInputs.loader`."""
+        """Loader of the creatives of a split on this rank; see `CreativeInputs.loader`."""
         assert self.creatives is not None, "the configuration has no creatives"
         return self.creatives.loader(
             self.batch_spec,
@@ -228,7 +228,7 @@ class Experiment:
         )
 
     def cold_items(self) -> NDArray[np.bool_]:
-        """[N] items without a training event."""
+        """Mask [N] of the items without a training event."""
         return self.dataset.training_item_counts() == 0
 
     def encode_catalogue(self) -> Tensor | None:
@@ -252,14 +252,14 @@ class Experiment:
             self.hllm.item_source = self.live_items
 
     def use_cached_items(self) -> None:
-        """Encode the catalogue with the current weights and make the model look items up in it. Collective."""
+        """Encode the catalogue with the current weights and make the model use these embeddings. Collective."""
         catalogue = self.encode_catalogue()
         if catalogue is not None:
             self.hllm.item_source = CachedItems(catalogue)
 
     @contextmanager
     def evaluation_items(self) -> Iterator[None]:
-        """Context manager: items that a step would encode come from a cache of the catalogue. Collective."""
+        """Context manager: inside, the model takes live item embeddings from a cache of the catalogue. Collective."""
         source = self.hllm.item_source
         if self.hllm.encodes_items:
             self.use_cached_items()
@@ -270,10 +270,10 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Fit the model's `Standardize` or `Whiten` on items spaced evenly over the catalogue. Collective.
+        """Fit the model's `Standardize` or `Whiten` to evenly spaced items of the catalogue. Collective.
 
         Returns:
-            `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
+            `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding.
         """
         assert self.hllm.standardise is not None
         most = WHITENED_ITEMS if self.config.item_llm.whiten else MEASURED_ITEMS
@@ -289,9 +289,9 @@ class Experiment:
 
     @torch.no_grad()
     def _look_up_catalogue(self) -> Tensor:
-        """[N, E] of the frozen table, looked up in blocks that the ranks share."""
+        """[N, E] rows of the frozen table, looked up in blocks that are divided between the ranks."""
         world, rank, rows = dist.get_world_size(), dist.get_rank(), []
         for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK):
-            # Contiguous parts in rank order: the gathered rows are in id order. A rank's part may be empty.
+            # Contiguous parts in rank order, so that the gathered rows are in id order. A rank's part may be empty.
             rows.append(all_gather_variable(self.hllm.embed_items(block.tensor_split(world)[rank])))
         return torch.cat(rows)

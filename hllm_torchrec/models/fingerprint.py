@@ -1,4 +1,4 @@
-"""Fingerprint of the Item LLM: everything that item embeddings depend on except the texts."""
+"""Fingerprint of the Item LLM: all inputs of item embeddings except the texts."""
 
 import hashlib
 from typing import Any
@@ -12,7 +12,7 @@ from hllm_torchrec.models.experiment import Experiment
 
 
 def item_facts(experiment: Experiment) -> dict[str, Any]:
-    """Collect what item embeddings depend on, except texts: weights, pooling, tokeniser, text layout. Collective.
+    """Collect the inputs of item embeddings except the texts: weights, pooling, tokeniser, text layout. Collective.
 
     Raises:
         ConfigError: the model has no Item LLM.

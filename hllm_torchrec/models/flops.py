@@ -21,7 +21,7 @@ def measured_matmul_peak(
         device: device to measure.
         dtype: dtype of both factors.
         shapes: (m, k, n) of the products [m, k] x [k, n] to try.
-        seconds: total time for all of them, after a warm-up of each.
+        seconds: total measuring time for all shapes, after a warm-up of each.
     """
     share = seconds / len(shapes)
     return max(_matmul_speed(torch.device(device), dtype, *shape, share) for shape in shapes)
@@ -44,13 +44,13 @@ def _matmul_speed(device: torch.device, dtype: torch.dtype, m: int, k: int, n: i
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait for the device's queued work; the CPU has none."""
+    """Wait for the device's queued work; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def flops_utilization(flops: float, seconds: float, peak: float) -> float:
-    """Return the share of the peak, in [0, 1], at which `flops` operations were done in `seconds`.
+    """Return flops / (seconds x peak), the utilization as a fraction (above 1 if the measured peak is too low).
 
     Args:
         flops: model operations, such as 3 x tokens x `transformer_flops_per_token` for a training step.

@@ -1,4 +1,4 @@
-"""Candidates of hard negatives: for each user the nearest items of a retrieval run, from its stores of vectors."""
+"""Candidates for hard negatives: each user's nearest items by the stored embeddings of a retrieval run."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ USERS_AT_ONCE = 1024
 def retrieved_candidates(
     dataset: Dataset, items: Ints, item_store: str, user_store: str, top: int
 ) -> tuple[Ints, Ints]:
-    """(items, offsets [users + 1]): the `top` of `items` [n] by cosine for each user that the user store knows.
+    """(candidates, offsets [users + 1]): for each user in the user store, the `top` of `items` [n] by cosine.
 
     Raises:
         ValueError: a store does not exist, or the two have vectors of different widths.
@@ -41,7 +41,7 @@ def retrieved_candidates(
 
 
 def _vectors(store: str, dataset: Dataset, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(vectors [n, E] of all items or users but the unknown one, bool [n] whether the store has them)."""
+    """(vectors [n, E], bool [n] True if the store has it) of all items or users except the unknown one."""
     opened = EmbeddingStore.open(store)
     table = dataset.items if kind == "item" else dataset.users
     vectors, known = opened.snapshot().gather(raw_keys(table[f"raw_{kind}_id"], opened.kind))

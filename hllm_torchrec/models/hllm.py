@@ -7,7 +7,7 @@
     L = lambda * L_gen(h, E_next, E_negatives) + L_cls     Eq. (1)-(3)
 
 E_next and E_negatives are the Item LLM's embeddings or, in the item space "features", the sum P(E) + ID + ... of each
-item, computed in the same table lookup as the other slots. An ID-only model always uses the latter.
+item, which is computed in the same table lookup as the other slots. An ID-only model always uses the space "features".
 
 Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -30,7 +29,7 @@ from hllm_torchrec.data.event_schema import LabelColumn
 from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
-from hllm_torchrec.models.tasks import Task, is_single
+from hllm_torchrec.models.tasks import Task, binary_outputs, is_single
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -56,11 +55,11 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 class HLLMOutput:
     """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
-    logits: [X] of the first label (empty without fusion); outputs: [X, O] of all tasks, or None if the first label is
-    the only one; tasks: of each task by name; value_error: [] weighted sum of squared errors of the auxiliary head, or
-    None; generative: the sums of the generative loss, or None; next_items:
-    [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
-    generative loss compares, otherwise the Item LLM's embeddings; creative: of a batch of creatives.
+    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks, or None if the first label is
+    the only task; tasks: task name -> loss; value_error: [] weighted sum of squared errors of the auxiliary value head,
+    or None; generative: the sums of the generative loss, or None; next_items: [X, E] predicted next item of every
+    exposure, or None; items: detached item vectors, [U, D] if the generative loss compares items in the space
+    "features", else the Item LLM's embeddings [U, E] or None; creative: losses of a batch of creatives, or None.
     """
 
     logits: Tensor
@@ -74,17 +73,17 @@ class HLLMOutput:
 
     @property
     def classification(self) -> Tensor:
-        """[] sum of what is minimized over the tasks, each with weight 1."""
+        """[] sum of the minimized losses of all tasks, each with weight 1."""
         terms = [loss.trained for loss in self.tasks.values()]
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 @dataclass(frozen=True)
 class ContextInputs:
-    """Numbers by which a model reads the context of requests.
+    """Scales and sizes of the context of requests, as inputs of a model.
 
-    scales: [C][2] mean and deviation of the numeric context in training; bias_rows: {context of the position bias:
-    number of ids}.
+    scales: [C][2] mean and standard deviation of the numeric context in training; bias_rows: {context of the position
+    bias: number of ids}.
     """
 
     scales: Sequence[Sequence[float]] = ()
@@ -92,19 +91,19 @@ class ContextInputs:
 
 
 class HLLM(nn.Module):
-    """Hybrid HLLM, assembled from modules by `build_model`; independent of ranks, devices and optimizers.
+    """Hybrid HLLM, assembled from modules by `build_model`; its code does not depend on ranks, devices or optimizers.
 
     Args:
         item_llm: None for an ID-only model.
         item_width: E.
-        features, user: hybrid features and user encoder, both D wide.
-        config: the experiment.
+        features, user: hybrid features and user encoder, both of width D.
+        config: configuration of the experiment.
         base_rate: share of positive labels in training; initializes the head's bias.
         vector_width: V, width of the dense item features; 0 if there are none.
         evidence: F, number of evidence columns per exposure.
-        tasks: labels to predict, the first label's first; None: it is the only one.
-        context: of requests; None: they have none.
-        creative: the LLM that writes texts for users; None for a model without.
+        tasks: labels to predict, starting with the first label; None: only the first label.
+        context: scales and sizes of the context of requests; None: no context.
+        creative: the LLM that writes texts for users, or None.
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class HLLM(nn.Module):
             self._build_heads(build_head, base_rate, user.width, evidence)
         self.position_bias: PositionBias | None = None
         if context.bias_rows:
-            self.position_bias = PositionBias(context.bias_rows, sum(task.is_binary for task in self.tasks))
+            self.position_bias = PositionBias(context.bias_rows, binary_outputs(self.tasks))
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
@@ -179,7 +178,7 @@ class HLLM(nn.Module):
     def _build_heads(
         self, build_head: Callable[[], PredictionHead], base_rate: float, width: int, evidence: int
     ) -> None:
-        """Build the head of one binary task, or the towers of several tasks, with what belongs to these."""
+        """Build the head of one binary task, or the towers of several tasks with their scales and uncertainties."""
         objective = self.config.objective
         self.head: PredictionHead | TaskTowers
         if is_single(self.tasks, objective):
@@ -203,12 +202,12 @@ class HLLM(nn.Module):
             self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
 
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
-        """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
+        """Forward pass of one step; want_next: also return the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
         compared = of_features if self.compares_features else items
         logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
-        # A rank without samples still takes part in every backward collective.
+        # Adding 0 times all outputs makes a rank without samples take part in every collective of the backward pass.
         nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
         first = self.tasks[0].name
         tasks[first] = tasks[first]._replace(trained=tasks[first].trained + nothing)
@@ -226,7 +225,7 @@ class HLLM(nn.Module):
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The model's large parts that exist: Item LLM, user encoder, Creative LLM."""
+        """The existing ones of the model's large parts: Item LLM, user encoder, Creative LLM."""
         modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
@@ -235,7 +234,7 @@ class HLLM(nn.Module):
         ]
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
-        """E of the batch's items [U, E] from the model's source, or None in an ID-only model."""
+        """E [U, E] of the batch's items from the model's `item_source`, or None in an ID-only model."""
         if self.item_llm is None:
             return None
         assert self.item_source is not None, "the model was not given a source of item embeddings"
@@ -248,13 +247,13 @@ class HLLM(nn.Module):
 
     @property
     def encodes_items(self) -> bool:
-        """True if a step computes item vectors with the current weights (of the Item LLM, else of the features)."""
+        """True if a step computes item vectors with current weights: of the Item LLM, or of the features (ID-only)."""
         return self.item_source is None or self.item_source.is_live
 
     def embed_items(self, item_ids: Tensor, source: ItemSource | None = None) -> Tensor:
-        """E of items [n, E] outside of a step, from `source` or the model's own source. Collective.
+        """E [n, E] of items outside of a step, from `source` (None: the model's `item_source`). Collective.
 
-        Under FSDP2 it is registered as a separate forward method, which gathers the weights.
+        Under FSDP2 this method is registered as a forward method, so that calling it gathers the weights.
         """
         source = source or self.item_source
         assert source is not None, "an ID-only model has no item embeddings"
@@ -263,10 +262,11 @@ class HLLM(nn.Module):
     def embed_in_feature_space(
         self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None, joined: bool = False
     ) -> Tensor:
-        """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
+        """P(E) + ID + item features [n, D] of items with the current weights, outside of a step. Collective.
 
-        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None; joined: as they
-        are compared with users, with texts and transitions (`joined`), instead of as inputs of the user encoder.
+        features: n slots, from `Collator.item_features`; vectors: [n, V] the items' dense features, or None; joined:
+        return the vectors that are compared with users, which include texts and transitions (`joined`), instead of the
+        inputs of the user encoder.
         """
         items = self.item_embeddings(item_ids)
         found = self.features(features, None, self._projected(items, vectors))
@@ -276,9 +276,9 @@ class HLLM(nn.Module):
         return self.joined(found, texts, None if self.transitions is None else self.transitions.items(item_ids))
 
     def joined(self, learned: Tensor, texts: Tensor | None, transitions: Tensor | None) -> Tensor:
-        """Vectors of users or items [n, D] with those of texts [n, E] and transitions [n, R + 1], where there are any.
+        """Concatenate vectors of users or items [n, D] with texts [n, E] and transitions [n, R + 1], if not None.
 
-        Items have one length then.
+        The parts are normalized so that all items get the same norm.
         """
         if texts is not None:
             assert self.text_similarity is not None
@@ -289,7 +289,7 @@ class HLLM(nn.Module):
 
     @property
     def user_vector_width(self) -> int:
-        """Width of the vectors of `embed_users`: D or E, and what `joined` adds."""
+        """Width of the vectors of `embed_users`: D or E, plus the widths that `joined` adds."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
         added = 0
         if self.text_similarity is not None and self.item_llm is not None and project is not None:
@@ -299,17 +299,17 @@ class HLLM(nn.Module):
         return added + (project.out_features if isinstance(project, nn.Linear) else self.user.width)
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
-        """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
+        """User embeddings [Q, `user_vector_width`], one per query of the batch, outside of a step. Collective.
 
-        Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
-        projected as for the generative loss if there is one ([Q, E] in the text space); zeros if it sees no position.
+        Late fusion: the output of the [USER] query. Otherwise the hidden state of the last position that the query
+        sees, projected and joined as for the generative loss if the model has one; zeros if the query sees no position.
         """
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, _, _ = self._encode_users(batch, items)
         return self._user_vectors(batch, h_TD, q_QD, items)
 
     def _user_vectors(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> Tensor:
-        """See `embed_users`; items: E [U, E] of the unique items."""
+        """The result of `embed_users`; items: E [U, E] of the unique items."""
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
@@ -317,7 +317,7 @@ class HLLM(nn.Module):
         return self._last_visible(batch, h_TD, sums, every, self.project_next if self.generates else nn.Identity())
 
     def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
-        """Losses of the batch's creatives, each a query of its user's pass."""
+        """Losses of the batch's creatives; each creative is a query in the forward pass of its user."""
         assert self.creative is not None and self.creative_head is not None
         losses: CreativeLosses = self.creative_head(
             self.creative, self._user_vectors(batch, h_TD, q_QD, items), items, batch
@@ -327,7 +327,7 @@ class HLLM(nn.Module):
     def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:
         """Negative log-likelihoods [N] of responses given users [N, D], outside of a step. Collective.
 
-        is_null: [N] bool, the learned vector stands for the user.
+        is_null: [N] bool, True where a learned vector replaces the user's vector.
         """
         assert self.creative is not None and self.creative_head is not None
         return self.creative_head.write(self.creative, users, is_null, texts).nll
@@ -340,7 +340,7 @@ class HLLM(nn.Module):
     def _encode_users(
         self, batch: HybridBatch, items: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
+        """(h [T, D], q [Q, D], target features [X, D] if late fusion else None, item features [U, D] or None)."""
         x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
         of_items = item_UD if self._has_item_slots(batch) else None
         queries = None
@@ -353,8 +353,8 @@ class HLLM(nn.Module):
     def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Input vectors of the user encoder and the heads, by kind of slot; items: E [U, E] of the unique items.
 
-        History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
-        items [U, D] (if they have slots; else [0, D]). The features of a slot depend only on the slot.
+        Returns history [T, D], queries [Q, D] (late fusion: with the [USER] vector added), targets [X, D] (without late
+        fusion [0, D]) and items [U, D] (without item slots [0, D]). Features of a slot depend only on the slot.
         """
         numbers = self.standardized_numbers(batch.numeric)
         slots = self.features(batch.features, numbers, self._items_of_slots(batch, items))
@@ -364,7 +364,7 @@ class HLLM(nn.Module):
         return x_TD, x_QD, target_XD, item_UD
 
     def standardized_numbers(self, numeric: Tensor | None) -> Tensor | None:
-        """Numeric inputs [S, F] with the numeric context, which comes last, standardized; 0 where it is unknown."""
+        """Numeric inputs [S, F] with the numeric context (the last columns) standardized, and 0 where it is unknown."""
         if numeric is None or not self.numeric_context:
             return numeric
         plain, context = numeric[:, : -self.numeric_context], numeric[:, -self.numeric_context :]
@@ -372,27 +372,23 @@ class HLLM(nn.Module):
         return torch.cat([plain, ((context - center) / scale).nan_to_num()], dim=1)
 
     def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
-        """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
+        """Add the position bias of the binary tasks to logits [X], or to the outputs [X, O] of several tasks.
 
-        In training that of the batch's exposures; otherwise its level in training.
+        In training, the bias of each exposure's context is added; otherwise the mean bias in training.
         """
         if self.position_bias is None:
             return logits
-        outputs, device = logits[:, None] if self.has_one_logit else logits, logits.device
-        # The first output of each binary task: other tasks have no bias.
-        starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
-        binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
-        places = torch.tensor([int(starts[number]) for number in binary], device=device)
-        bias = self.position_bias.mean
+        ids = weights = None
         if self.training:
-            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            assert batch is not None
+            binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
+            ids = batch.bias_ids
             weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
-            bias = self.position_bias(batch.bias_ids, outputs[:, places], weights)
-        wide = outputs.new_zeros(outputs.shape).index_copy(1, places, bias.expand(len(outputs), -1).to(outputs))
-        return (outputs + wide).view_as(logits)
+        outputs = logits[:, None] if self.has_one_logit else logits
+        return self.position_bias(outputs, ids, weights).view_as(logits)
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
-        """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
+        """P(E) + W v [S, D] of each slot's item, 0 for a slot without an item (action token, [USER] query), or None."""
         projected = self._projected(items, batch.item_vectors)
         if projected is None:
             return None
@@ -410,7 +406,7 @@ class HLLM(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
-        """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
+        """P(E) + W v [n, D] from E [n, E] and dense features v [n, V] of items; None if the model has neither."""
         terms = [] if items is None else [self._project(items)]
         if self.project_vectors is not None:
             assert vectors is not None, "the batch has no item vectors"
@@ -420,13 +416,13 @@ class HLLM(nn.Module):
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def _project(self, items: Tensor) -> Tensor:
-        """P(E) of E [n, E], standardised or whitened first if the configuration says so."""
+        """P(E) of E [n, E]; E is standardised or whitened first if this is configured."""
         if isinstance(self.standardise, Whiten) and isinstance(self.project_item, nn.Linear):
             return self.standardise(items, self.project_item)
         return self.project_item(items if self.standardise is None else self.standardise(items))
 
     def text_embeddings(self, item_ids: Tensor, items: Tensor) -> Tensor:
-        """E of items [n, E], standardised or whitened if the configuration says so, in full width."""
+        """E [n, E] of items, standardised or whitened if this is configured, without the projection P."""
         if self.standardise is None:
             return items
         if isinstance(self.item_source, CachedItems):
@@ -434,7 +430,7 @@ class HLLM(nn.Module):
         return self.standardise(items)
 
     def _history_sums(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Decayed sums of the history's texts [T, E] and transitions [T, R + 1]; None for what the model lacks."""
+        """(decayed sums of the history's texts [T, E] or None, decayed sums of its transitions [T, R + 1] or None)."""
         texts = transitions = None
         if self.text_similarity is not None and items is not None:
             texts = self.text_embeddings(batch.unique_items, items)[batch.history_index]
@@ -456,9 +452,10 @@ class HLLM(nn.Module):
     def _classify(
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, TaskLoss], Tensor | None]:
-        """Logits [X], outputs [X, O] of several tasks, their losses (Eq. 2), and the squared errors of the value head.
+        """(logits [X], outputs [X, O] or None, losses by task (Eq. 2), squared error of the value head or None).
 
-        The offset of thinned-out negatives is added for the loss only: logits and outputs hold on whole traffic.
+        The offset for subsampled negatives is added only in the loss; the returned logits and outputs are calibrated on
+        the complete traffic.
         """
         first = self.tasks[0].name
         if not self.fusion.has_queries:
@@ -474,41 +471,41 @@ class HLLM(nn.Module):
         tasks = {first: TaskLoss(loss.detach(), loss)}
         if self.value_head is None:
             return logits, None, tasks, None
-        known = ~torch.isnan(batch.target_values)  # nan: the exposure has no value; it must not reach the gradients
+        known = ~torch.isnan(batch.target_values)  # NaN: the exposure has no value, and must not affect the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
         return logits, None, tasks, (error.square() * batch.weights[known]).sum()
 
     def _task_losses(self, batch: HybridBatch, outputs: Tensor) -> dict[str, TaskLoss]:
-        """Weighted sums of the tasks' losses over the exposures where their labels are defined."""
+        """Task name -> weighted sum of the task's losses over the exposures for which its label is defined."""
         assert batch.task_labels is not None and batch.task_weights is not None, "the batch has no labels of tasks"
         found, start = {}, 0
-        for place, task in enumerate(self.tasks):
-            own = outputs[:, start : start + task.outputs]
+        for k, task in enumerate(self.tasks):
+            predicted = outputs[:, start : start + task.outputs]
             start += task.outputs
-            if place == 0 and batch.logit_offset is not None:
-                own = own + batch.logit_offset[:, None]
-            weights = batch.task_weights[:, place]
-            # NaN times a weight of 0 would be NaN: such labels must not reach the loss.
-            losses = task.losses(own, batch.task_labels[:, place].nan_to_num(), self.task_scales[place])
+            if k == 0 and batch.logit_offset is not None:
+                predicted = predicted + batch.logit_offset[:, None]
+            weights = batch.task_weights[:, k]
+            # An undefined label is NaN, and NaN times its weight 0 would be NaN, so replace it before the loss.
+            losses = task.losses(predicted, batch.task_labels[:, k].nan_to_num(), self.task_scales[k])
             raw = (losses * weights).sum()
             trained = raw
             if self.config.objective.task_weighting == "uncertainty":
-                # exp(-s) * loss + s for each unit of weight: divided by the global weight, s is added once per step.
-                log_variance = self.task_log_variances[place]
+                # exp(-s) * loss + s per unit of weight: after division by the global weight, s is added once per step.
+                log_variance = self.task_log_variances[k]
                 trained = (-log_variance).exp() * raw + log_variance * weights.sum()
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
 
     def _has_targets(self, batch: HybridBatch) -> bool:
-        """True if the generative loss is computed: a batch of creatives has no targets, on any rank."""
+        """True if the generative loss is computed; a batch of creatives has no targets on any rank."""
         return self.generates and batch.creative is None
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
-        """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
+        """Generative loss, Eq. (1): positives are the next items; items: [U, E] item vectors without action or time."""
         exclude = None
         if self.mask_own_items:
-            # A user's other items are no evidence against the next one, so each prediction excludes the items of the
-            # full history of its own piece, including events that Stochastic Length dropped.
+            # A user's other items must not be negatives of the next item, so each prediction excludes all items of
+            # the full history of its piece, including events that Stochastic Length removed.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
         return self.generative_loss(
@@ -522,7 +519,7 @@ class HLLM(nn.Module):
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
-        """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
+        """Predicted next item [X, E] of each exposure, from the last position that it sees; zeros if it sees none."""
         sums = self._history_sums(batch, items)
         return self._last_visible(batch, h_TD, sums, batch.target_query, self.project_next)
 
@@ -536,7 +533,7 @@ class HLLM(nn.Module):
     ) -> Tensor:
         """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none.
 
-        It is `joined` with `sums` (`_history_sums`) at that position.
+        The state is `joined` with `sums` (the result of `_history_sums`) at that position.
         """
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[queries]

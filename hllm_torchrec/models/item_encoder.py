@@ -1,4 +1,4 @@
-"""Item encoding: the Item LLM over tokens in a memory map, with items distributed over the ranks."""
+"""Item encoding: runs the Item LLM on memory-mapped tokens, with the items distributed over the ranks."""
 
 from collections.abc import Callable
 
@@ -16,22 +16,22 @@ from hllm_torchrec.distributed.preemption import raise_if_preempted
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 
 CATALOGUE_TOKENS = 16_384
-"""Tokens per rank and call when the complete catalogue is encoded."""
+"""Number of tokens per rank and call when the complete catalogue is encoded."""
 
 
 class ItemEncoder:
     """Callable that `LiveItems` uses to embed the unique items of the global batch, each on one rank only.
 
-    The rank that encodes an item looks its tokens up, and it may differ from the rank whose batch has the item, so
-    batches contain ids, not text.
+    The rank that encodes an item may differ from the rank whose batch has the item. So batches contain ids, not tokens,
+    and the encoding rank looks up the tokens.
 
     Args:
         tokens: token store of all items.
         device: device of the Item LLM.
-        share_prefix: encode the prefix with which most items begin once per call, not once per item; for causal
+        share_prefix: encode the common prefix of most items once per call instead of once per item; only for causal
             Item LLMs.
-        items_at_once: if above 0: the backward pass recomputes the activations, and holds those of at most this many
-            items at a time.
+        items_at_once: if above 0, items are encoded in checkpointed groups of about this size: the backward pass
+            recomputes the activations of one group at a time.
         section: section of the configuration, for messages.
     """
 
@@ -53,7 +53,7 @@ class ItemEncoder:
         return encode_unique_items(unique_items, self.costs, lambda ids: self._encode_in_groups(item_llm, ids))
 
     def _encode_in_groups(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
-        """`encode` in checkpointed groups if gradients are on and items are many; all ranks use the same number."""
+        """Like `encode`, in checkpointed groups if gradients are on; all ranks use the same number of groups."""
         groups = 1
         if self.items_at_once and torch.is_grad_enabled():
             # The maximum over ranks: under FSDP2 every forward of a group is collective, so counts must agree.
@@ -62,12 +62,12 @@ class ItemEncoder:
             return self.encode(item_llm, ids)
         order = self.costs(ids).argsort(descending=True, stable=True)  # similar lengths in a group
         parts = ids[order].tensor_split(groups)
-        self._count(ids, item_llm)  # here, not in the checkpointed function, which runs twice
+        self._count(ids, item_llm)  # not in the checkpointed function, which runs twice
         rows = [checkpoint(self._encode, item_llm, part, use_reentrant=False) for part in parts]
         return torch.cat(rows).index_select(0, order.argsort())  # back to the order of `ids`
 
     def costs(self, ids: Tensor) -> Tensor:
-        """Number of tokens of each item, including the [ITEM] vector, without a shared prefix."""
+        """Cost of each item: its number of tokens without a shared prefix, plus 1 (for the [ITEM] vector)."""
         rows, offsets = ids.cpu().numpy(), self.tokens.offsets
         counts = offsets[rows + 1] - offsets[rows] + 1
         if self.share_prefix:
@@ -95,21 +95,21 @@ class ItemEncoder:
         rows = ids.cpu().numpy()
         prefix = len(self.tokens.prefix) if self.share_prefix else 0
         in_front = self.tokens.begins_with_prefix[rows] * prefix if prefix else np.zeros(len(rows), np.int64)
-        lengths = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows] - in_front
+        lengths = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows] - in_front  # without the shared prefix
         # [ITEM] adds a position; with other poolings an empty text still has one position.
         lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
-        # Query-key pairs within the item's own text: causal, position i sees i + 1 keys.
+        # Query-key pairs within the item's own text; if causal, position i sees i + 1 keys.
         own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
         keys, last_keys = (own + lengths * in_front).sum(), (lengths + in_front).sum()
         self.work += EncodingCounts(len(lengths), int(lengths.sum()), int(keys), int(last_keys))
-        if len(rows) and prefix:  # without items there is no prefix to encode either
+        if len(rows) and prefix:  # without items, the prefix is not encoded either
             self.work += EncodingCounts(tokens=prefix, keys=prefix * (prefix + 1) // 2)
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
         """Embeddings [N, E] of all items (row 0: unknown item); the work is shared by the ranks. Dropout is off.
 
-        embed: calls this encoder through the model's `embed_items`, so that FSDP2 gathers the weights for the call.
+        embed: function that calls this encoder through the model's `embed_items`, so that FSDP2 gathers the weights.
         """
         was_training = item_llm.training
         item_llm.eval()
@@ -128,8 +128,8 @@ class ItemEncoder:
 
 
 def length_sorted_chunks(ids: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
-    """Sort `ids` [n] by length and cut them into chunks of about `tokens` tokens; lengths: of all items, by id."""
+    """Sort `ids` [n] by length and cut them into chunks of about `tokens` tokens; lengths: by id, of all items."""
     order = ids[np.argsort(lengths[ids], kind="stable")]
-    # An item belongs to the chunk in which its last token lies; a chunk ends where that number changes.
+    # The chunk of an item is the index of its last token // tokens; a chunk ends where this number changes.
     parts = np.cumsum(lengths[order]) // tokens
     return [chunk for chunk in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if chunk.size]

@@ -1,4 +1,4 @@
-"""Sources of item embeddings. `HLLM` has one; a stage, an evaluation or a server replaces it.
+"""Sources of item embeddings. `HLLM.item_source` is one; a training stage, an evaluation or a server replaces it.
 
     model.item_source = LiveItems(model.item_llm, encoder)     # current weights, with gradients
     model.item_source = CachedItems(table)                     # complete catalogue, on every rank
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
-"""(item_llm, unique item ids [n]) -> [n, E], with gradients: `ItemEncoder`, or `SubsampledEncoder` around it."""
+"""(item_llm, unique item ids [n]) -> [n, E], with gradients: an `ItemEncoder` or a `SubsampledEncoder`."""
 
 
 class ItemSource(ABC):
@@ -42,7 +42,7 @@ class LiveItems(ItemSource):
         self.item_llm, self.encode = item_llm, encode
 
     def __call__(self, item_ids: Tensor) -> Tensor:
-        """item_ids [n], each once -> [n, E]. Collective."""
+        """item_ids [n], without repetitions -> [n, E]. Collective."""
         return self.encode(self.item_llm, item_ids)
 
 
@@ -58,8 +58,8 @@ class CachedItems(ItemSource):
         return self.vectors[item_ids]
 
     def through(self, module: nn.Module, item_ids: Tensor) -> Tensor:
-        """`module`, which has buffers only, of the embeddings: item_ids [n] -> [n, E]. Computed once for all items."""
-        # In-place changes of a buffer (measuring, loading) raise its version.
+        """Apply `module` (with buffers only) to the embeddings: item_ids [n] -> [n, E]. Computed once for all items."""
+        # In-place changes of a buffer (measuring, loading) increment its version.
         state = (id(module), *(buffer._version for buffer in module.buffers()))
         if self._transformed is None or self._transformed[0] != state:
             with torch.no_grad():
@@ -70,7 +70,7 @@ class CachedItems(ItemSource):
 class StoredItems(ItemSource):
     """Embeddings of a frozen table, which may be sharded over the ranks, followed by a trained adapter.
 
-    table: item ids [n] -> [n, E] float32, see `FrozenItems`; adapter: the model's, or None.
+    table: item ids [n] -> [n, E] float32, see `FrozenItems`; adapter: `HLLM.adapter`, or None.
     """
 
     def __init__(self, table: nn.Module, adapter: nn.Module | None = None) -> None:
@@ -89,7 +89,7 @@ class StoredItems(ItemSource):
 
 
 class JoinedItems(ItemSource):
-    """A source of the items below `first`, followed by the vectors [n, E] of the items from there on."""
+    """A source for the items below `first`, and vectors [n, E] for the items from `first` on."""
 
     def __init__(self, source: ItemSource, first: int, vectors: Tensor) -> None:
         self.source, self.first, self.vectors = source, first, vectors

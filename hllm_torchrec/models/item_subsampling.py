@@ -15,18 +15,18 @@ NEVER = -(2**62)
 
 
 class SubsampledEncoder:
-    """Replacement of `ItemEncoder` in `LiveItems`; outside of training it encodes every item, like `ItemEncoder`.
+    """Replacement of `ItemEncoder` in `LiveItems`; without gradients it encodes every item, like `ItemEncoder`.
 
-    In a training step an item is encoded with gradients with probability `share`, drawn from (seed, step, item) and so
-    the same on every rank. Any other item comes from this rank's cache if its entry is at most `refresh_after` steps
-    old; otherwise it is encoded without gradients. Every encoded item updates its cache entry. With refresh_after 0
-    the forward pass equals that without sub-sampling. The cache (N x E floats) is not saved: a resumed run starts with
-    an empty one.
+    In each forward pass with gradients (a micro-batch; `step` counts them in this process, from 0 also after a resume)
+    an item is encoded with gradients with probability `share`, drawn from (seed, step, item) and so the same on every
+    rank. Any other item comes from this rank's cache if its entry is at most `refresh_after` such passes old; otherwise
+    it is encoded without gradients. Every encoded item updates its cache entry. With refresh_after 0 the forward pass
+    equals that without sub-sampling. The cache (N x E floats) is not saved: a resumed run starts with an empty one.
 
     Args:
         encoder: encodes items over all ranks.
         share: probability, in (0, 1].
-        refresh_after: maximum age of a cached embedding, in steps.
+        refresh_after: maximum age of a cached embedding, in forward passes with gradients.
     """
 
     def __init__(self, encoder: ItemEncoder, share: float, refresh_after: int, seed: int) -> None:
@@ -45,7 +45,7 @@ class SubsampledEncoder:
         self._store(unique_items[live], trained.detach().float())
         self._refresh(item_llm, unique_items[~live])
         assert self.cache is not None
-        # The cache has the trained items' values too; index_put replaces them by the rows that carry gradients.
+        # The cache also has the values of the trained items; index_put replaces them by the rows with gradients.
         rows = self.cache[unique_items].to(trained.dtype)
         return rows.index_put((torch.nonzero(live).flatten(),), trained)
 
@@ -55,7 +55,7 @@ class SubsampledEncoder:
         return (torch.rand(self.made_at.numel(), generator=generator) < self.share).to(self.made_at.device)
 
     def _refresh(self, item_llm: ItemLLM, items: Tensor) -> None:
-        """Encode those of `items` whose cache entry is too old or missing. Collective."""
+        """Encode the `items` whose cache entry is too old or missing. Collective."""
         stale = items[self.step - self.made_at[items] > self.refresh_after]
         # Encoding is collective: a rank without stale items takes part if any rank has some.
         if not any_rank(stale.numel() > 0, self.made_at.device):

@@ -1,7 +1,7 @@
 """LoRA base weights: excluded from checkpoints, identified by a fingerprint.
 
-They belong to an LLM that has adapters (LoRA) and was loaded from a Hugging Face directory. They are frozen and remain
-in that directory. The checkpoint stores a fingerprint of them, so a changed directory is detected.
+The base weights belong to an LLM that has adapters (LoRA) and was loaded from a Hugging Face directory. They are frozen
+and remain in that directory. Each checkpoint stores a fingerprint of them, so that a changed directory is detected.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from hllm_torchrec.models.named_backbones import backbone_prefix, backbone_secti
 from hllm_torchrec.modules.lora import is_adapter
 
 _SAMPLED_VALUES = 64
-"""Values hashed from each end of a weight; hashing all of them would take a minute for 7B parameters."""
+"""Number of values hashed from each end of a weight; hashing all values would take a minute for 7B parameters."""
 
 
 def base_prefixes(config: Config) -> dict[str, str]:
-    """Sections whose LLM's base weights are excluded from checkpoints -> the prefix of their parameter names."""
+    """Section -> prefix of its parameter names, for LLMs whose base weights are excluded from checkpoints."""
     return {
         name: backbone_prefix(name)
         for name, section in backbone_sections(config)
@@ -29,16 +29,16 @@ def base_prefixes(config: Config) -> dict[str, str]:
 
 
 def without_base_weights(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The state dict without the excluded base weights; adapters stay."""
+    """The state dict without the excluded base weights; adapters are kept."""
     prefixes = tuple(base_prefixes(config).values())
     return {key: value for key, value in state.items() if not key.startswith(prefixes) or is_adapter(key)}
 
 
 @torch.no_grad()
 def base_fingerprints(model: nn.Module, config: Config) -> dict[str, str]:
-    """Section -> hash of the base weights excluded from checkpoints: names, shapes and both ends of each weight.
+    """Section -> hash of the excluded base weights: names, shapes, and the values at both ends of each weight.
 
-    model: not yet sharded.
+    model: must not be sharded yet.
     """
     return {name: _fingerprint(model, prefix) for name, prefix in base_prefixes(config).items()}
 
@@ -59,9 +59,9 @@ def _base_parameters(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch
 def check_base_weights(
     extra: Mapping[str, Any], fingerprints: Mapping[str, str], config: Config, checkpoint: object
 ) -> None:
-    """Compare the base weights of this model with those that a checkpoint's adapters were trained on.
+    """Compare the base weights of this model with the base weights that a checkpoint's adapters were trained on.
 
-    extra: `extra` of the checkpoint.
+    extra: content of the checkpoint's `extra.json`.
 
     Raises:
         ValueError: the fingerprints differ.

@@ -1,4 +1,4 @@
-"""Reading of Hugging Face directories: config and weights. A damaged or foreign file is one line that names it."""
+"""Reads Hugging Face directories: config and weights. A damaged or unsuitable file raises an error that names it."""
 
 import json
 import re
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ITEM_TOKEN_FILE = "item_token.safetensors"
-"""File next to a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
+"""File next to a backbone's weights with the [ITEM] vector that was trained with them, `item_token` [D]."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FETCH = "fetch the directory again"
 _LARGEST = {
@@ -29,11 +29,11 @@ _LARGEST = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**28,
 }
-"""Field of a config -> largest value: a wrong digit would otherwise build layers for hours."""
+"""Field of a config -> maximum value; without it, a wrong digit would make the program build layers for hours."""
 
 
 def read_config(directory: str) -> "PreTrainedConfig":
-    """Read `config.json`; no code that comes with it is run.
+    """Read `config.json`; no code of the directory is executed.
 
     Raises:
         ValueError: the file is missing, damaged, or not the config of a model with one stack of layers.
@@ -43,7 +43,7 @@ def read_config(directory: str) -> "PreTrainedConfig":
     path = Path(directory) / "config.json"
     refuse_pointers([path])
     with reading_foreign(path, _FETCH):
-        # transformers would search for a missing file on the network.
+        # Read the file here first, because transformers would search for a missing file on the network.
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
             raise ValueError("not a JSON object")
@@ -58,7 +58,7 @@ def read_config(directory: str) -> "PreTrainedConfig":
 
 
 def check_config(config: "PreTrainedConfig") -> None:
-    """Refuse sizes that no model has, and models of several parts. Raises ValueError."""
+    """Raise ValueError for sizes that no model has, and for models with several parts."""
     parts = sorted(getattr(config, "sub_configs", None) or {})
     if parts:
         raise ValueError(
@@ -73,7 +73,7 @@ def check_config(config: "PreTrainedConfig") -> None:
 
 @contextmanager
 def naming_directory(pretrained: str | None) -> Iterator[None]:
-    """Context manager: a ValueError about a model names the directory that it came from, if there is one."""
+    """Context manager that adds the model's directory, if any, to the message of a ValueError."""
     try:
         yield
     except ArgumentError:
@@ -88,14 +88,14 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
     """Load the weights as fp32 master weights, without remote code.
 
     Raises:
-        ValueError: a file is damaged, or a weight is missing or of another shape than the config's.
+        ValueError: a file is damaged, or a weight is missing or does not have the shape given by the config.
     """
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
     _check_weight_files(Path(directory))
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # layers left out on purpose would fill a page with warnings
+    transformers_logging.set_verbosity_error()  # transformers would warn about each layer that is left out on purpose
     try:
         with reading_foreign(directory, f"its config.json and weights do not fit together: {_FETCH}"):
             model, report = AutoModel.from_pretrained(
@@ -106,12 +106,12 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
                 trust_remote_code=False,
                 attn_implementation=config._attn_implementation,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with a message of one line
+                ignore_mismatched_sizes=True,  # `_check_report` raises an error of one line instead
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
     _check_report(directory, report)
-    model.train()  # from_pretrained leaves it in evaluation mode: no dropout, no activation checkpointing
+    model.train()  # from_pretrained returns it in evaluation mode, without dropout and activation checkpointing
     return model
 
 
@@ -130,12 +130,13 @@ def _check_report(directory: str, report: dict) -> None:
 
 
 def vocabulary_head(pretrained: str | None, backbone: "PreTrainedModel") -> nn.Linear | None:
-    """The vocabulary head [V, C] that comes with a model's weights; None if it is tied to the word embeddings.
+    """The vocabulary head [V, C] in a model's directory; None if it is tied to the word embeddings.
 
-    A directory of a bare model, without a head, is taken to be tied. A random model's is random.
+    If the directory has no `lm_head.weight`, the head is assumed to be tied. Without a directory (a model with random
+    weights) the head is initialized randomly, or None if the config ties it.
 
     Raises:
-        ValueError: the file is damaged, or the head has another shape.
+        ValueError: the file is damaged, or the head and the word embeddings have different shapes.
     """
     words = backbone.get_input_embeddings().weight
     if pretrained is None:
@@ -146,7 +147,10 @@ def vocabulary_head(pretrained: str | None, backbone: "PreTrainedModel") -> nn.L
             if "lm_head.weight" in file.keys():
                 weight = file.get_tensor("lm_head.weight").float()
                 if weight.shape != words.shape:
-                    raise ValueError(f"lm_head.weight has shape {tuple(weight.shape)}, the words {tuple(words.shape)}")
+                    raise ValueError(
+                        f"lm_head.weight has shape {tuple(weight.shape)}, but the word embeddings have shape "
+                        f"{tuple(words.shape)}"
+                    )
                 head = nn.Linear(words.shape[1], words.shape[0], bias=False)
                 head.weight.data.copy_(weight)
                 return head
@@ -157,7 +161,7 @@ def trained_item_token(pretrained: str | None, width: int) -> Tensor | None:
     """The [ITEM] vector [width] of an exported or imported Item LLM; None if the directory has none.
 
     Raises:
-        ValueError: the file is damaged, or its vector has another width.
+        ValueError: the file is damaged, or its vector does not have this width.
     """
     if pretrained is None or not (path := Path(pretrained) / ITEM_TOKEN_FILE).is_file():
         return None
@@ -170,7 +174,7 @@ def trained_item_token(pretrained: str | None, width: int) -> Tensor | None:
 
 
 def _check_weight_files(directory: Path) -> None:
-    """Check that the safetensors files exist and are whole, by their headers. Raises ValueError."""
+    """Raise ValueError if a safetensors file is missing, or is incomplete according to its header."""
     for path in _weight_files(directory):
         refuse_pointers([path])
         with reading_foreign(path, "the download was cut or the file is another kind: fetch it again"):

@@ -1,7 +1,7 @@
-"""Check of a Hugging Face directory with its real weights: what `hllm check-model` prints.
+"""Check of a Hugging Face directory with its real weights, and the report that `hllm check-model` prints.
 
-The check at build compares a small random model (`backbone_check`); here the directory's own weights encode texts
-through its own tokenizer, by the Item LLM all at once and by plain transformers one at a time.
+The check when a model is built uses a small random model (`backbone_check`). Here texts are tokenized by the
+directory's tokenizer and encoded with its weights, by the Item LLM all at once and by plain transformers one at a time.
 """
 
 import gc
@@ -22,12 +22,12 @@ from hllm_torchrec.models.text_format import TextFormat, format_warnings, text_f
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 WORDS = "the quick brown fox reads item 1024: a film of 1995, drama and comedy, by nobody we know; 上海 東京 é ö ß"
-"""Texts of the check: its beginnings, and it several times."""
+"""Source of the texts of the check, which are its beginnings and repetitions of it."""
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """Result of `report_model`; difference: largest from plain transformers, relative to the largest value."""
+    """Result of `report_model`; difference: maximum over all texts, relative to the largest value of an embedding."""
 
     model_type: str
     layers: int
@@ -40,7 +40,7 @@ class ModelReport:
     user_problem: str | None
 
     def lines(self) -> Iterator[str]:
-        """The report in lines of text."""
+        """Yield the lines of the report."""
         form = self.form
         direction = "from left to right" if form.causal else "in both directions"
         yield f"{self.model_type}: {self.layers} layers, {self.width} wide"
@@ -62,14 +62,14 @@ def report_model(directory: Path, max_text_length: int = 64) -> ModelReport:
     """Compare the Item LLM with plain transformers on the weights of a directory.
 
     Raises:
-        ValueError: a file is damaged, the model cannot be read as transformers reads it, or embeddings differ.
+        ValueError: a file is damaged, no arrangement of texts agrees with transformers, or embeddings differ.
     """
     section = ItemLLMConfig(pretrained=str(directory))
     config = backbone_config(str(directory), None)
     form = text_format("item_llm", section)
     texts = [form.prompt + text for text in _texts()]
     tokens = [torch.tensor(ids) for ids in tokenize(read_tokenizer(directory), texts, max_text_length, form.keeps_end)]
-    # One after the other: two copies of a large model may not fit.
+    # Load the two models one after the other, because two copies of a large model may not fit into memory.
     plain = load_weights(str(directory), config).eval()
     item_token = plain.get_input_embeddings().weight.detach()[:8].mean(0)
     expected = torch.stack([_alone(plain, ids, item_token, form) for ids in tokens])

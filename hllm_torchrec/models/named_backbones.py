@@ -21,7 +21,7 @@ Section = ItemLLMConfig | UserEncoderConfig | CreativeConfig
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A large part of a model. learning_rate: None for that of the other dense parts."""
+    """A large part of a model. learning_rate: None: the learning rate of the other dense parts."""
 
     name: str
     module: ItemLLM | UserEncoder | CreativeLLM
@@ -40,7 +40,7 @@ class NamedBackbone:
 
 
 def backbone_sections(config: Config) -> Iterator[tuple[str, Section]]:
-    """(name, section) of the parts that are Hugging Face models, without building them."""
+    """Yield (name, section) of the parts that are Hugging Face models, without building them."""
     for name in LLM_SECTIONS:
         section = getattr(config, name)
         if section.has_backbone:
@@ -48,7 +48,7 @@ def backbone_sections(config: Config) -> Iterator[tuple[str, Section]]:
 
 
 def text_sections(config: Config) -> Iterator[tuple[str, ItemLLMConfig]]:
-    """(name, section) of the parts that read text."""
+    """Yield (name, section) of the parts that read text."""
     for name, section in backbone_sections(config):
         if isinstance(section, ItemLLMConfig):
             yield name, section

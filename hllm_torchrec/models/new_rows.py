@@ -1,4 +1,4 @@
-"""Initial rows of ids that came after a checkpoint was saved (`features.new_rows`)."""
+"""Initial values for the rows of ids that were added after a checkpoint was saved (`features.new_rows`)."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 NEIGHBORS = 10
-"""Number of known items whose mean a new item starts from."""
+"""Number of known items whose mean row initializes the row of a new item."""
 _AT_ONCE = 4096
 _SIMILARITIES = 1 << 26
 
@@ -37,11 +37,11 @@ def fill_new_rows(
     skip: Collection[str] = (),
     averages: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill the rows that a loaded checkpoint did not have, as `features.new_rows` says. Collective.
+    """Initialize the rows that a loaded checkpoint does not have, by the method `features.new_rows`. Collective.
 
     Args:
         skip: prefixes of weights that were not loaded.
-        averages: loaded averages of weights by name, in which the same rows are filled.
+        averages: parameter name -> loaded moving average, in which the same rows are initialized.
     """
     kind = experiment.config.features.new_rows
     if kind == "noise":
@@ -55,7 +55,7 @@ def fill_new_rows(
         sources = np.zeros((rows - known, 1), np.int64)  # the unknown id
         if kind == "neighbors" and name == "item_id":
             sources = nearest_known(experiment, known)
-        # A rank has only its own tables, but all ranks take part in reading.
+        # A rank has only some tables, but all ranks must take part in `read_rows`.
         tables = [table for table in (state.get(key), (averages or {}).get(key)) if table is not None]
         for first in range(0, rows - known, _AT_ONCE):
             ids = sources[first : first + _AT_ONCE]
@@ -73,7 +73,9 @@ def read_rows(table: Any, ids: NDArray[np.int64], width: int, device: torch.devi
         for values, start, column in local_shards(table):
             here = (wanted >= start) & (wanted < start + len(values))
             rows[here, column : column + values.shape[1]] = values[wanted[here] - start].float()
-    if table is None or isinstance(table, ShardedTensor):  # a replicated table is complete on every rank
+    if table is None or isinstance(
+        table, ShardedTensor
+    ):  # a replicated table is complete on every rank, so it must not be summed
         dist.all_reduce(rows)
     return rows
 
@@ -89,8 +91,8 @@ def write_rows(table: Any, first: int, rows: Tensor) -> None:
 def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
     """Ids [new items, up to NEIGHBORS] of the known items nearest to each item from `known` on. Collective.
 
-    Nearest by cosine: of the Item LLM's embeddings, or without one of the items' bags of features. Items that share no
-    value are no neighbors: the unknown id 0 takes their place.
+    Nearest by the cosine of the Item LLM's embeddings, or in an ID-only model of the items' bags of features. An item
+    without a common feature value is not a neighbor; id 0 (unknown) is used instead.
     """
     number, at_once = min(NEIGHBORS, known - 1), max(1, _SIMILARITIES // known)
     embedded = experiment.encode_catalogue()
@@ -109,8 +111,8 @@ def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
 
 
 def feature_bags(dataset: Dataset, names: Collection[str]) -> "csr_matrix":
-    """[N, values of all features] sparse: bags of the items' values, rare values weigh more, rows of length 1."""
-    from scipy.sparse import csr_matrix, hstack  # its import is slow, and most runs do without
+    """Sparse [N, values of all features] bags of the items' values, weighted by 1 / sqrt(frequency), with unit rows."""
+    from scipy.sparse import csr_matrix, hstack  # the import is slow, and most runs do not need it
 
     parts = []
     for name in names:
@@ -118,6 +120,6 @@ def feature_bags(dataset: Dataset, names: Collection[str]) -> "csr_matrix":
         shape = dataset.num_items, dataset.feature_size("item", name)
         frequency = np.maximum(np.bincount(values, minlength=shape[1]), 1)
         parts.append(csr_matrix((1 / np.sqrt(frequency[values]), values, offsets), shape=shape))
-    whole = hstack(parts, format="csr")
-    length = np.sqrt(np.asarray(whole.multiply(whole).sum(axis=1))).ravel()
-    return csr_matrix(whole.multiply(1 / np.maximum(length, 1e-12)[:, None]))
+    bags = hstack(parts, format="csr")
+    length = np.sqrt(np.asarray(bags.multiply(bags).sum(axis=1))).ravel()
+    return csr_matrix(bags.multiply(1 / np.maximum(length, 1e-12)[:, None]))

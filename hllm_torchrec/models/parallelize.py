@@ -1,7 +1,7 @@
 """Distribution of a model over ranks and devices: tables are sharded, dense parts replicated or sharded.
 
-TorchRec's planner places the tables by their row counts: small ones are replicated and belong to the dense optimizer,
-the others are sharded and updated inside the backward pass. DDP or FSDP2 covers the dense parts.
+TorchRec's planner decides by the row counts of the tables: small tables are replicated and belong to the dense
+optimizer, the others are sharded and updated inside the backward pass. DDP or FSDP2 wraps the dense parts.
 """
 
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     warn_without_effect(plan, settings)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
-    # In a stage with cached items the Item LLM gets no gradients; DDP would wait for them without this option.
+    # In a stage with cached items the Item LLM gets no gradients, for which DDP would wait without this option.
     readers = [part.module for part in model.named_backbones() if part.module.reads_text]
     learns = any(p.requires_grad for module in readers for p in module.parameters())
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
@@ -76,7 +76,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
 
 
 def _padded_problems(model: HLLM, config: Config) -> Iterator[str]:
-    """Yield a message for an LLM that runs once per bucket of texts: under FSDP2 all ranks must run equally often."""
+    """Yield a message for each LLM whose number of forward passes differs between ranks, which FSDP2 does not allow."""
     for part in model.named_backbones():
         llm = part.module
         if isinstance(llm, ItemLLM) and llm.arrangement != "packed" and config.parallel.dense == "fsdp":
@@ -90,7 +90,7 @@ def _padded_problems(model: HLLM, config: Config) -> Iterator[str]:
 def choose_attention(
     name: str, section: ItemLLMConfig | CreativeConfig, config: Config, device: torch.device, caps_scores: bool = False
 ) -> BackendChoice:
-    """Choose the attention kernel of an LLM that reads text, with the reason; name: name of its section.
+    """Choose the attention kernel of an LLM that reads text; also returns the reason. name: name of its section.
 
     caps_scores: see `ItemLLM.caps_scores`.
 
@@ -105,10 +105,10 @@ def choose_attention(
 
 
 def user_attention(user: UserEncoder, device: torch.device) -> str | None:
-    """The attention backend of the user encoder, with the reason; None if it has only one.
+    """The attention backend of the user encoder, with the reason; None if the encoder has only one backend.
 
     Raises:
-        ConfigError: the configured backend cannot run here.
+        ConfigError: the configured backend cannot run on this device.
     """
     try:
         with configured_by("user.shape"):
@@ -123,10 +123,10 @@ def llm_layers(model: HLLM) -> list[nn.Module]:
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
-    """Apply FSDP2: each layer of the LLMs is a group; the root group has the rest (words, heads, projections).
+    """Apply FSDP2: each layer of the LLMs is a group; the root group has all other weights (words, heads, projections).
 
-    Tables are sharded by TorchRec and ignored here. The root group is resharded after the forward pass, too: otherwise
-    its gathered weights would be stale after weights change between two forward passes (averages in evaluation).
+    Tables are sharded by TorchRec and ignored here. The root group is resharded after the forward pass too: otherwise
+    its gathered weights would be stale when weights change between two forward passes (averages in evaluation).
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in llm_layers(model):
@@ -134,7 +134,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     kinds = (model.features.tables, model.features.hashed)
     tables = {parameter for kind in kinds if kind is not None for parameter in kind.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
-    # These are called outside of forward() and need the same hooks to gather the weights.
+    # These methods are called outside of forward() and need its hooks to gather the weights.
     for name in ("embed_items", "embed_in_feature_space", "embed_users", "score_texts"):
         register_fsdp_forward_method(model, name)
 

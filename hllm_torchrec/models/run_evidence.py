@@ -1,4 +1,7 @@
-"""Evidence of a run: fitted when its training starts, with the text embeddings of the frozen Item LLM."""
+"""The evidence features of a run (`data.evidence`: values that simple predictors compute for an exposure).
+
+They are fitted when training starts; groups that use texts read the embeddings of the frozen Item LLM.
+"""
 
 from functools import partial
 
@@ -28,9 +31,9 @@ def open_evidence(
     catalogue: Tensor | None,
     fitted: EvidenceModel | None,
 ) -> Evidence | None:
-    """The evidence that a configuration names, fitted by rank 0 if `fitted` is None; None if it names none. Collective.
+    """The evidence of a configuration, fitted by rank 0 if `fitted` is None; None if it uses no evidence. Collective.
 
-    catalogue: [N, E] text embeddings of the frozen Item LLM (`frozen_catalogue`); None: nothing reads them.
+    catalogue: [N, E] text embeddings of the frozen Item LLM (`frozen_catalogue`); None if no group uses texts.
     """
     names, delay = config.data.evidence, config.data.feedback_delay
     if not names:
@@ -43,12 +46,12 @@ def open_evidence(
 
 
 def reads_texts(config: Config) -> bool:
-    """True if evidence compares the texts of items."""
+    """True if the configured evidence uses the texts of items."""
     return config.item_llm.enabled and not set(config.data.evidence).isdisjoint(TEXT_GROUPS)
 
 
 def frozen_catalogue(model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device) -> Tensor:
-    """Text embeddings [N, E] of the catalogue by the frozen Item LLM of a model that is not yet wrapped. Collective."""
+    """Text embeddings [N, E] of the catalogue by the frozen Item LLM; `model` is not yet wrapped. Collective."""
     assert model.item_llm is not None and encoder is not None and live is not None
     model.item_llm.to(device)
     embed = partial(model.embed_items, source=live)

@@ -1,4 +1,4 @@
-"""Transitions of a run: fitted when its training starts, with the text embeddings of a frozen Item LLM."""
+"""Transitions of a run (`data.transitions`), fitted when training starts with the texts of a frozen Item LLM."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ TRANSITIONS_KEY = "transitions"
 
 
 def compares_texts(config: Config) -> bool:
-    """True if the fit lets items share what their texts have in common: they must be those of a frozen Item LLM."""
+    """True if the fit uses text embeddings, which is possible only with a frozen Item LLM."""
     item = config.item_llm
     return bool(config.objective.transitions) and item.enabled and not item.trainable and not takes_stored_items(config)
 
@@ -29,7 +29,7 @@ def open_transitions(
 ) -> Transitions | None:
     """The transitions of a run, fitted by rank 0 if `fitted` is None; None if `objective.transitions` is 0. Collective.
 
-    catalogue: [N, E] text embeddings; None: items share nothing.
+    catalogue: [N, E] text embeddings; None: the fit uses no texts.
     """
     if not config.objective.transitions or fitted is not None:
         return fitted
@@ -43,7 +43,7 @@ def open_transitions(
 
 
 def transition_similarity(config: Config, found: Transitions, device: torch.device) -> TransitionSimilarity:
-    """The similarity of a run's transitions with its weight."""
+    """Build the similarity module of a run's transitions, with the configured weight."""
     objective = config.objective
     source, target = (torch.from_numpy(rows).to(device) for rows in (found.source, found.target))
     return TransitionSimilarity(objective.transitions, objective.text_decay, source, target)

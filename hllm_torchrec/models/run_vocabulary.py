@@ -1,7 +1,7 @@
-"""Check of a run's ids against a dataset: each map that its weights read must be a prefix of the dataset's.
+"""Check of a run's ids against a dataset: each id map that indexes its weights must be a prefix of the dataset's map.
 
-The marks of the maps (`data.vocabulary`) are saved in each checkpoint. A run of an earlier version has none; they may
-be in its `vocabulary.json`, which `hllm adopt` writes.
+The marks of the maps (`data.vocabulary`) are saved in each checkpoint. Checkpoints of an earlier version have no marks;
+`hllm adopt` writes them to `vocabulary.json` in the run directory.
 """
 
 import json
@@ -32,17 +32,17 @@ VOCABULARY = "vocabulary"
 FACTORS_KEY = "factors"
 """Key of the fingerprint of the run's item factors in a checkpoint's `extra.json`."""
 ADOPTED = "vocabulary.json"
-"""File of a run directory with the marks that its checkpoints lack."""
+"""File in a run directory with the marks, if the run's checkpoints have none."""
 TABLES = "features.tables.embedding_bags."
-"""Prefix of the weights of tables, before a table's name."""
+"""Prefix of the name of a table's weight, followed by the table's name."""
 VECTORS = "vectors/"
 _logger = logging.getLogger(__name__)
 
 
 def maps_read(config: Config) -> dict[str, list[str]]:
-    """Maps by whose numbers the weights of a configuration are indexed -> prefixes of these weights.
+    """Id map -> prefixes of the names of the weights that are indexed by its numbers.
 
-    The weights of a model that reads none (no IDs, no features) fit any dataset.
+    The result is empty for a model without IDs and features, whose weights fit any dataset.
     """
     features, data = config.features, config.data
     gates = [ACTION_GATE] if features.action_gate else []
@@ -57,7 +57,7 @@ def maps_read(config: Config) -> dict[str, list[str]]:
 
 
 def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Marks (JSON) of all maps of a dataset, and of the vector files that a configuration reads. Collective."""
+    """Marks (JSON) of all maps of a dataset, and of the files of item vectors in a configuration. Collective."""
 
     def compute() -> dict[str, dict[str, Any]]:
         marks = dataset_marks(dataset)
@@ -69,10 +69,10 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
 
 
 def saved_marks(checkpoint: Path) -> dict[str, IdMark] | None:
-    """Marks of the maps that a checkpoint's model was trained with; None if it has none.
+    """Marks of the maps that a checkpoint's model was trained with, from the checkpoint or the run; None without any.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the marks are damaged.
     """
     marks = read_checkpoint_json(checkpoint / "extra.json").get(VOCABULARY)
     adopted = checkpoint.parent.parent / ADOPTED
@@ -89,7 +89,7 @@ def saved_marks(checkpoint: Path) -> dict[str, IdMark] | None:
 
 
 def write_adopted(run: Path, marks: Mapping[str, IdMark]) -> Path:
-    """Write the marks of a run whose checkpoints have none, and return the file's path."""
+    """Write the marks of a run whose checkpoints have none; returns the file's path."""
     replace_file(run / ADOPTED, json.dumps({name: mark.to_json() for name, mark in marks.items()}))
     return run / ADOPTED
 
@@ -99,15 +99,15 @@ def check_vocabulary(
 ) -> None:
     """Check the maps of a checkpoint against a dataset. Collective.
 
-    A checkpoint without marks is accepted with a caution.
+    A checkpoint without marks is accepted with a warning.
 
     Args:
         config: configuration of the model into which the checkpoint is loaded.
-        skip: prefixes of weights that are not loaded: their maps are not compared.
-        also: maps that are compared although no weights are indexed by them.
+        skip: prefixes of weights that are not loaded; their maps are not compared.
+        also: maps to compare although they do not index weights.
 
     Raises:
-        ValueError: a map of the checkpoint is not a prefix of the dataset's; names it and the first difference.
+        ValueError: a map of the checkpoint is not a prefix of the dataset's map; the message has the first difference.
     """
 
     def compare() -> list[str]:
@@ -151,6 +151,6 @@ def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
 
 
 def _own_vectors(dataset: Dataset, name: str) -> tuple[NDArray[np.float32], dict[int, bytes]]:
-    """The rows of a file of item vectors, and the digests of those that were erased."""
-    own = item_vectors(dataset, name)[: number_of_vectors(dataset, name)]
-    return own, dataset.tombstones.digests(f"{VECTORS}{name}")
+    """(rows of a file of item vectors, row -> digest of the erased rows)."""
+    rows = item_vectors(dataset, name)[: number_of_vectors(dataset, name)]
+    return rows, dataset.tombstones.digests(f"{VECTORS}{name}")

@@ -1,7 +1,7 @@
-"""Small random models of a Hugging Face config, and the direction in which one reads.
+"""Small random models of a Hugging Face config, and detection of the direction of their attention.
 
-A small model has one layer of each kind of the config (at least two), few heads of the same width, few words and short
-windows, so that building it and encoding a few texts takes a fraction of a second.
+A small model has one layer of each kind in the config (at least two layers), few heads of the original width, few words
+and short windows, so that building it and encoding a few texts takes a fraction of a second.
 """
 
 import copy
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 TOLERANCE = 1e-3
-"""Largest difference from plain transformers, relative to the largest value; float32 rounds at about 1e-6."""
+"""Maximum difference from plain transformers, relative to the largest value; float32 rounding is about 1e-6."""
 ROUNDING = 1e-5
-"""Relative difference of float32 arithmetic in another order, at most."""
+"""Maximum relative difference that a different order of float32 operations causes."""
 LENGTHS = (12, 1, 5, 11, 3)
-"""Tokens of the compared texts: some longer than the windows, two pairs that share a padded batch."""
+"""Number of tokens of the compared texts: some are longer than the windows, two pairs share a padded batch."""
 NO_WINDOW = 512
-"""Size of a window that no compared text exceeds."""
+"""Size of a window that is longer than all compared texts."""
 _WINDOW, _VOCABULARY, _FIRST_WORD = 6, 96, 8
 _PLACES, _LEAST_PLACES = "max_position_embeddings", 64
 _NARROW = {"intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
@@ -36,7 +36,7 @@ _WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size")
 
 
 def directed(config: "PreTrainedConfig", causal: bool | None) -> "PreTrainedConfig":
-    """A copy of the config with the switches of direction that transformers' models have; None: the config's own."""
+    """A copy of the config with its fields for the direction set to `causal`; None: unchanged."""
     config = copy.deepcopy(config)
     if causal is None or is_causal(config) == causal:
         return config
@@ -48,7 +48,7 @@ def directed(config: "PreTrainedConfig", causal: bool | None) -> "PreTrainedConf
 
 
 def is_causal(config: "PreTrainedConfig") -> bool:
-    """True if transformers' model reads a text from left to right. Raises like `text_reading`."""
+    """True if the model of the config has causal attention in transformers. Raises like `text_reading`."""
     return _is_causal(config_key(config))
 
 
@@ -59,8 +59,8 @@ def _is_causal(key: str) -> bool:
 
 
 def config_key(config: "PreTrainedConfig") -> str:
-    """Everything of a config that its model depends on, as text."""
-    # to_dict keeps what config.json says; names and versions change nothing.
+    """All fields of a config that its model depends on, as JSON text."""
+    # to_dict has the fields of config.json; the removed names and versions do not affect the model.
     facts = config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "auto_map"):
         facts.pop(name, None)
@@ -68,7 +68,7 @@ def config_key(config: "PreTrainedConfig") -> str:
 
 
 def changed_direction(config: "PreTrainedConfig", causal: bool) -> "PreTrainedConfig":
-    """The small config in the other direction. Raises ArgumentError where transformers' model has no such switch."""
+    """The small config with the given direction. Raises ArgumentError if transformers cannot change the direction."""
     changed = copy.deepcopy(config)
     changed = directed(changed, causal)
     if reads_causally(plain_model(changed)) != causal:
@@ -81,7 +81,7 @@ def changed_direction(config: "PreTrainedConfig", causal: bool) -> "PreTrainedCo
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Context manager: on the CPU, with a seed of its own, and without effect on the caller's random numbers."""
+    """Context manager: run on the CPU with seed 0 and without logs, and restore the caller's random state."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -95,7 +95,7 @@ def apart() -> Iterator[None]:
 
 
 def small_config(key: str, window: int = _WINDOW) -> "PreTrainedConfig":
-    """The config of `_key` with one layer of each kind (at least two), narrow, and with sliding windows of `window`."""
+    """The config of `config_key` with one layer of each kind (at least two), few heads and windows of `window`."""
     from transformers import AutoConfig
 
     facts = json.loads(key)
@@ -117,14 +117,14 @@ def small_config(key: str, window: int = _WINDOW) -> "PreTrainedConfig":
 
 
 def _per_layer(facts: dict[str, Any], layers: int) -> Iterator[tuple[str, list[Any]]]:
-    """Fields that are lists with an entry for each layer."""
+    """Yield (name, list) of the fields that are lists with one entry per layer."""
     for name, value in facts.items():
         if isinstance(value, list) and len(value) == layers and layers > 1:
             yield name, value
 
 
 def _kinds_of_layers(facts: dict[str, Any], layers: int) -> list[int]:
-    """Number of the first layer of each kind; at least two layers if the model has two."""
+    """Indices of the first layer of each kind (at most four); at least two layers if the model has two."""
     first: dict[str, int] = {}
     columns = [value for _, value in _per_layer(facts, layers)]
     for layer in range(layers):
@@ -134,7 +134,7 @@ def _kinds_of_layers(facts: dict[str, Any], layers: int) -> list[int]:
 
 
 def _fewer_heads(facts: dict[str, Any]) -> dict[str, int]:
-    """Fields of a model with at most four heads of the same width, and the same sharing of keys."""
+    """Fields for at most four heads of the same width, with grouped key/value heads if the model has them."""
     heads, width = facts["num_attention_heads"], facts["hidden_size"]
     shared = facts["num_key_value_heads"] or heads
     if not all(isinstance(number, int) for number in (heads, width, shared)) or heads <= 4:
@@ -147,10 +147,10 @@ def _fewer_heads(facts: dict[str, Any]) -> dict[str, int]:
 
 
 def plain_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The unpatched model with random weights that differ more than the initial ones, in evaluation mode.
+    """The unpatched model in evaluation mode, with random values added to the initial weights.
 
     Raises:
-        ValueError: transformers cannot build it.
+        ValueError: transformers cannot build the model.
     """
     from transformers import AutoModel
 
@@ -168,13 +168,13 @@ def plain_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def sample_texts() -> list[Tensor]:
-    """Token ids of texts of `LENGTHS` tokens."""
+    """Random token ids of texts with `LENGTHS` tokens."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(_FIRST_WORD, _VOCABULARY, (length,), generator=generator) for length in LENGTHS]
 
 
 def reads_causally(plain: "PreTrainedModel") -> bool:
-    """True if the states before a text's last token are the same whatever that token is."""
+    """True if a text's last token does not change the states of the tokens before it."""
     text = sample_texts()[0]
     other = text.clone()
     other[-1] = _FIRST_WORD if text[-1] != _FIRST_WORD else _FIRST_WORD + 1
@@ -184,9 +184,9 @@ def reads_causally(plain: "PreTrainedModel") -> bool:
 
 
 def sensitivity(plain: "PreTrainedModel") -> float:
-    """Relative change of the state of a text's last token where the tokens before it are others.
+    """Relative change of the state of a text's last token when the tokens before it change.
 
-    What a text must not see can change its embedding by as much; where this is little, so is a difference that counts.
+    A leak from another text can change an embedding by about as much, so if this is small, the tolerance must be small.
     """
     text = sample_texts()[0]
     other = torch.cat([text[:-1].flip(0), text[-1:]])
@@ -207,13 +207,13 @@ def last_states(model: "PreTrainedModel", **inputs: Tensor) -> Tensor:
 
 
 def item_token(model: "PreTrainedModel") -> Tensor:
-    """A vector in the place of [ITEM]."""
+    """A vector to use as [ITEM]."""
     words = model.get_input_embeddings().weight
     return words.detach()[_FIRST_WORD : _FIRST_WORD + 3].mean(0)
 
 
 def relative_difference(one: Tensor, two: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where one is not finite."""
+    """Maximum difference relative to the largest value of `one`; infinite if the result is NaN."""
     scale = max(one.abs().max().item(), 1e-30)
     far = (one - two).abs().max().item() / scale
     return far if far == far else float("inf")

@@ -18,19 +18,19 @@ from hllm_torchrec.store.keys import is_key, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 
 _ROWS = 65_536
-"""Rows read at a time."""
+"""Number of rows that are read at a time."""
 
 
 def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
-    """Make the model look item embeddings up in a frozen fp16 table, filled from a store. Collective.
+    """Make the model look up item embeddings in a frozen fp16 table that is filled from a store. Collective.
 
-    The Item LLM must have its weights already, because the store must have been made with the same weights.
+    The weights of the Item LLM must be loaded before, because the store must have been made with the same weights.
 
     Args:
-        path: the store; by default `item_llm.store`.
+        path: path of the store; by default `item_llm.store`.
 
     Raises:
-        ConfigError: the store does not exist, was made by another Item LLM, or lacks items of the dataset.
+        ConfigError: the store does not exist, was made by a different Item LLM, or lacks items of the dataset.
     """
     root, hllm = path or experiment.config.item_llm.store, experiment.hllm
     facts = item_facts(experiment)
@@ -53,13 +53,13 @@ def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
 
 @torch.no_grad()
 def read_catalogue(experiment: Experiment, path: str) -> None:
-    """Give a run that encodes items the embeddings of a store instead, for serving. Collective.
+    """Use the embeddings of a store in a run that otherwise encodes its items, for serving. Collective.
 
-    The unknown item, which no store has, is encoded.
+    The unknown item is encoded, because no store has it.
 
     Raises:
-        ConfigError: as `use_stored_items`.
-        ValueError: the run has no Item LLM, or reads a store already.
+        ConfigError: see `use_stored_items`.
+        ValueError: the run has no Item LLM, or already uses a store.
     """
     hllm, live = experiment.hllm, experiment.live_items
     if live is None or isinstance(hllm.item_source, StoredItems):
@@ -75,9 +75,9 @@ def read_catalogue(experiment: Experiment, path: str) -> None:
 
 @torch.no_grad()
 def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> None:
-    """Copy the vectors of the dataset's items into the table `FROZEN_ITEMS` of `model`; row 0 is zeros. Collective.
+    """Copy the vectors of the dataset's items into the table `FROZEN_ITEMS` of `model`; row 0 becomes 0. Collective.
 
-    model: sharded or not; its `state_dict` has the table.
+    model: a sharded or unsharded module whose `state_dict` has the table.
 
     Raises:
         ConfigError: items of the dataset are not in the store.

@@ -1,7 +1,7 @@
-"""Tasks of a model: labels to predict, each with a loss, a weight and the meaning of its outputs.
+"""Tasks of a model: labels to predict, each with a loss, a weight and the conversion of outputs to predictions.
 
-`resolve_tasks` combines `objective.tasks` with the labels that the dataset declares. Numbers of a task that come from
-the training part (mean and deviation of a regression) are buffers of the model, so that they travel with its weights.
+`resolve_tasks` combines `objective.tasks` with the labels that the dataset declares. Values of a task that are computed
+from the training part (mean and deviation of a regression) are buffers of the model, so checkpoints contain them.
 """
 
 import math
@@ -21,14 +21,14 @@ from hllm_torchrec.data.event_schema import EventSchema, LabelColumn
 from hllm_torchrec.modules.losses.task_losses import ROW_LOSSES, expected_class
 
 LOSSES_OF_KIND = {"binary": ("bce",), "ordinal": ("ordinal",), "regression": ("huber", "weighted_logistic")}
-"""Kind of a label -> losses that can be trained on it, the usual one first."""
+"""Kind of a label -> losses for this kind, the default first."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A label, its loss and its weight in L_cls.
 
-    start: initial values of the outputs [O]; center, scale: see `standardized`.
+    start: initial values of the outputs [O]; center, scale: a regression's loss compares (label - center) / scale.
     """
 
     label: LabelColumn
@@ -55,18 +55,19 @@ class Task:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Numbers of an ordinal label's classes: their own, or their places if they are texts."""
-        own = self.label.values
-        return tuple(map(float, own)) if all(type(value) in (int, float) for value in own) else tuple(range(len(own)))
+        """Numbers of an ordinal label's classes: the values themselves, or their indices if they are texts."""
+        values = self.label.values
+        is_numeric = all(type(value) in (int, float) for value in values)
+        return tuple(map(float, values)) if is_numeric else tuple(range(len(values)))
 
     def losses(self, outputs: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-        """Loss of each exposure [X]; scale: [2], the model's center and scale of this task."""
+        """Loss [X] of each exposure; scale: [2], center and scale of this task from the model's buffer."""
         if self.label.kind == "regression":
             labels = (_transformed(labels, self.label) - scale[0]) / scale[1]
         return ROW_LOSSES[self.loss](outputs, labels)
 
     def predictions(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """What the outputs [X, O] predict [X]: a probability, or a number in the label's unit."""
+        """Predictions [X] from the outputs [X, O]: probabilities, or numbers in the label's unit."""
         if self.is_binary:
             return torch.sigmoid(outputs[:, 0])
         if self.loss == "ordinal":
@@ -76,11 +77,11 @@ class Task:
         return torch.expm1(found) if self.label.transform == "log1p" else found
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """Numbers [X] in the order of the predictions, which do not saturate."""
+        """Scores [X] with the same order as the predictions, but without saturation."""
         return expected_class(outputs, torch.tensor(self.values)) if self.loss == "ordinal" else outputs[:, 0]
 
     def units(self, labels: NDArray[Any]) -> NDArray[Any]:
-        """Labels [X] as they are stored, in the unit of the predictions."""
+        """Convert stored labels [X] to the unit of the predictions."""
         if self.loss != "ordinal":
             return labels
         known = np.isfinite(labels)
@@ -96,7 +97,7 @@ PLACE = "objective.tasks"
 
 
 def task_problems(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting: str = PLACE) -> list[str]:
-    """Entries of `setting` that the dataset's labels do not allow, one message each."""
+    """One message for each entry of `setting` that the dataset's labels do not allow."""
     problems, known = [], schema.label_names
     for name, task in tasks.items():
         place = f"{setting}.{name}"
@@ -121,7 +122,7 @@ def task_problems(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting:
 
 
 def resolve_tasks(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting: str = PLACE) -> tuple[Task, ...]:
-    """The tasks of a configuration on a dataset with this schema, the first label's first; without any, that alone.
+    """The tasks of a configuration on a dataset, the first label's task first; without tasks, only the first label.
 
     Raises:
         ConfigError: see `task_problems`.
@@ -140,10 +141,10 @@ def resolve_tasks(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting:
 
 
 def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0, setting: str = PLACE) -> tuple[Task, ...]:
-    """The tasks with start, center and scale from the training exposures since a second.
+    """The tasks with start, center and scale computed from the training exposures from second `since` on.
 
     Raises:
-        ConfigError: a weighted logistic regression of labels below 0.
+        ConfigError: a label of a weighted logistic regression is below 0.
     """
     schema, columns = dataset.schema, ["labels", "timestamps"]
     columns += [task.label.column for task in tasks if task.name != schema.labels[0].name]
@@ -153,11 +154,11 @@ def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0, setting: 
             values = schema.label_values(task.name, events.labels, events.extra)
             part.append(values[~np.isnan(values)])
     known = [np.concatenate([np.zeros(0), *part]) for part in parts]
-    return tuple(_fitted(task, own, setting) for task, own in zip(tasks, known, strict=True))
+    return tuple(_fitted(task, values, setting) for task, values in zip(tasks, known, strict=True))
 
 
 def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
-    """The task with the numbers of its training labels [n]."""
+    """The task with start, center and scale computed from its training labels `values` [n]."""
     if not values.size:
         return task
     if task.is_binary:
@@ -177,7 +178,13 @@ def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
     return replace(task, center=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
 
 
+def binary_outputs(tasks: Sequence[Task]) -> list[int]:
+    """Number of the first output of each binary task, which is its logit."""
+    starts = np.cumsum([0, *(task.outputs for task in tasks)]).tolist()
+    return [start for start, task in zip(starts, tasks, strict=False) if task.is_binary]
+
+
 def is_single(tasks: Sequence[Task], objective: ObjectiveConfig) -> bool:
-    """True if the only task is a binary one on a plain head, as without `objective.tasks`."""
+    """True if there is one binary task with weight 1 and no experts, as without `objective.tasks`."""
     only = tasks[0]
     return len(tasks) == 1 and only.is_binary and only.weight == 1.0 and objective.towers == "shared_bottom"

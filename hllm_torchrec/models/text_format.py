@@ -1,8 +1,8 @@
-"""Reading and pooling of an item's text by an Item LLM: as configured, else as its checkpoint says of itself.
+"""Reading and pooling of an item's text by an Item LLM: from the configuration, or else from its checkpoint.
 
-A directory of sentence-transformers says how its vectors are made: `modules.json` names its parts, `1_Pooling` the
-pooling, `config_sentence_transformers.json` the prompts. Options of the configuration that are null follow it; an
-option that contradicts it is followed, with a warning.
+A sentence-transformers directory describes how its embeddings are computed: `modules.json` has its parts, `1_Pooling`
+the pooling, `config_sentence_transformers.json` the prompts. Options of the configuration that are null are taken from
+there; if an option contradicts the directory, the option is used and a warning is logged.
 """
 
 import json
@@ -27,18 +27,18 @@ _REMEDY = "fetch the directory again"
 _POOLING: dict[str, Pooling] = {
     "cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "last": "last", "lasttoken": "last",
 }  # fmt: skip
-"""Name of sentence-transformers (`pooling_mode` or the end of `pooling_mode_...`) -> ours."""
+"""Name in sentence-transformers (`pooling_mode`, or the end of `pooling_mode_...`) -> name in this library."""
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""Names of the prompt of what is searched for, as sentence-transformers' `encode_document` tries them."""
+"""Names of the prompt for documents, in the order in which sentence-transformers' `encode_document` tries them."""
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """Reading of an item's text.
+    """Resolved settings for reading an item's text.
 
-    pooling, normalize, causal: see `ItemLLM`; prompt: put before every text; keeps_end: special tokens that the
-    tokenizer puts after a text are kept (see `hllm_torchrec.data.token_store`).
+    pooling, normalize, causal: see `ItemLLM`; prompt: added before every text; keeps_end: True if special tokens that
+    the tokenizer adds after a text are kept (see `hllm_torchrec.data.token_store`).
     """
 
     pooling: Pooling
@@ -50,7 +50,7 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class SentenceFormat:
-    """Settings of a sentence-transformers directory. pooling: None if it is none of ours, `says` is then its name."""
+    """Settings of a sentence-transformers directory. pooling: None if it is not supported; says: its name there."""
 
     pooling: Pooling | None
     says: str
@@ -66,7 +66,7 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
     Raises:
         ValueError: a file is damaged.
-        ConfigError: the pooling of the checkpoint is none of ours, and the configuration names none.
+        ConfigError: the pooling of the checkpoint is not supported, and the configuration gives no pooling.
     """
     sentences = None if section.pretrained is None else sentence_format(Path(section.pretrained))
     pooling = section.pooling
@@ -95,13 +95,13 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
 
 def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
-    """Yield what the configuration sets otherwise than the checkpoint, one line each."""
-    own = _reads_causally(section)
-    if section.causal is not None and section.causal != own:
+    """Yield one line for each option of the configuration that differs from the checkpoint."""
+    reads_causally = _reads_causally(section)
+    if section.causal is not None and section.causal != reads_causally:
+        direction = "from left to right" if reads_causally else "in both directions"
         yield (
             f"{name}.causal: {str(section.causal).lower()}, though {section.pretrained or 'the shape'} reads "
-            f"{'from left to right' if own else 'in both directions'}: the configuration is followed; leave the option "
-            "out to follow the model"
+            f"{direction}: the configuration is followed; leave the option out to follow the model"
         )
     sentences = None if section.pretrained is None else sentence_format(Path(section.pretrained))
     if sentences is None:
@@ -119,16 +119,16 @@ def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
 
 
 def _reads_causally(section: ItemLLMConfig) -> bool:
-    """The direction in which transformers reads the model of a section."""
+    """True if the model of a section has causal attention in transformers."""
     with naming_directory(section.pretrained):
         return is_causal(backbone_config(section.pretrained, section.shape))
 
 
 def check_saved_format(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> None:
-    """Check that texts are read as by the run that wrote a checkpoint. saved: its configuration.
+    """Check that texts are read as in the run that wrote a checkpoint. saved: configuration of that run.
 
     Raises:
-        ConfigError: an option was set in that run and is null now, and the models' own word is another.
+        ConfigError: an option was set in that run and is null now, and the value from the model's directory differs.
     """
     problems = []
     for name, section in text_sections(config):
@@ -145,7 +145,7 @@ def check_saved_format(saved: Mapping[str, Any], config: Config, checkpoint: Pat
 
 
 def sentence_format(directory: Path) -> SentenceFormat | None:
-    """Read what a directory says for sentence-transformers; None if it says nothing. Raises ValueError if damaged."""
+    """Read the sentence-transformers settings of a directory; None if it has none. Raises ValueError if damaged."""
     modules = _read(directory / MODULES, list)
     if modules is None and not (directory / "1_Pooling" / "config.json").is_file():
         return None
@@ -175,7 +175,7 @@ def sentence_format(directory: Path) -> SentenceFormat | None:
 
 
 def _modes(facts: dict[str, Any]) -> list[str]:
-    """Names of the poolings that a `1_Pooling/config.json` has on; sentence-transformers' own default is the mean."""
+    """Names of the enabled poolings in a `1_Pooling/config.json`; the default of sentence-transformers is the mean."""
     mode = facts.get("pooling_mode")
     if mode is not None:
         return [str(each) for each in (mode if isinstance(mode, list) else [mode])]
@@ -195,7 +195,7 @@ def _document_prompt(path: Path) -> str:
 
 
 def _read(path: Path, kind: type) -> Any:
-    """Contents of a JSON file that must be of a kind; None if there is no such file."""
+    """Content of a JSON file, which must be of type `kind`; None if there is no such file."""
     if not path.is_file():
         return None
     refuse_pointers([path])

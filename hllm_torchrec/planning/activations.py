@@ -1,7 +1,8 @@
-"""Estimates the memory of an encoder's activations (tensors that autograd saves) without running it at its size.
+"""Estimates of an encoder's activation memory (tensors that autograd saves), without running it at its size.
 
-A Hugging Face model runs on fake tensors, which have shapes but no contents; the other user encoders, which read
-lengths as they run, on a short sequence. The difference between one and two layers is the memory of each further one.
+A Hugging Face model is run on fake tensors, which have a shape but no contents. The other user encoders need the values
+of sequence offsets, so they are run on a short sequence. The difference between models of one and two layers is the
+memory of each additional layer.
 """
 
 import copy
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes that autograd saves per sequence: in each layer, outside of the layers, and for a layer's input alone.
+    """Activation memory in bytes.
 
-    constant_per_layer, constant_outside: independent of the number of sequences (weights cast to another precision).
-    transient: largest temporary memory of a layer, per sequence.
+    Args:
+        per_layer, outside_layers: saved by autograd per sequence, in each layer and outside of the layers.
+        layer_input: the input of a layer, per sequence.
+        transient: largest temporary memory of a layer, per sequence.
+        constant_per_layer, constant_outside: independent of the number of sequences (weights cast to another
+            precision).
     """
 
     layers: int
@@ -41,10 +46,11 @@ class ActivationBytes:
     constant_outside: float = 0.0
 
     def total(self, sequences: float, checkpointing: bool, reads_rows: bool = False) -> float:
-        """Compute the bytes of a number of sequences.
+        """Compute the activation memory of a number of sequences.
 
-        checkpointing: activation checkpointing saves the inputs of all layers, and all tensors of one layer at a time.
-        reads_rows: the last layer computes only keys and values for every row (`modules/attention/last_layer.py`).
+        checkpointing: with activation checkpointing, the inputs of all layers are saved, and all tensors of one layer
+        at a time. reads_rows: for most rows the last layer computes only keys and values
+        (`modules/attention/last_layer.py`).
         """
         fixed = self.constant_outside + self.constant_per_layer * (1 if checkpointing else self.layers)
         if checkpointing:
@@ -56,18 +62,21 @@ class ActivationBytes:
 
 
 LAST_LAYER_SAVING = 0.75
-"""Share of the last layer's activations that are not saved if only the [ITEM] rows are read."""
+"""Share of the last layer's activations that is not saved if only the [ITEM] rows of its output are needed."""
 
 
 def decoder_activation_bytes(shape: "PreTrainedConfig", length: int, config: Config) -> ActivationBytes:
-    """Estimate for a Hugging Face model and sequences of `length`, from fake passes of 1 and 2 layers and sequences."""
+    """Estimate the memory of a Hugging Face model for sequences of `length` tokens.
+
+    Measures forward passes on fake tensors, with 1 and 2 layers and with 1 and 2 sequences.
+    """
     measured = {
         (layers, sequences): _measured_activation_bytes(shape, layers, sequences, length, compute_dtype(config))
         for layers in (1, 2)
         for sequences in (1, 2)
     }
-    # bytes(layers, sequences) is linear in both: fixed(layers) + growth(layers) * sequences, and each part is outside +
-    # per layer * layers. Four measurements determine it.
+    # bytes(layers, sequences) = fixed(layers) + growth(layers) * sequences, and both fixed and growth are linear in the
+    # number of layers: outside + per layer * layers. Four measurements determine the four constants.
     growth = {layers: measured[layers, 2] - measured[layers, 1] for layers in (1, 2)}  # per sequence
     fixed = {layers: measured[layers, 1] - growth[layers] for layers in (1, 2)}
     bytes_per_value = 2 if config.parallel.precision == "bf16" else 4
@@ -103,17 +112,17 @@ def _measured_activation_bytes(
 
 @contextmanager
 def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
-    """Context manager that yields storage -> bytes of the tensors that autograd saves, without the model's weights."""
+    """Context manager that yields storage -> bytes for the tensors that autograd saves, except the model's weights."""
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, float] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        # By storage: several saved views of one tensor take its memory once.
+        # Counted by storage, because several saved views of a tensor share its memory.
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and storage._cdata not in saved:
             saved[storage._cdata] = float(storage.nbytes())
-            alive.append(tensor)  # keeps the storage alive, so that its address is not reused by another
+            alive.append(tensor)  # keeps the storage alive, so that no other storage gets its address
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -121,7 +130,7 @@ def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
 
 
 def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
-    """Estimate for HSTU, SASRec or LiGR, from forward passes of one and two layers over a short sequence."""
+    """Estimate the memory of HSTU, SASRec or LiGR, from forward passes of one and two layers over a short sequence."""
     shape, measured = dict(config.user.shape or {}), []
     short = min(length, 64)
     for layers in (1, 2):

@@ -25,6 +25,7 @@ from torch import nn
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
@@ -181,11 +182,8 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"
     encoded = unique / machine.world_size if trains else 0.0
     tokens = work.item_tokens + (config.item_llm.pooling in ("item", None))
-    creative = config.creative
-    longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     return {
-        "creatives": float(creative.per_batch * creative.enabled),
-        "tokens_of_creative": float(longest),
+        "creatives": float(config.creative.per_batch * config.creative.enabled),
         "pieces": pieces,
         "history": history,
         "positions": positions,
@@ -295,8 +293,10 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
             continue
         if isinstance(module, CreativeLLM):
             # Gradients pass through a frozen one to the soft tokens, so its activations are saved all the same.
-            kept = decoder_activation_bytes(module.backbone.config, round(counts["tokens_of_creative"]), config)
-            found[f"{part.title} activations"] = kept.total(counts["creatives"], recomputes)
+            kinds = (
+                decoder_activation_bytes(module.backbone.config, n, config) for n in _text_lengths(config.creative)
+            )
+            found[f"{part.title} activations"] = sum(kept.total(counts["creatives"], recomputes) for kept in kinds)
             continue
         length = max(1, round((counts["positions"] + counts["queries"]) / counts["pieces"]))
         kept = (
@@ -306,6 +306,13 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
         )
         found[f"{part.title} activations"] = kept.total(counts["pieces"], recomputes)
     return found
+
+
+def _text_lengths(creative: CreativeConfig) -> list[int]:
+    """Largest numbers of tokens of what the Creative LLM reads for a creative: a text for each loss that reads one."""
+    longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
+    losses = (creative.losses.recon, creative.losses.align)
+    return [longest] + [1 + creative.profile.max_length for weight in losses if weight]
 
 
 def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
@@ -321,6 +328,8 @@ def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, fl
         # The gradients of the response rows, and the logits of a chunk with their slopes.
         head = model.creative.head_weight.shape[0]
         responses = counts["creatives"] * config.creative.max_response_length
+        if config.creative.losses.recon:
+            responses += counts["creatives"] * config.creative.profile.max_length
         found["response loss"] = 4.0 * responses * model.creative.width * 2 + 12.0 * min(MOST_LOGITS, responses * head)
     if counts["negatives"]:
         space = model.item_llm.width if model.item_llm is not None else width
@@ -364,8 +373,9 @@ def _flops(model: HLLM, config: Config, counts: dict[str, float]) -> float:
             effort = (effort + in_groups) * share + (1 - share)
             flops += backbone_flops(module.backbone, round(tokens), round(tokens * keys)) * effort
         elif isinstance(module, CreativeLLM):
-            tokens = counts["creatives"] * counts["tokens_of_creative"]
-            flops += module.flops(round(tokens), round(tokens * counts["tokens_of_creative"] / 2)) * effort
+            for length in _text_lengths(config.creative):
+                tokens = counts["creatives"] * length
+                flops += module.flops(round(tokens), round(tokens * length / 2)) * effort
         else:
             tokens, keys = counts["positions"] + counts["queries"], counts["history"] / 2
             flops += module.flops(round(tokens), round(tokens * keys)) * effort

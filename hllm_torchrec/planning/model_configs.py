@@ -1,4 +1,4 @@
-"""Configurations of published LLMs, to plan with them without their weights."""
+"""Shapes of published LLMs, for planning without their weights."""
 
 import dataclasses
 from pathlib import Path
@@ -55,14 +55,14 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 30522,
     },
 }
-"""Published shapes by directory name, used if a configuration names a directory that does not exist here."""
+"""Beginning of a directory name -> Hugging Face config, used if the configuration's directory does not exist."""
 
 
 def with_model_configs(config: Config) -> Config:
-    """Replace pretrained weights in a configuration by their shapes: planning does not need the values.
+    """Return the configuration with shapes instead of pretrained weights, whose values planning does not need.
 
     Raises:
-        ValueError: a directory that does not exist and whose name is not in MODEL_CONFIGS.
+        ValueError: a directory does not exist, and its name does not begin with a name in MODEL_CONFIGS.
     """
     known: dict[str, Any] = {
         name: dataclasses.replace(section, pretrained=None, shape=_shape_of(name, section.pretrained))

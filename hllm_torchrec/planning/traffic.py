@@ -1,13 +1,14 @@
-"""Traffic and memory of lookups in sharded tables, by the sharding plan.
+"""Traffic and memory of lookups in sharded tables, for a given sharding plan.
 
-With a bag per event, the output of a lookup has the batch of all ranks, W x n rows, on every rank that has a shard of
-the table. The traffic differs much between kinds of sharding:
+Each event is a bag, so every rank that has a shard of a table computes the output for the batch of all ranks, W x n
+rows. The traffic depends on the type of sharding:
 
-    table_wise, column_wise   the owner sends n rows to each of W - 1 ranks, and receives as many gradients
-    row_wise                  every rank sums its part of all W x n rows: reduce-scatter, and all-gather of gradients
-    table_row_wise            the same among the ranks of one node, each of which then sends its share to other nodes
+    table_wise, column_wise   the owner of a shard sends n rows to each of W - 1 ranks, and receives as many gradients
+    row_wise                  every rank computes partial sums of all W x n rows: reduce-scatter of the outputs, and
+                              all-gather of the gradients
+    table_row_wise            as row_wise among the ranks of one node, each of which then sends its share to other nodes
 
-Legend: W ranks, L ranks of a node, n rows that a rank looks up.
+Legend: W ranks, L ranks per node, n rows that a rank looks up.
 """
 
 from collections import defaultdict
@@ -20,15 +21,21 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class TableTraffic:
-    """Largest figures of a rank, in bytes: sent within its node, sent to other nodes, and held of all ranks' rows."""
+    """Traffic of the slowest rank, and the largest memory of a rank, in bytes."""
 
     within: float
+    """Bytes that the slowest rank sends to ranks of its node."""
     across: float
+    """Bytes that the slowest rank sends to other nodes."""
     held: float
+    """Maximum over the ranks of the bytes of outputs for the rows of other ranks."""
 
 
 def shards_of(shardings: Iterable[tuple[str, Any]]) -> list[tuple[str, int, int, int]]:
-    """List (table, rank, rows, columns) of every shard of a plan; replicated tables have none."""
+    """Return (table, rank, rows, columns) of every shard of a plan; replicated tables have no shards.
+
+    shardings: (table, ParameterSharding) of the plan.
+    """
     return [
         (name, shard.placement.rank(), *shard.shard_sizes)
         for name, sharding in shardings
@@ -43,10 +50,10 @@ def table_traffic(
     """Compute the traffic of a step's lookups, forward and backward.
 
     Args:
-        shardings: a plan's (table, ParameterSharding).
-        rows: n, of each table.
+        shardings: (table, ParameterSharding) of the plan.
+        rows: n, the same for each table.
         world, of_node: W and L.
-        rates: bytes/s within a node and across nodes; used to find the slowest rank.
+        rates: bytes/s within a node and between nodes, by which the slowest rank is found.
     """
     within, across, held = (defaultdict[int, float](float) for _ in range(3))
     for _, sharding in shardings:
@@ -56,12 +63,12 @@ def table_traffic(
             shard.placement.rank(): FLOAT * rows * shard.shard_sizes[1] for shard in sharding.sharding_spec.shards
         }
         for rank, size in by_rank.items():
-            # The outputs for the rows of the other W - 1 ranks exist on the owner until they are sent.
+            # The owner stores the outputs for the rows of the other W - 1 ranks until they are sent.
             held[rank] += (world - 1) * size
             inside, outside = _sent(sharding.sharding_type, size, world, of_node)
             within[rank] += inside
             across[rank] += outside
-        # Gradients of a rank's n rows go to the owners; row_wise has them in `_sent` already (all-gather).
+        # Each rank sends the gradients of its n rows to the owners. For row_wise, `_sent` includes them (all-gather).
         for rank in range(world):
             if sharding.sharding_type != "row_wise":
                 size = sum(by_rank.values()) if sharding.sharding_type == "column_wise" else max(by_rank.values())
@@ -72,7 +79,10 @@ def table_traffic(
 
 
 def _sent(kind: str, size: float, world: int, of_node: int) -> tuple[float, float]:
-    """Return the bytes that an owner sends within its node and to other nodes; size: bytes of n rows of its columns."""
+    """Return the bytes that a shard's owner sends within its node and to other nodes.
+
+    size: bytes of the shard's columns of n rows.
+    """
     if kind in ("table_wise", "column_wise"):
         return (of_node - 1) * size, (world - of_node) * size
     if kind == "row_wise":

@@ -127,7 +127,7 @@ def _scores(service: Service) -> APIRouter:
             model=found.model,
         )
 
-    @router.post("/v1/recommend", summary="The best items for a user")
+    @router.post("/v1/recommend", summary="The best items for a user", response_model_exclude_unset=True)
     async def recommend(body: RecommendBody) -> RecommendAnswer:
         given = body.model_dump(exclude={"time", "history"})
         request = RecommendRequest(**given, time=moment(body.time), history=_raw_events(body.history))
@@ -136,6 +136,9 @@ def _scores(service: Service) -> APIRouter:
             RecommendedAnswer(item=raw, text=text, score=score, probability=probability)
             for (raw, text), score, probability in zip(found.items, found.logits.tolist(), probabilities, strict=True)
         ]
+        if service.titles is not None:  # without titles the answer has no such field
+            for item, title in zip(items, service.titles_of(body.user, [raw for raw, _ in found.items]), strict=True):
+                item.title = title
         return RecommendAnswer(items=items, events=found.events, model=found.model)
 
     return router

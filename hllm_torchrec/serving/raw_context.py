@@ -1,5 +1,6 @@
 """Conversion of a request's context from raw values (strings and numbers) to columns of events, for serving."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Real
@@ -10,12 +11,20 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.event_schema import ContextColumn
+from hllm_torchrec.data.event_schema import WHOLE_FLOAT, ContextColumn
 
 ContextValue = str | float | None
 """Value of a context column: a string if it is categorical, a number if it is numeric; None: unknown."""
 
+WHOLE = re.compile(WHOLE_FLOAT)
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def category(value: object) -> str:
+    """The text of a categorical value in a dataset: without space around it, whole floats as integers, true, false."""
+    text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value).strip()
+    return WHOLE.sub(r"\1", text)
 
 
 class RawContext:
@@ -58,6 +67,8 @@ class RawContext:
             )
         value = given[one.name]
         if one.kind == "categorical":
+            if not isinstance(value, str | Real | np.bool_ | None):
+                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, or None")
             found = 0 if value is None else self._id(one.name, value)
             self.unknown[one.name] += value is not None and not found
             return np.int64(found)
@@ -68,9 +79,5 @@ class RawContext:
         return np.float32(value)
 
     def _id(self, name: str, value: ContextValue) -> int:
-        """Id of a categorical value, 0 if it is unknown. 5.0 also matches "5", as JSON does not tell 5.0 from 5."""
-        ids = self._ids[name]
-        number = ids.get(str(value))
-        if number is None and isinstance(value, float) and value.is_integer():
-            number = ids.get(str(int(value)))
-        return number or 0
+        """Id of a categorical value, 0 if it is unknown. It is read as `hllm prepare` reads a cell: see `category`."""
+        return self._ids[name].get(category(value), 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.evaluation.run_loader import find_checkpoint, run_config, weights_fingerprint
@@ -53,6 +54,7 @@ class Reloader:
         if not self._lock.acquire(blocking=False):
             raise ReloadRefusedError("a reload is under way: wait for it")
         try:
+            self._refresh_titles()
             report = self._reload()
         except ReloadRefusedError:
             self._service.metrics.reloads.labels("refused").inc()
@@ -61,6 +63,13 @@ class Reloader:
             self._lock.release()
         self._service.metrics.reloads.labels("done").inc()
         return report
+
+    def _refresh_titles(self) -> None:
+        try:
+            if self._service.titles is not None:
+                self._service.titles.refresh()
+        except (ValueError, OSError) as error:
+            say(f"hllm serve: the titles stay: {error}")  # the model is loaded all the same
 
     def _reload(self) -> ReloadReport:
         old = self._service.engine

@@ -97,6 +97,9 @@ class RecommendedAnswer(BaseModel):
     text: str
     score: float
     probability: float
+    title: Annotated[
+        str | None, Field(description="title for the user's cluster (hllm serve --creatives); null: the item has none")
+    ] = None
 
 
 class RecommendAnswer(BaseModel):

@@ -3,11 +3,12 @@
 import asyncio
 import time as clock
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hllm_torchrec.serving.engine import AnyRequest, Engine, ScoreRequest, Scores
 from hllm_torchrec.serving.micro_batches import BatchLimits, DeadlineMissed, MicroBatcher
+from hllm_torchrec.serving.served_titles import ServedTitles
 from hllm_torchrec.serving.service_metrics import ServiceMetrics
 
 RECENT = 64
@@ -19,7 +20,7 @@ class Service:
     """What the endpoints call.
 
     now: seconds UTC; token: the bearer token that requests must send; None: they need none, and deleting and reloading
-    are refused.
+    are refused. titles: personalized titles of items; None: there are none.
     """
 
     engine: Engine
@@ -27,6 +28,7 @@ class Service:
     token: str | None = None
     now: Callable[[], float] = clock.time
     draining: bool = False
+    titles: ServedTitles | None = None
 
     def __post_init__(self) -> None:
         self.recent: deque[ScoreRequest] = deque(maxlen=RECENT)
@@ -59,6 +61,13 @@ class Service:
         probabilities = found.probabilities
         self.metrics.observe_scores(probabilities)
         return found, probabilities.tolist()
+
+    def titles_of(self, user: str | None, items: Sequence[str]) -> list[str | None]:
+        """Return the title of each item for a user; a user whom this service has forgotten counts as unknown."""
+        assert self.titles is not None
+        log = self.engine.log
+        is_unknown = user is None or (log is not None and log.is_forgotten(user))
+        return self.titles.of(None if is_unknown else user, items)
 
     async def forget(self, user: str) -> int:
         """Forget a user: events and state; returns the number of events.

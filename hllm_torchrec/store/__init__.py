@@ -1,4 +1,4 @@
-"""Embeddings on disk: id -> vector, memory-mapped, changed by atomic commits. See `store.EmbeddingStore`."""
+"""Embeddings on disk: id -> vector, memory-mapped, updated by atomic commits. See `store.EmbeddingStore`."""
 
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 

@@ -1,9 +1,10 @@
 """Merging of segments: all of them (compaction), or the newest when there are many.
 
-A lookup searches every segment, so a store that is written every minute must not keep one per commit. After a commit
-that leaves more than MAX_SEGMENTS, the newest are merged: at least so many that half remain, and then every older one
-that has no more rows than the newer ones together. Each such merge at least doubles the size of the segment that a row
-is in, so a row is rewritten O(log rows) times, regardless of the number of commits.
+A lookup searches every segment, so a store that is written every minute must not keep one segment per commit. After a
+commit that leaves more than MAX_SEGMENTS segments, all but the MAX_SEGMENTS / 2 oldest are merged into one. The merge
+also includes each next older segment, as long as it has no more rows than the newer segments together: the segment of
+its rows then at least doubles in size. With commits of similar size, a row is so rewritten O(log rows) times,
+regardless of the number of commits.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,10 @@ MAX_SEGMENTS = 64
 
 
 def first_to_merge(sizes: Sequence[int]) -> int:
-    """Return the first segment to merge, len(sizes) for none; sizes: rows of each segment, oldest first."""
+    """Return the number of the first segment to merge, or len(sizes) if none is to be merged.
+
+    sizes: rows (vectors and deletions) of each segment, oldest first.
+    """
     if len(sizes) <= MAX_SEGMENTS:
         return len(sizes)
     first = MAX_SEGMENTS // 2
@@ -31,7 +35,7 @@ def first_to_merge(sizes: Sequence[int]) -> int:
 
 
 def merge_segments(snapshot: Snapshot, first: int, writer: SegmentWriter) -> SegmentFacts:
-    """Merge the segments from `first` on: write their live rows, and the deletions of keys of older segments."""
+    """Merge the segments from `first` on: write their live rows, and their deletions of keys of older segments."""
     for number in range(first, len(snapshot.segments)):
         for keys, vectors, marks in snapshot.rows_of(number):
             writer.add(keys, vectors, marks)

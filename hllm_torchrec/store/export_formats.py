@@ -45,7 +45,7 @@ def export_parquet(snapshot: Snapshot, target: Path, rows_per_file: int = 2_000_
 
 
 def export_faiss(snapshot: Snapshot, target: Path, *, normalize: bool = True) -> int:
-    """Write index.faiss (exact search by inner product) and ids.parquet: position in the index -> id.
+    """Write index.faiss (exact search by inner product) and ids.parquet, whose row i is the id of vector i.
 
     normalize: scale vectors to length 1, so that the inner product is the cosine similarity that HLLM is trained with.
 
@@ -69,7 +69,7 @@ def export_faiss(snapshot: Snapshot, target: Path, *, normalize: bool = True) ->
 
 
 def write_index(index: Any, ids: pa.Array | pa.ChunkedArray, target: Path) -> None:
-    """Write a FAISS index as index.faiss and ids.parquet: position in the index -> id.
+    """Write a FAISS index as index.faiss, and `ids` as ids.parquet, whose row i is the id of vector i.
 
     Raises:
         ValueError: `target` exists.
@@ -84,7 +84,7 @@ def import_faiss() -> Any:
     """Import faiss, an optional dependency.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: faiss is not installed.
     """
     try:
         import faiss

@@ -1,13 +1,13 @@
 """Files of a store and their atomic replacement: after a crash at any point, a reader sees the old or the new state.
 
-    store.json          constant: format, width, dtype, kind of keys, facts about the model
+    store.json          constant: format, width, dtype, type of the keys, facts about the model
     manifest.json       the committed state: version and segments; replaced atomically by every commit
     lock                held by the only writer
-    runs/<name>/        a segment (`store/segment.py`); if the manifest does not name it, it is not committed (yet, or
-                        left over from a crash)
+    runs/<name>/        a segment (`store/segment.py`); a segment that the manifest does not name is not committed yet,
+                        or is left over from a crash
 
-The files of a segment are written and synced first; then the new manifest is renamed over the old one in one step. So
-every segment of a manifest is complete, and segments that it does not name are ignored.
+The files of a segment are written and synced first; then the new manifest replaces the old one in a single rename. So
+every segment that the manifest names is complete, and readers ignore all other segments.
 """
 
 import json
@@ -28,7 +28,8 @@ FORMAT = 1
 class SegmentFacts:
     """Entry of the manifest for one segment.
 
-    name: of its folder; rows: number of vectors; deleted: number of deleted keys; files: name -> (bytes, CRC-32).
+    name: name of the segment's folder; rows: number of vectors; deleted: number of deleted keys; files: name ->
+    (bytes, CRC-32).
     """
 
     name: str
@@ -39,7 +40,10 @@ class SegmentFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The committed state. version: number of commits; live: number of keys with a vector; runs: oldest first."""
+    """The committed state of a store.
+
+    version: number of commits and merges so far; live: number of keys with a vector; runs: segments, oldest first.
+    """
 
     version: int
     live: int
@@ -50,8 +54,9 @@ def read_store_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        ValueError: the file is missing or holds something else.
-        OSError: it could not be read for a reason that is no damage; names it.
+        ValueError: the file is missing or does not contain a JSON object.
+        OSError: the machine could not read the file (permissions, open files, ...), which does not mean that it is
+            damaged; the message contains the path.
     """
     try:
         with path_in_errors(path):
@@ -72,8 +77,8 @@ def read_manifest(root: Path) -> Manifest:
         ValueError: there is no manifest, it is malformed, or a segment is a symbolic link.
     """
     found = _manifest(read_store_json(root / "manifest.json"), root / "manifest.json")
-    # A store may come from an untrusted source: links could make a reader open, or a writer delete, files outside of
-    # it.
+    # A store may come from an untrusted source: through links, a reader could open or a writer delete files outside of
+    # the store.
     for run in found.runs:
         for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
             if path.is_symlink():
@@ -81,21 +86,21 @@ def read_manifest(root: Path) -> Manifest:
     return found
 
 
-def parse_manifest(text: str, place: str) -> Manifest:
-    """Parse the text of the manifest of the store at `place`.
+def parse_manifest(text: str, location: str) -> Manifest:
+    """Parse the text of a manifest; location: path or URL of the store, for messages.
 
     Raises:
-        ValueError: it is malformed.
+        ValueError: the text is malformed.
     """
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}/manifest.json: {error}: the file is damaged") from None
-    return _manifest(raw, f"{place}/manifest.json")
+        raise ValueError(f"{location}/manifest.json: {error}: the file is damaged") from None
+    return _manifest(raw, f"{location}/manifest.json")
 
 
-def _manifest(raw: Any, place: str | Path) -> Manifest:
-    """Check and convert a manifest's JSON object; place: name for errors."""
+def _manifest(raw: Any, location: str | Path) -> Manifest:
+    """Check and convert a manifest's JSON object; location: path or URL of the file, for messages."""
     try:
         runs = tuple(
             SegmentFacts(
@@ -106,18 +111,18 @@ def _manifest(raw: Any, place: str | Path) -> Manifest:
         found = Manifest(int(raw["version"]), int(raw["live"]), runs)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{place}: {reason}: the file is damaged") from None
+        raise ValueError(f"{location}: {reason}: the file is damaged") from None
     for run in found.runs:
         for name in (run.name, *run.files):  # no path may lead out of the store
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
-                raise ValueError(f"{place}: {repr(name)[:100]} is not a plain name: the file is damaged")
+                raise ValueError(f"{location}: {repr(name)[:100]} is not a plain name: the file is damaged")
         if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
-            raise ValueError(f"{place}: run {run.name} has {run.rows} rows: the file is damaged")
+            raise ValueError(f"{location}: run {run.name} has {run.rows} rows: the file is damaged")
     return found
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Make `manifest` the committed state; readers see the old one or this one."""
+    """Make `manifest` the committed state atomically: readers see either the old manifest or the new one."""
     replace_file(root / "manifest.json", json.dumps(asdict(manifest), indent=1))
 
 
@@ -125,6 +130,6 @@ def writer_lock(root: Path) -> AbstractContextManager[None]:
     """Context manager that holds the lock of the store's only writer; the system releases it when a process dies.
 
     Raises:
-        Locked: another process is writing; names it.
+        Locked: another process is writing to the store; the message names it.
     """
     return hold_lock(root / "lock", f"{root}: another process is writing to this store")

@@ -1,7 +1,7 @@
-"""Keys as sortable 64-bit numbers: int64 ids unchanged, strings by a hash (colliding strings are then compared).
+"""Conversion of keys to sortable 64-bit numbers: int64 keys unchanged, strings by a hash.
 
-The hash is computed over all strings at once, eight bytes at a time. It is part of the file format: golden values in
-the tests guard it.
+Lookups compare the strings of equal hashes. The hash of all strings of an array is computed at once, eight bytes at a
+time. It is part of the file format: tests compare it with golden values.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,18 @@ Keys: TypeAlias = pa.Array | NDArray[np.int64] | Tensor | Sequence[str] | Sequen
 Hashes = NDArray[np.uint64]
 
 NO_KEY = -(2**63)
-"""Key of a forgotten id, whose raw id is null, in a store of int64 keys; in one of strings "". No vector has it."""
+"""Key of a forgotten id (its raw id is null) in a store of int64 keys; in a store of strings it is "". No vector of a
+store has this key."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
-"""Masks of the first 0 to 8 bytes of a word."""
+_BYTE_MASKS = np.array([2 ** (8 * count) - 1 for count in range(9)], np.uint64)
+"""Masks of the first 0 to 8 bytes of a little-endian word."""
 
 
 def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
-    """Convert keys to an Arrow array of int64 or large strings; a tensor of whole numbers may be on any device.
+    """Convert keys to an Arrow array of int64 or large strings; an integer tensor may be on any device.
 
     Raises:
-        ValueError: another type, or a null.
+        ValueError: the keys have another type, or one of them is null.
     """
     wanted = pa.int64() if kind == "int64" else pa.large_string()
     if isinstance(keys, Tensor):
@@ -48,16 +49,18 @@ def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
 
 
 def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
-    """Convert the raw ids of a dataset, which are texts, to keys of a store; null, a forgotten id, becomes no key.
+    """Convert the raw ids of a dataset, which are texts, to keys of a store.
+
+    Null, the raw id of a forgotten item or user, becomes NO_KEY or "".
 
     Raises:
-        ValueError: int64 keys, and an id that is not a whole number as it is usually written ("7", not "007").
+        ValueError: `kind` is int64, and an id is not the usual decimal form of an int64 ("7", not "007").
     """
     texts = raw_ids.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     if kind == "string":
         return pc.fill_null(texts, "")
-    # 20 characters are the most of an int64; the pattern leaves out "007" and "+7", which would be the key of "7".
+    # An int64 has at most 19 digits. The pattern excludes "007" and "+7", which would get the same key as "7".
     plain = pc.match_substring_regex(texts, r"^(0|-?[1-9][0-9]{0,18})$")
     wrong = np.flatnonzero(~pc.fill_null(plain, True).to_numpy(zero_copy_only=False))
     try:
@@ -72,19 +75,19 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
 
 
 def plain_numbers(raw_ids: Sequence[str]) -> list[int]:
-    """The raw ids that are whole numbers as they are usually written, as numbers."""
+    """Return, as numbers, those raw ids that are whole numbers in their usual decimal form."""
     return [int(raw) for raw in raw_ids if raw.lstrip("-").isdecimal() and str(int(raw)) == raw]
 
 
 def is_key(keys: pa.Array) -> NDArray[np.bool_]:
-    """Mask [n] of the keys made by `raw_keys` that are not of forgotten ids."""
+    """Return a mask [n] of the keys made by `raw_keys`: False for forgotten ids."""
     other = pc.not_equal(keys, pa.scalar(NO_KEY if pa.types.is_integer(keys.type) else "", keys.type))
     found: NDArray[np.bool_] = other.to_numpy(zero_copy_only=False)
     return found
 
 
 def hash_keys(keys: pa.Array) -> Hashes:
-    """Hash an array made by `as_keys`: uint64 [n]."""
+    """Hash an array of keys made by `as_keys`: uint64 [n]. The hash of an int64 is its bits."""
     if pa.types.is_integer(keys.type):
         return keys.to_numpy(zero_copy_only=False).view(np.uint64)
     offsets = np.frombuffer(keys.buffers()[1], np.int64)[keys.offset : keys.offset + len(keys) + 1]
@@ -114,13 +117,13 @@ def hash_numbers(*columns: NDArray[np.int64]) -> Hashes:
     return hash_bytes(rows.view(np.uint8).ravel(), 8 * len(columns) * np.arange(len(rows) + 1))
 
 
-def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], kept: NDArray[np.int64]) -> Hashes:
-    """Read the first `kept` [k] (1 to 8) bytes from each of `starts` [k] as little-endian uint64 [k]."""
+def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Hashes:
+    """Read `lengths` [k] (1 to 8) bytes at each of `starts` [k] as little-endian, zero-padded uint64 [k]."""
     if data.size < 8:
         data = np.concatenate([data, np.zeros(8, np.uint8)])
-    # A view of the bytes as overlapping words, one starting at every byte, so that unaligned words are one gather.
+    # View of the bytes as overlapping words, one starting at every byte: unaligned words can be read with one gather.
     words: Hashes = np.ndarray(data.size - 7, "<u8", data, strides=(1,))
-    # The last complete word starts here. A word that starts later is taken from it, shifted by the bytes in front.
+    # The last complete word starts at `last`. A later start reads that word and shifts out the bytes before the start.
     last = data.size - 8
     late = np.maximum(starts - last, 0)
-    return (words[starts - late] >> (8 * late).astype(np.uint64)) & _KEPT[kept]
+    return (words[starts - late] >> (8 * late).astype(np.uint64)) & _BYTE_MASKS[lengths]

@@ -1,12 +1,13 @@
-"""Embedding stores at URLs: copied to the host for reading, and published with each commit.
+"""Embedding stores at URLs: downloaded to the host for reading, and uploaded with each commit.
 
     <url>/store.json, manifest.json, runs/   as in a folder (`store/files.py`)
-    <url>/commits/00000007.json              the manifest of the seventh commit there, with `commit` and `identity`
+    <url>/commits/00000007.json              the manifest of the seventh commit at the URL, with `commit` and `identity`
 
-The segments of a commit are new folders, so a copy is updated by fetching the missing ones and then replacing its
-manifest. Reading and writing jobs have separate copies. A commit is the creation of its file under commits/, which the
-file system grants to one job only: of two jobs that began with the same state, the second one is refused. manifest.json
-follows; if a job dies before, readers find the newer commit by its number, and the next job goes on from it.
+The segments of a commit are new folders, so a local copy is updated by fetching the missing segments and then replacing
+its manifest. Reading and writing jobs have separate copies. A commit takes effect when its file under commits/ is
+created, which the file system grants to one job only: if two jobs start from the same state, the second commit is
+refused. manifest.json is uploaded afterwards. If a job dies in between, readers find the commit by its number, and the
+next job continues from it.
 """
 
 import json
@@ -35,12 +36,16 @@ from hllm_torchrec.store.segment import find_segment_damage
 
 IDENTITY, MANIFEST, COMMITS = "store.json", "manifest.json", "commits"
 KEPT_COMMITS = 100
-"""Number of the newest files under commits/ that stay: more than a job that is slow to update manifest.json is late."""
+"""Number of newest files under commits/ that are retained. Readers follow the commits from that of manifest.json on, so
+it must exceed the number of commits by which manifest.json can lag behind, when a job is slow to upload it."""
 _ATTEMPTS = 5
 
 
 class _State(NamedTuple):
-    """The committed state at a URL. commit: number of its last commit there; 0: by an earlier version."""
+    """The committed state at a URL: texts of store.json and manifest.json.
+
+    commit: number of the last commit at the URL; 0 if an earlier version of this library wrote it.
+    """
 
     identity: str
     manifest: str
@@ -48,19 +53,19 @@ class _State(NamedTuple):
 
 
 class RemoteStore:
-    """Destination URL of a store that this job writes; `root` is the host's copy."""
+    """Destination URL of a store that this job writes; `root` is this host's copy."""
 
     def __init__(self, url: str, root: Path) -> None:
         self.url, self.root = url, root
         self._seen = _text(root / MANIFEST)
 
     def upload_segments(self, written: Sequence[SegmentFacts]) -> None:
-        """Upload every rank's new segment; rank 0's host fetches those of other hosts. Collective.
+        """Upload the new segment of every rank; rank 0 then fetches those of other hosts. Collective.
 
-        written: the facts of the segments, by rank.
+        written: facts of the segments, by rank.
 
         Raises:
-            ValueError, OSError: the URL cannot be written to, or a segment arrived damaged.
+            ValueError, OSError: the URL cannot be written to, or a fetched segment is damaged.
         """
         coordination.run_on_all_ranks(lambda: self._upload_segment(written[coordination.rank()]))
 
@@ -74,13 +79,13 @@ class RemoteStore:
         """Publish the committed state of `root` at the URL. Call on rank 0.
 
         Raises:
-            ValueError: another job has committed there since this one began.
+            ValueError: another job has committed at the URL since this job read the store.
             OSError: the URL cannot be written to.
         """
         taken = f"{self.url}: another job has written to this store meanwhile: run this one again"
-        # In this order: what is listed here and not named below belongs to commits before this one, or to jobs that
-        # began with a state before it, which can no longer commit.
-        there, commits = list_files(f"{self.url}/runs"), _commit_numbers(self.url)
+        # List the segments before reading the state. A listed segment that the new manifest does not name then belongs
+        # to an earlier commit, or to a job that started from an earlier state and can no longer commit: it is removed.
+        existing, commits = list_files(f"{self.url}/runs"), _commit_numbers(self.url)
         state = _read_state(self.url, max(commits, default=0))
         if (None if state is None else state.manifest) != self._seen:
             raise ValueError(taken)
@@ -88,31 +93,32 @@ class RemoteStore:
         assert identity is not None and text is not None
         manifest = parse_manifest(text, self.url)
         for run in manifest.runs:
-            if not all(f"{run.name}/{name}" in there for name in run.files):
+            if not all(f"{run.name}/{name}" in existing for name in run.files):
                 self._upload_segment(run)
         number = max([*commits, 0 if state is None else state.commit]) + 1
         if not self._commit(number, {**json.loads(text), "commit": number, "identity": json.loads(identity)}):
             raise ValueError(taken)
-        # From here on the commit stands, and what follows may be done by others: manifest.json is where readers begin.
+        # The commit is now valid, even if this job dies: readers and the next job start from manifest.json, and find
+        # newer commits by their numbers.
         self._seen = _with_commit(text, number)
         replace_file(self.root / MANIFEST, self._seen)
         upload_files(self.root, [MANIFEST], self.url)
         if read_text(f"{self.url}/{IDENTITY}") is None:
             upload_files(self.root, [IDENTITY], self.url)
-        kept = {run.name for run in manifest.runs}
-        remove_files(f"{self.url}/runs", [name for name in there if name.split("/")[0] not in kept])
+        named = {run.name for run in manifest.runs}
+        remove_files(f"{self.url}/runs", [name for name in existing if name.split("/")[0] not in named])
         old = [_commit_name(other) for other in commits if other <= number - KEPT_COMMITS]
         remove_files(f"{self.url}/{COMMITS}", old)
 
     def _commit(self, number: int, contents: dict[str, Any]) -> bool:
-        """Create the file of a commit; False if another job was first."""
-        # The author makes the contents unlike those of any other job.
+        """Create the file of a commit; False if another job has created it."""
+        # The random author makes the contents unique: `create_file` may verify them by reading the file.
         text = json.dumps({**contents, "author": secrets.token_hex(8)})
         if not create_file(_commit_url(self.url, number), text):
             return False
         if max(_commit_numbers(self.url)) == number:
             return True
-        # Others have committed so often meanwhile that the file with this number was removed as an old one.
+        # Other jobs have made newer commits: the existing file with this number had been removed as an old one.
         remove_files(f"{self.url}/{COMMITS}", [_commit_name(number)])
         return False
 
@@ -126,7 +132,7 @@ def local_store(url: str) -> Path:
     """Update and return this host's read-only copy of the store at `url`. Not collective.
 
     Raises:
-        ValueError: there is no store, or it is damaged.
+        ValueError: there is no store at the URL, or it is damaged.
         OSError: the URL cannot be reached.
     """
     with host_lock(url) as folder:
@@ -137,24 +143,26 @@ def local_store(url: str) -> Path:
 
 
 def writable_store(url: str) -> Path:
-    """Update and return this host's writable copy of the store at `url`; no folder if there is none. Not collective.
+    """Update and return this host's writable copy of the store at `url`. Not collective.
+
+    If there is no store at the URL, the returned folder does not exist.
 
     Raises:
-        ValueError: another process of this host is writing to it, or it is damaged.
+        ValueError: another process of this host is writing to the copy, or the store is damaged.
         OSError: the URL cannot be reached.
     """
     with host_lock(url) as folder:
         root = folder / "written" / url_name(url)
         root.mkdir(parents=True, exist_ok=True)
         with writer_lock(root):
-            there = _update_copy(url, root)
-        if not there:
+            exists = _update_copy(url, root)
+        if not exists:
             remove_folder(root)
     return root
 
 
 def _update_copy(url: str, root: Path) -> bool:
-    """Update a copy to the state at the URL; return whether there is a store."""
+    """Update a copy to the state at the URL; return whether there is a store at the URL."""
     for attempt in range(_ATTEMPTS):
         state = _read_state(url)
         if state is None:
@@ -165,7 +173,7 @@ def _update_copy(url: str, root: Path) -> bool:
             for run in manifest.runs:
                 _fetch_segment(url, run, root)
         except (OSError, ValueError):
-            # A commit may have merged and removed the segments of the manifest that was read: then try the new one.
+            # A new commit may have merged and removed these segments: then try again with the new state.
             if attempt == _ATTEMPTS - 1 or _read_state(url) == state:
                 raise
             continue
@@ -175,7 +183,7 @@ def _update_copy(url: str, root: Path) -> bool:
 
 
 def _read_state(url: str, known: int = 0) -> _State | None:
-    """Read the committed state at a URL, or None if there is no store. known: number of a commit that is there."""
+    """Read the committed state at a URL; None if there is no store. known: number of a commit that exists there."""
     identity, text = read_text(f"{url}/{IDENTITY}"), read_text(f"{url}/{MANIFEST}")
     states = [] if text is None else [text]
     number = 0 if text is None else _commit_number(text, url)
@@ -186,7 +194,8 @@ def _read_state(url: str, known: int = 0) -> _State | None:
         states, number = [*states, newer], number + 1
     if not states:
         return None
-    # An earlier version of this program writes manifest.json alone: the later state has the larger version.
+    # An earlier version of this library writes manifest.json without a file under commits/: so the newest state is the
+    # one with the largest version.
     newest = max(reversed(states), key=lambda state: parse_manifest(state, url).version)
     if identity is None:
         if "identity" not in json.loads(newest):
@@ -208,7 +217,7 @@ def _commit_url(url: str, number: int) -> str:
 
 
 def _commit_number(text: str, url: str) -> int:
-    """Return the number of the commit in the text of a manifest, 0 if an earlier version wrote it."""
+    """Return the commit number in the text of a manifest; 0 if an earlier version of this library wrote it."""
     parse_manifest(text, url)  # raises if it is malformed
     number = json.loads(text).get("commit", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
@@ -217,7 +226,7 @@ def _commit_number(text: str, url: str) -> int:
 
 
 def _with_commit(text: str, number: int) -> str:
-    """Return the text of a manifest with the number of its commit, without what else a commit's file holds."""
+    """Return the text of a manifest with its commit number, without the additional fields of a file under commits/."""
     found = json.loads(text)
     return json.dumps({name: found[name] for name in ("version", "live", "runs")} | {"commit": number}, indent=1)
 
@@ -227,7 +236,7 @@ def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
     target = root / "runs" / segment.name
     if not any(find_segment_damage(target, segment, contents=False)):
         return
-    # Fetched beside and renamed, so that a folder with the segment's name is complete.
+    # Fetch into a temporary folder and rename it, so that a folder with the segment's name is always complete.
     beside = root / "runs" / f"{segment.name}.tmp"
     remove_folder(beside)
     print_transfer("fetching", f"{url}/runs/{segment.name}", {name: size for name, (size, _) in segment.files.items()})
@@ -241,9 +250,10 @@ def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
 
 
 def _take_over(root: Path, state: _State, manifest: Manifest) -> None:
-    """Make `state`, whose segments are all in the copy, the copy's state, and remove other segments."""
+    """Make `state`, whose segments have all been fetched, the state of the copy, and remove other segments."""
     if _text(root / IDENTITY) != state.identity:
-        # A store that was built again: without an identity in between, no reader takes the new vectors for the old.
+        # The store was built again. The old identity is removed before the manifest changes and the new one is written
+        # after it, so that no reader combines the identity of one store with the vectors of the other.
         (root / IDENTITY).unlink(missing_ok=True)
     if _text(root / MANIFEST) != state.manifest:
         replace_file(root / MANIFEST, state.manifest)

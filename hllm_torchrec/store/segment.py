@@ -1,9 +1,10 @@
 """A segment: the immutable files with the rows of one commit, in a folder runs/<name>/ of the store.
 
     keys.arrow          [n + d] keys in the order of writing, deleted keys last (Arrow file, one column)
-    marks.npy           uint64 [n] content hashes: of the input of each vector (an item's text, a user's last event)
-    hashes.npy          uint64 [m] hashes of the keys, sorted; of equal keys only the last written is in it
-    rows.npy            int64 [m] row of each hash; n and above: a deleted key
+    marks.npy           uint64 [n] content hash of the input of each vector (an item's text, a user's last event)
+    hashes.npy          uint64 [m] sorted hashes of the distinct keys
+    rows.npy            int64 [m] row of each hash, the last one of a key that was written twice; n and above: a deleted
+                        key
     vectors-NNNN.bin    vectors of the rows, `rows_per_file` in each file but the last
 
 Legend: n vectors, d deleted keys, m = distinct keys of both, D width.
@@ -39,16 +40,17 @@ _BITS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
 }
-"""Integer type of the same size, and the exponent bits, all ones only in infinities and NaN."""
+"""Type -> integer type of the same size, and mask of the exponent bits, which are all ones only in infinities and
+NaN."""
 _IN_CACHE = 2**17
-"""Numbers checked at a time, so that the temporary stays in the CPU's cache."""
+"""Numbers that are checked at a time, so that the temporary array stays in the CPU's cache."""
 FILE_BYTES = 2**32
-"""Size in bytes of a file of vectors; a segment has as many files as it needs."""
+"""Maximum size in bytes of a file of vectors; a segment has as many files as it needs."""
 _VERIFY = "the store is damaged; `hllm store verify` says where: restore it or build it again"
 _AHEAD = 4
-"""Most writes whose checksums are pending: each keeps its vectors in memory."""
+"""Maximum number of writes with a pending checksum; the vectors of each stay in memory."""
 _SYNCED_BYTES = 2**27
-"""Bytes after which a file is synced in the background, so that the last sync has little left to do."""
+"""Number of bytes after which a file is synced in the background, so that the last sync is short."""
 
 
 class SegmentReader:
@@ -69,7 +71,7 @@ class SegmentReader:
             self._check_shapes()
 
     def _check_shapes(self) -> None:
-        """Check that the sizes of the files agree; their contents are checked where they are used."""
+        """Check that the shapes and types of the files agree; their contents are checked when they are used."""
         vectors = sum(len(file) for file in self.files)
         rows, every = self.facts.rows, self.facts.rows + self.facts.deleted
         due = (("hashes", self.hashes, np.uint64, None), ("rows", self.rows, np.int64, self.hashes.size))
@@ -82,23 +84,23 @@ class SegmentReader:
             raise ValueError("the files of vectors are not of one size")
 
     def require_rows(self, rows: Ints) -> Ints:
-        """Return `rows` [k], read from the index; ValueError that names the file if one is out of range."""
+        """Return `rows` [k], which were read from the index; raise ValueError with the path if one is out of range."""
         if rows.size and not 0 <= rows.min() <= rows.max() < self.facts.rows + self.facts.deleted:
             raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
         return rows
 
     def require_keys(self) -> None:
-        """Raise ValueError that names the file if the number of keys is not that of the manifest."""
+        """Raise ValueError with the path if the number of keys is not that of the manifest."""
         if len(self.keys) != self.facts.rows + self.facts.deleted:
             raise ValueError(f"{self.folder / 'keys.arrow'}: has {len(self.keys)} keys; {_VERIFY}")
 
     def take_keys(self, rows: Ints) -> pa.Array:
-        """Return the keys of `rows` [k]; ValueError that names the file if an offset points outside its text."""
+        """Return the keys of `rows` [k]; raise ValueError with the path if the offset of a string is out of range."""
         if rows.size and rows.max() >= len(self.keys):
             self.require_keys()
-        # Arrow's `take` trusts offsets: with a damaged file it would read outside of the map and crash, so they are
-        # checked.
-        for chunk in self.keys.chunks:  # one, or none
+        # Arrow's `take` does not check offsets: with those of a damaged file it would read outside of the memory map
+        # and crash the process.
+        for chunk in self.keys.chunks:  # there is at most one
             if not pa.types.is_integer(chunk.type) and rows.size:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]
                 data = chunk.buffers()[2]
@@ -111,7 +113,7 @@ class SegmentReader:
         return found
 
     def _open(self, folder: Path, dtype: str) -> None:
-        # Plain arrays over the maps: indexing an np.memmap costs microseconds per call.
+        # np.asarray gives plain arrays over the memory maps: indexing an np.memmap takes microseconds per call.
         self.hashes, self.rows, self.content_hashes = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("hashes", "rows", "marks")
         )
@@ -120,7 +122,7 @@ class SegmentReader:
         if self.keys.type not in (pa.int64(), pa.large_string()) or self.keys.num_chunks > 1 or self.keys.null_count:
             raise ValueError(f"keys.arrow holds {self.keys.type} in {self.keys.num_chunks} pieces")
         self.keys.validate()
-        # By length first: file number 10,000 has five digits.
+        # Sort by length first: the number of file 10,000 has five digits.
         names = (name for name in self.facts.files if name.startswith("vectors-"))
         self.files = [self._mapped(folder / name, dtype) for name in sorted(names, key=lambda name: (len(name), name))]
         self.rows_per_file = self.files[0].shape[0] if self.files else 1
@@ -129,11 +131,11 @@ class SegmentReader:
         return np.asarray(np.memmap(path, _STORAGE[dtype], mode="r")).reshape(-1, self.width)
 
     def find(self, hashes: Hashes, keys: pa.Array) -> Ints:
-        """Find the row of each key [k]: -1 if not in this segment, facts.rows and above if deleted by it."""
-        low = self._place(hashes)
+        """Find the row of each key [k]; -1: not in this segment; facts.rows and above: this segment deletes the key."""
+        low = self._insertion_points(hashes)
         found = np.full(hashes.size, -1, np.int64)
-        # Equal hashes are adjacent. Keys that are not found at the first are compared with the next one, so there is
-        # one round unless hashes of different keys collide.
+        # Equal hashes are adjacent. Round `step` compares the keys that are still missing with the entry `step` after
+        # the first equal hash; a second round is needed only if the hashes of different keys collide.
         for step in range(self.hashes.size):
             at = low + step
             same = np.flatnonzero((at < self.hashes.size) & (found < 0))
@@ -150,21 +152,24 @@ class SegmentReader:
                 break  # the hash is the key
         return found
 
-    def _place(self, hashes: Hashes) -> Ints:
+    def _insertion_points(self, hashes: Hashes) -> Ints:
         """Find the insertion point [k] of each hash [k] among the sorted hashes."""
         size = self.hashes.size
-        # Consecutive integer ids: the position is the difference from the first. Smaller ids wrap around to huge
-        # numbers, which the minimum turns into `size`, out of range like all unknown ids.
+        # Consecutive integer ids: the position is the difference from the first id. The difference of a smaller id
+        # wraps around to a huge number, which the minimum turns into `size`: out of range, like all unknown ids.
         if size and int(self.hashes[-1]) - int(self.hashes[0]) == size - 1:
             with np.errstate(over="ignore"):
                 return np.minimum(hashes - self.hashes[0], np.uint64(size)).astype(np.int64)
         order = np.argsort(hashes)  # in sorted order, successive searches touch the same pages
-        places = np.empty(hashes.size, np.int64)
-        places[order] = np.searchsorted(self.hashes, hashes[order], side="left")
-        return places
+        points = np.empty(hashes.size, np.int64)
+        points[order] = np.searchsorted(self.hashes, hashes[order], side="left")
+        return points
 
     def gather(self, rows: Ints, out: Tensor, places: Ints | None = None) -> None:
-        """Copy the vectors of `rows` [k] to out[places] (None: to out, in order); out: fp32 or the segment's type."""
+        """Copy the vectors of `rows` [k] to the rows `places` [k] of `out` (None: to out, in order).
+
+        out: fp32, or the segment's type.
+        """
         same = out.dtype == self.dtype and out.device.type == "cpu"
         target = self._raw(out) if same else None
         if len(self.files) == 1 and places is None and target is not None:
@@ -173,12 +178,12 @@ class SegmentReader:
         order, picked = self._picked(rows)
         at = (np.arange(rows.size) if places is None else places)[order]
         if target is not None:
-            target[at] = picked  # numpy copies by rows; torch's indexed copy of fp16 goes number by number
+            target[at] = picked  # numpy copies entire rows; torch's indexed copy of fp16 is slower
         else:
             out[torch.from_numpy(at)] = torch.from_numpy(picked).view(self.dtype).to(out.dtype)
 
     def _picked(self, rows: Ints) -> tuple[Ints | slice, NDArray[Any]]:
-        """Read rows file by file; return (order, vectors), where vector i is that of rows[order[i]]."""
+        """Read rows file by file; return (order, vectors), where vectors[i] is the vector of rows[order[i]]."""
         picked = np.empty((rows.size, self.width), self.files[0].dtype if self.files else np.float32)
         if len(self.files) <= 1:
             if rows.size:
@@ -193,7 +198,7 @@ class SegmentReader:
         return order, picked
 
     def _take(self, number: int, rows: Ints, out: NDArray[Any]) -> None:
-        # With mode="raise" numpy copies through a buffer; rows from the index are in range, so "clip" never clips.
+        # mode="raise" would copy through a buffer. Rows from the index are in range, so "clip" has no effect on them.
         np.take(self.files[number], rows, axis=0, mode="clip", out=out)
 
     def _raw(self, values: Tensor) -> NDArray[Any]:
@@ -202,19 +207,19 @@ class SegmentReader:
 
 
 def contiguous_keys(keys: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Combine keys into one array, whose offsets start at 0."""
+    """Combine keys into one array."""
     array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def all_finite(vectors: Tensor) -> bool:
-    """Return whether all numbers are finite; compares bits, as CPUs have no fast arithmetic in fp16."""
+    """Return whether all numbers are finite. Tests their bits, because CPUs have no fast arithmetic in fp16."""
     bits, exponent = _BITS[vectors.dtype]
     flat = vectors.detach().cpu().contiguous().view(bits).view(-1).numpy()
-    kept = np.empty(min(flat.size, _IN_CACHE), flat.dtype)
+    masked = np.empty(min(flat.size, _IN_CACHE), flat.dtype)
     for at in range(0, flat.size, _IN_CACHE):
         block = flat[at : at + _IN_CACHE]
-        if np.bitwise_and(block, exponent, out=kept[: block.size]).max() == exponent:
+        if np.bitwise_and(block, exponent, out=masked[: block.size]).max() == exponent:
             return False
     return True
 
@@ -225,7 +230,7 @@ def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
 
 
 class SegmentWriter:
-    """Writes a segment, streaming its vectors. `finish` syncs all files; a manifest then has to name the segment."""
+    """Writes the files of a segment; vectors are streamed. After `finish`, a manifest must name the segment."""
 
     def __init__(self, segments: Path, width: int, dtype: str, kind: KeyKind, file_bytes: int = FILE_BYTES) -> None:
         self.name = f"{secrets.token_hex(8)}"
@@ -243,7 +248,7 @@ class SegmentWriter:
         self._checksums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def add(self, keys: pa.Array, vectors: Tensor, content_hashes: Hashes) -> None:
-        """Append rows: keys [k], vectors [k, D], content hashes [k]. They override an earlier `delete` of a key."""
+        """Append rows: keys [k], vectors [k, D], content hashes [k]. Cancels an earlier `delete` of these keys."""
         values = vectors.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         raw = (values.view(torch.int16) if self.dtype == "bf16" else values).numpy().reshape(-1, self.width)
         at = 0
@@ -273,7 +278,7 @@ class SegmentWriter:
     def _finish(self) -> SegmentFacts:
         if self._file is not None:
             self._close_file()
-        # Deleted keys come last, so they have rows n and above, and win over earlier rows of the same keys.
+        # Deleted keys come last: their rows are n and above, and they override rows of the same keys written earlier.
         keys = pa.chunked_array([*self._keys, *self._deleted], as_keys([], self.kind).type)
         deleted = sum(len(part) for part in self._deleted)
         with pa.OSFile(str(self.folder / "keys.arrow"), "wb") as sink:
@@ -289,7 +294,7 @@ class SegmentWriter:
             _sync(self.folder / name)
             files[name] = ((self.folder / name).stat().st_size, crc32_file(self.folder / name))
         files |= {name: written.result() for name, written in self._files.items()}
-        # The names of the files are on disk only after their folder is synced, and its name after the folder above.
+        # Syncing a folder writes the names in it to the disk: those of the files, and that of the segment's folder.
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
         self._checksums.shutdown()
@@ -303,7 +308,7 @@ class SegmentWriter:
 
 
 class _VectorFile:
-    """A file of vectors being written; checksum and syncs of the written part run on other threads."""
+    """A file of vectors that is being written; checksums and syncs of the written part run on other threads."""
 
     def __init__(self, path: Path, checksums: ThreadPoolExecutor, syncs: ThreadPoolExecutor) -> None:
         self.path, self._checksums, self._syncs = path, checksums, syncs
@@ -329,7 +334,7 @@ class _VectorFile:
             self._pending.pop(0).result()
 
     def close(self) -> Future[tuple[int, int]]:
-        """Sync and close in the background; the result is (bytes, CRC-32)."""
+        """Sync and close the file in the background; the result of the future is (bytes, CRC-32)."""
         return self._syncs.submit(self._close)
 
     def _close(self) -> tuple[int, int]:
@@ -345,7 +350,7 @@ class _VectorFile:
 
 
 def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
-    """Return the sorted hashes [m] and the row of each; of equal keys only the last row is kept."""
+    """Return the sorted hashes [m] of the distinct keys, and the row [m] of each: the last row of a repeated key."""
     parts = [hash_keys(chunk) for chunk in keys.chunks]
     hashes = np.concatenate([np.empty(0, np.uint64), *parts])
     order = np.argsort(hashes)
@@ -354,21 +359,21 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
     if repeated.size == 0:
         return hashes, order.astype(np.int64)
     kept = np.ones(hashes.size, bool)
-    # Rare and small, hence a Python loop: equal hashes are either one key written twice (the larger row wins) or two
-    # keys whose hashes collide (both stay).
+    # Equal hashes are either of one key that was written twice (the larger row is kept) or of two different keys
+    # (both are kept). They are rare, so a Python loop is fast enough.
     seen: dict[tuple[int, Any], int] = {}
     for at in np.union1d(repeated, repeated + 1).tolist():
         key = (int(hashes[at]), keys[int(order[at])].as_py())
-        standing = seen.setdefault(key, at)
-        if order[standing] < order[at]:
+        earlier = seen.setdefault(key, at)
+        if order[earlier] < order[at]:
             seen[key] = at
         kept[at] = seen[key] == at
-        kept[standing] &= seen[key] == standing
+        kept[earlier] &= seen[key] == earlier
     return hashes[kept], order[kept].astype(np.int64)
 
 
 def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = True) -> Iterator[str]:
-    """Yield a line for each damaged file of a segment; compares sizes, and checksums if `contents`."""
+    """Yield a line for each damaged file of a segment: compares the sizes and, if `contents`, the checksums."""
     for name, (size, checksum) in sorted(facts.files.items()):
         damage = _file_damage(folder / name, size, checksum if contents else None)
         if damage is not None:
@@ -382,7 +387,7 @@ def _file_damage(path: Path, size: int, checksum: int | None) -> str | None:
             return f"{path} has {found} bytes instead of {size}"
         if checksum is not None and crc32_file(path) != checksum:
             return f"{path}: the contents are not what was written"
-    except FileNotFoundError:  # perhaps only now: another process may compact the store meanwhile
+    except FileNotFoundError:  # at any moment, because another process may compact the store
         return f"{path} is missing"
     return None
 

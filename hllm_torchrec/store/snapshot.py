@@ -1,6 +1,6 @@
 """Read access to the state of a store after one commit.
 
-Legend: n ids asked for, D width.
+Legend: n requested ids, D width.
 """
 
 from collections.abc import Iterator
@@ -42,15 +42,15 @@ class Snapshot:
         return tuple(run.facts for run in self.segments)
 
     def locate(self, keys: Keys) -> tuple[Ints, Ints]:
-        """Return (segment [n], row [n]) of each key [n]; segment -1: unknown."""
+        """Return (segment [n], row [n]) of the keys [n]; segment -1: the key is unknown."""
         array = as_keys(keys, self.store.kind)
         return self._locate(array, hash_keys(array))
 
     def gather(self, keys: Keys, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the vectors [n, D] of `keys` [n], zeros if unknown, and which keys are known, bool [n]."""
+        """Return the vectors [n, D] of `keys` [n] (zeros if unknown), and a mask [n] of the known keys."""
         runs, rows = self.locate(keys)
         known = runs >= 0
-        # The common case after a compaction: no scatter, and no zeros to write first.
+        # Shortcut for the common case after a compaction: it needs neither a scatter nor zeros.
         if len(self.segments) == 1 and known.all():
             out = torch.empty(rows.size, self.store.width, dtype=dtype)
             self.segments[0].gather(rows, out)
@@ -62,7 +62,7 @@ class Snapshot:
         return out, torch.from_numpy(known)
 
     def content_hashes(self, keys: Keys) -> tuple[Hashes, NDArray[np.bool_]]:
-        """Return the content hashes [n] of `keys` [n] (0 if unknown), and which keys are known, bool [n]."""
+        """Return the content hashes [n] of `keys` [n] (0 if unknown), and a mask [n] of the known keys."""
         runs, rows = self.locate(keys)
         found = np.zeros(rows.size, np.uint64)
         for number in np.unique(runs[runs >= 0]).tolist():
@@ -84,7 +84,7 @@ class Snapshot:
             yield keys, vectors, run.content_hashes[rows]
 
     def deletions_of(self, number: int, batch: int = 65_536) -> Iterator[pa.Array]:
-        """Yield the keys that a segment deletes and no newer segment has."""
+        """Yield the keys that a segment deletes and that no newer segment has or deletes."""
         facts = self.segments[number].facts
         return (keys for keys, _ in self._live_rows(number, facts.rows, facts.rows + facts.deleted, batch))
 
@@ -95,7 +95,7 @@ class Snapshot:
         return older
 
     def change_by(self, segment: SegmentReader) -> int:
-        """Number of live keys that a new segment would add, minus those that it would delete."""
+        """Return by how much a new segment changes the number of live keys: keys added minus keys deleted."""
         if not self.segments:
             return int((segment.rows < segment.facts.rows).sum())
         change, batch = 0, 1_048_576
@@ -107,34 +107,39 @@ class Snapshot:
         return change
 
     def _live_rows(self, number: int, first: int, last: int, batch: int) -> Iterator[tuple[pa.Array, Ints]]:
-        """Yield (keys, rows) of a segment's rows in [first, last) that no later row, in it or a newer one, replaces."""
+        """Yield (keys, rows) for rows [first, last) of a segment, without rows that have been replaced.
+
+        A row is replaced by a later row of the same key, in this segment or in a newer one.
+        """
         run = self.segments[number]
         run.require_keys()
         # The index has only the last row of each key: rows that are not in it were replaced within the segment.
-        counts = np.zeros(run.facts.rows + run.facts.deleted, bool)
-        counts[run.require_rows(run.rows)] = True
+        is_last = np.zeros(run.facts.rows + run.facts.deleted, bool)
+        is_last[run.require_rows(run.rows)] = True
         for at in range(first, last, batch):
-            rows = at + np.flatnonzero(counts[at : min(at + batch, last)])
+            rows = at + np.flatnonzero(is_last[at : min(at + batch, last)])
             rows, keys = self._not_in(number + 1, rows, run.take_keys(rows))
             if rows.size:
                 yield keys, rows
 
     def _not_in(self, newest: int, rows: Ints, keys: pa.Array) -> tuple[Ints, pa.Array]:
-        """Filter rows and keys: those whose key no segment from `newest` on has or deletes."""
+        """Return those rows and keys whose key no segment from number `newest` on has or deletes."""
         if newest == len(self.segments) or rows.size == 0:
             return rows, keys
         hashes = hash_keys(keys)
-        there = np.zeros(rows.size, bool)
+        replaced = np.zeros(rows.size, bool)
         for run in self.segments[newest:]:
-            there |= run.find(hashes, keys) >= 0
-        return (rows, keys) if not there.any() else (rows[~there], keys.take(pa.array(np.flatnonzero(~there))))
+            replaced |= run.find(hashes, keys) >= 0
+        if not replaced.any():
+            return rows, keys
+        return rows[~replaced], keys.take(pa.array(np.flatnonzero(~replaced)))
 
     def _locate(self, keys: pa.Array, hashes: Hashes) -> tuple[Ints, Ints]:
         """Find (segment, row) of each key, as `locate`."""
         runs, rows = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
         left = np.arange(len(keys))
-        # Newest first, as the newest entry of a key counts. A deletion is an entry: the key leaves the search, and is
-        # unknown even if an older segment has it.
+        # Newest segment first, because the newest entry of a key is valid. A deletion is an entry too: it ends the
+        # search for the key, which stays unknown even if an older segment has it.
         for number in reversed(range(len(self.segments))):
             run = self.segments[number]
             found = run.find(hashes[left], keys if left.size == len(keys) else keys.take(pa.array(left)))

@@ -4,13 +4,14 @@
     with store.writer() as writer:                       # one writer at a time
         writer.upsert(["i1", "i2"], vectors, content_hashes)
         writer.delete(["i9"])
-        writer.commit()                                  # nothing before this line is visible, all after it
+        writer.commit()                                  # makes the changes visible to readers, all at once
     vectors, known = store.snapshot().gather(["i2", "i7"])
 
-A commit adds a segment of new rows (`store/segment.py`); a key's newest segment counts. Many segments are merged
-(`store/compaction.py`); `compact` merges all of them, and so erases deleted vectors from the disk. By arithmetic, 10^8
-ids x 2,048 in fp16 are 410 GB of vectors in 96 files and 2.4 GB of index (hash, row and content hash of each key) in
-addition to the keys, all memory-mapped: a lookup touches a few pages of it (docs/store.md).
+A commit adds a segment of new rows (`store/segment.py`); if several segments have a key, the newest is valid. If there
+are many segments, some are merged (`store/compaction.py`); `compact` merges all of them, which erases deleted vectors
+from the disk. Calculated size of 10^8 vectors of width 2,048 in fp16: 410 GB of vectors in 96 files, 2.4 GB of index
+(hash, row and content hash of each key), and the keys. All of it is memory-mapped: a lookup reads a few pages
+(docs/store.md).
 
 Legend: n requested ids, D width.
 """
@@ -62,7 +63,7 @@ MAX_WIDTH = 1 << 20
 
 
 class StoreReplaced(ValueError):
-    """The folder of an open store holds another store, or none."""
+    """The folder of an open store now contains another store, or no store."""
 
 
 class EmbeddingStore:
@@ -77,7 +78,7 @@ class EmbeddingStore:
         self.facts: dict[str, Any] = identity["facts"]
         """Origin of the vectors: weights, model configuration, tokenizer."""
         self.copy_of: str | None = None
-        """The URL of which `root` is a read-only copy."""
+        """URL of the store, if `root` is a read-only copy of it."""
         self.published: RemoteStore | None = None
         """Destination of this job's commits, if the store is at a URL."""
 
@@ -88,7 +89,7 @@ class EmbeddingStore:
 
     @property
     def identity_hash(self) -> str:
-        """Names the model of the vectors, their width and the type of keys: sixteen hexadecimal digits."""
+        """Hash of the facts about the model, the width and the type of the keys: sixteen hexadecimal digits."""
         return hash_json([self.facts, self.width, self.kind])[:16]
 
     @classmethod
@@ -102,7 +103,7 @@ class EmbeddingStore:
             facts: origin of the vectors, as JSON; see `require`.
 
         Raises:
-            ValueError: `path` exists and is not an empty folder, or a value is not allowed.
+            ValueError: `path` is a folder that is not empty, or an argument is not allowed.
         """
         root = Path(path)
         if dtype not in DTYPES or width < 1 or keys not in ("string", "int64"):
@@ -113,10 +114,10 @@ class EmbeddingStore:
         _refuse_contents(root)
         root.mkdir(parents=True, exist_ok=True)
         with writer_lock(root):
-            _refuse_contents(root)  # another process may have been first
+            _refuse_contents(root)  # again, because another process may have created a store before the lock was held
             (root / "runs").mkdir(exist_ok=True)
             sync_folder(root.resolve().parent)
-            # The random id tells a store from another one that takes its place, for those who have it open.
+            # By the random id, readers notice that another store has replaced the store that they opened.
             identity = {"format": FORMAT, "width": width, "dtype": dtype, "keys": keys, "facts": facts or {}}
             text = json.dumps({**identity, "id": secrets.token_hex(8)}, indent=1)
             write_manifest(root, Manifest(0, 0, ()))
@@ -125,10 +126,10 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "EmbeddingStore":
-        """Open the store at `path`; for a URL, a read-only copy of its present state.
+        """Open the store at `path`; for a URL, open a read-only copy of its current state.
 
         Raises:
-            ValueError: there is no store, it is damaged, or of another format.
+            ValueError: there is no store, or the store is damaged or has another format.
         """
         url = url_of(path)
         if url is not None:
@@ -155,10 +156,10 @@ class EmbeddingStore:
         return cls(root, identity)
 
     def require(self, facts: Any) -> None:
-        """Refuse to mix vectors of different models.
+        """Check that the store's vectors are of the model with these facts: vectors of two models must not be mixed.
 
         Raises:
-            ValueError: the store's facts differ; names which, and the remedy.
+            ValueError: the facts differ; the message contains the names of the different facts, and the remedy.
         """
         if hash_json(facts) == self.fingerprint:
             return
@@ -169,12 +170,13 @@ class EmbeddingStore:
         )
 
     def snapshot(self) -> "Snapshot":
-        """Open the present committed state; later commits do not change the snapshot.
+        """Open the current committed state; later commits do not change the snapshot.
 
         Raises:
-            StoreReplaced: another store has taken its place since it was opened (a ValueError).
+            StoreReplaced: the store was removed or replaced by another store after it was opened.
             ValueError: the store is damaged.
-            OSError: a file could not be read for a reason that is no damage; names it.
+            OSError: the machine could not read a file (permissions, open files, ...), which does not mean that it is
+                damaged; the message contains the path.
         """
         for attempt in range(_ATTEMPTS):
             manifest = None
@@ -185,14 +187,15 @@ class EmbeddingStore:
                 if is_machine_error(error):
                     raise
                 self._require_same_store()
-                # A compaction may have removed segments between reading the manifest and opening them: then the
-                # manifest has changed, and the new one is tried. If it has not changed, the error is real.
+                # A compaction may have removed segments after the manifest was read. In this case the manifest has
+                # changed, and the new one is tried; if it has not changed, the store is damaged.
                 if manifest is None or attempt == _ATTEMPTS - 1:
                     raise
                 if read_manifest(self.root).version == manifest.version:
                     raise
             else:
-                # After the segments are open: width and type are those of the identity, the vectors of the manifest.
+                # Test this after the segments are open: they were read with the width and the type of the identity, but
+                # the manifest may already have been that of another store.
                 self._require_same_store()
                 return found
         raise AssertionError("unreachable")
@@ -211,7 +214,7 @@ class EmbeddingStore:
 
     @contextmanager
     def writer(self) -> Iterator["StoreWriter"]:
-        """Context manager of the only writer; rows that are not committed when it ends are discarded.
+        """Context manager that yields the only writer; uncommitted rows are discarded when it ends.
 
         Raises:
             ValueError: another process is writing, or this is a read-only copy.
@@ -226,9 +229,9 @@ class EmbeddingStore:
                 writer.rollback()
 
     def compact(self) -> None:
-        """Rewrite all live rows as one segment and remove the old ones: this erases deleted vectors from the disk.
+        """Rewrite all live rows as one segment and remove the old segments: erases deleted vectors from the disk.
 
-        Open snapshots remain valid (the system frees the space when they close).
+        Open snapshots remain valid; the system frees the disk space when they are closed.
 
         Raises:
             ValueError: another process is writing, or this is a read-only copy.
@@ -246,18 +249,18 @@ class EmbeddingStore:
             )
 
     def merge(self, first: int) -> int:
-        """Merge the segments from `first` on; return the new version. The caller must hold the writer's lock."""
+        """Merge the segments from number `first` on; return the new version. The caller must hold the writer's lock."""
         snapshot = self.snapshot()
         facts = merge_segments(snapshot, first, self.segment_writer())
         merged = (facts,) if facts.rows or facts.deleted else ()
         write_manifest(self.root, Manifest(snapshot.version + 1, len(snapshot), (*snapshot.facts[:first], *merged)))
-        # Only after the manifest no longer names them. A merged segment that turned out empty is removed as well.
+        # Remove the old segments only now that the manifest does not name them; and the merged segment if it is empty.
         for run in (*snapshot.facts[first:], *(() if merged else (facts,))):
             shutil.rmtree(self.root / "runs" / run.name)
         return snapshot.version + 1
 
     def segment_writer(self) -> SegmentWriter:
-        """Make a writer of a segment, in any process; `StoreWriter.commit` then adds the segment to the store."""
+        """Return a writer of a new segment, in any process; `StoreWriter.commit` then adds the segment to the store."""
         return SegmentWriter(self.root / "runs", self.width, self.dtype, self.kind, FILE_BYTES)
 
     def verify(self) -> list[str]:
@@ -266,12 +269,12 @@ class EmbeddingStore:
             manifest = read_manifest(self.root)
             found = [line for run in manifest.runs for line in find_segment_damage(self.root / "runs" / run.name, run)]
             self._require_same_store()
-            # Files may be missing because a compaction ran meanwhile: then check the new manifest.
+            # Files may be missing because a compaction has removed them: then check the segments of the new manifest.
             if not found or read_manifest(self.root).version == manifest.version:
                 return found
 
     def _remove_leftovers(self) -> None:
-        """Remove segments that the manifest does not name (left by a crash or a compaction), and temporary files."""
+        """Remove segments that the manifest does not name, which a crash left behind, and temporary files."""
         named = {run.name for run in read_manifest(self.root).runs}
         for folder in (self.root / "runs").iterdir():
             if folder.name not in named:
@@ -282,7 +285,7 @@ class EmbeddingStore:
 
 
 def _refuse_contents(root: Path) -> None:
-    """Raise ValueError if a folder holds anything but what a killed `EmbeddingStore.create` leaves."""
+    """Raise ValueError if a folder contains anything except the files of an interrupted `EmbeddingStore.create`."""
     for path in root.iterdir() if root.exists() else ():
         made = path.name in ("manifest.json", "lock", "lock.holder") or _TEMPORARY.fullmatch(path.name)
         if not made and not (path.name == "runs" and path.is_dir() and not any(path.iterdir())):
@@ -290,7 +293,7 @@ def _refuse_contents(root: Path) -> None:
 
 
 class StoreWriter:
-    """Collects the rows of the next commit; made by `EmbeddingStore.writer`."""
+    """Collects the rows of the next commit; created by `EmbeddingStore.writer`."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
@@ -300,7 +303,7 @@ class StoreWriter:
         """Set the vectors [n, D] of `keys` [n]. content_hashes [n]: hash of each vector's input, to detect changes.
 
         Raises:
-            ValueError: wrong shapes, a value that is not finite in the store's type, or keys of another type.
+            ValueError: a shape is wrong, a value is not finite in the store's type, or the keys have another type.
         """
         array = as_keys(keys, self.store.kind)
         if vectors.shape != (len(array), self.store.width):
@@ -317,13 +320,13 @@ class StoreWriter:
         )
 
     def delete(self, keys: Keys) -> None:
-        """Delete vectors; unknown keys are ignored. The bytes stay on the disk until `compact`."""
+        """Delete the vectors of keys; unknown keys are ignored. The vectors stay on the disk until `compact`."""
         self._writing().delete(as_keys(keys, self.store.kind))
 
     def commit(self, segments: Sequence[SegmentFacts] = ()) -> int:
-        """Make everything since the last commit visible atomically; return the new version.
+        """Make all changes since the last commit visible atomically; return the new version.
 
-        If there are many segments, the newest are then merged (`store/compaction.py`).
+        If there are many segments, the newest segments are then merged (`store/compaction.py`).
 
         segments: finished segments that other processes have written into the store's folder (see `SegmentWriter`).
         """
@@ -336,7 +339,7 @@ class StoreWriter:
             return state.version
         for run in runs:
             reader = SegmentReader(self.store.root / "runs" / run.name, run, self.store.width, self.store.dtype)
-            # In order: each segment's change of `live` is counted against all segments before it.
+            # In order, because the change of `live` by a segment depends on all segments before it.
             state.live += state.change_by(reader)
             state.segments.append(reader)
         write_manifest(self.store.root, Manifest(state.version + 1, len(state), state.facts))
@@ -344,7 +347,7 @@ class StoreWriter:
         return state.version + 1 if first == len(state.segments) else self.store.merge(first)
 
     def rollback(self) -> None:
-        """Discard everything since the last commit."""
+        """Discard all changes since the last commit."""
         if self._segment is not None:
             shutil.rmtree(self._segment.folder)
             self._segment = None

@@ -21,7 +21,7 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 class LossWeights:
     """Weights of the parts of the loss; tasks: weight of each task within the classification loss, by name.
 
-    write, match: weights of the two losses of creatives.
+    write, match, recon, align: weights of the losses of creatives.
     """
 
     generative: float
@@ -30,6 +30,8 @@ class LossWeights:
     tasks: Mapping[str, float] = field(default_factory=dict)
     write: float = 0.0
     match: float = 0.0
+    recon: float = 0.0
+    align: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> "LossWeights":
@@ -45,6 +47,8 @@ class LossWeights:
             tasks,
             creative.write,
             creative.match,
+            creative.recon,
+            creative.align,
         )
 
 
@@ -72,6 +76,10 @@ class StepStats:
     user_similarity: float = 0.0
     """Like `item_similarity`, for the user vectors of creatives."""
     user_similarities: float = 0.0
+    recon: float = 0.0
+    align: float = 0.0
+    align_negatives: float = 0.0
+    """Mean number of other users' rows that a creative is told apart from."""
     tasks: tuple[float, ...] = ()
     """Shares of the mean loss of each task, if there are several."""
 
@@ -107,12 +115,18 @@ class StepStats:
 @dataclass(frozen=True)
 class StepCounts:
     """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
-    weighted tokens of responses, and pairs of users and items to match."""
+    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives.
+
+    labelled: whether the exposures of a task have a weight at all; its divisor is 1 otherwise.
+    """
 
     tasks: tuple[float, ...]
     targets: float
     tokens: float = 1.0
     pairs: float = 1.0
+    profile_tokens: float = 1.0
+    creatives: float = 1.0
+    labelled: tuple[bool, ...] = ()
 
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
@@ -122,12 +136,15 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
         local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
-    *tasks, targets, tokens, pairs = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
-    return StepCounts(tuple(weight or 1.0 for weight in tasks), targets or 1.0, tokens or 1.0, pairs or 1.0)
+    found = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    counts = [count or 1.0 for count in found]
+    return StepCounts(tuple(counts[:-5]), *counts[-5:], labelled=tuple(count > 0 for count in found[:-5]))
 
 
-def _creative_counts(batch: HybridBatch) -> tuple[float, float]:
-    return (0.0, 0.0) if batch.creative is None else (batch.creative.token_weight, batch.creative.pairs)
+def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:
+    if (creative := batch.creative) is None:
+        return 0.0, 0.0, 0.0, 0.0
+    return creative.token_weight, creative.pairs, creative.profile_weight, float(creative.rows.numel())
 
 
 def micro_batch_loss(
@@ -155,11 +172,14 @@ def micro_batch_loss(
             output.generative.effective_negatives * share,
             output.generative.accuracy * share,
         )
-    write, match, user_spread, users_measured = *(classification.new_zeros(()) for _ in range(3)), 0.0
-    if output.creative is not None:
-        write, match = output.creative.write / counts.tokens, output.creative.match / counts.pairs
-        if output.creative.spread is not None:
-            user_spread, users_measured = output.creative.spread, 1.0
+    write, match, recon, align, negatives, user_spread = (classification.new_zeros(()) for _ in range(6))
+    users_measured = 0.0
+    if (creative := output.creative) is not None:
+        write, match = creative.write / counts.tokens, creative.match / counts.pairs
+        recon, align = creative.recon / counts.profile_tokens, creative.align / counts.creatives
+        negatives = creative.negatives / counts.creatives
+        if creative.spread is not None:
+            user_spread, users_measured = creative.spread, 1.0
     spread, measured = classification.new_zeros(()), 0.0
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
         spread, measured = embedding_spread(output.items), 1.0
@@ -167,14 +187,18 @@ def micro_batch_loss(
     loss = weights.classification * classification + weights.generative * generative + weights.value * value
     if output.creative is not None:
         loss = loss + weights.write * write + weights.match * match
+        if weights.recon or weights.align:
+            loss = loss + weights.recon * recon + weights.align * align
     if len(means) > 1:
         numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
-    numbers = [write, match, user_spread, *numbers]
-    # Order: three numbers of creatives, then the first six fields of StepStats, then one number per task.
+    of_creatives = {"write": write, "match": match, "recon": recon, "align": align}
+    of_creatives |= {"align_negatives": negatives, "user_similarity": user_spread}
+    numbers = [*of_creatives.values(), *numbers]
+    # Order: the numbers of creatives, then the first six fields of StepStats, then one number per task.
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    stats = replace(StepStats._of(shares[3:9], shares[9:]), similarities=measured, user_similarities=users_measured)
-    return loss, replace(stats, write=shares[0], match=shares[1], user_similarity=shares[2])
+    stats = replace(StepStats._of(shares[6:12], shares[12:]), similarities=measured, user_similarities=users_measured)
+    return loss, replace(stats, **dict(zip(of_creatives, shares, strict=False)))
 
 
 def describe_step(
@@ -194,6 +218,8 @@ def describe_step(
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
+        # Where the mean of all users is subtracted, what they have in common does no harm.
+        alarm = alarm and config.creative.soft.normalize == "none"
         return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
         found["loss_cls"] = cls
@@ -220,13 +246,25 @@ def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, col
     found = {"loss": weights.write * stats.write + weights.match * stats.match, "loss_write": stats.write}
     if weights.match > 0:
         found["loss_match"] = stats.match
+    if weights.recon > 0:
+        found["loss"] += weights.recon * stats.recon
+        found["loss_recon"] = stats.recon
+    if weights.align > 0:
+        found["loss"] += weights.align * stats.align
+        found |= {"loss_align": stats.align, "align_negatives": stats.align_negatives}
     _check_finite(found["loss"], norm)
+    if weights.align > 0 and not stats.align_negatives:
+        raise FloatingPointError(
+            "creative.losses.align: all creatives of the step are of one user, who has nobody to be told apart from; "
+            "raise creative.per_batch, or write align: 0"
+        )
     if stats.user_similarities:
         found["user_similarity"] = min(stats.user_similarity / stats.user_similarities, 1.0)
         if found["user_similarity"] > collapse_above:
             raise FloatingPointError(
                 f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
-                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set "
+                "creative.soft.normalize to standardize"
             )
     return found
 

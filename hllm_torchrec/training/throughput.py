@@ -2,12 +2,13 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.models.flops import flops_utilization, measured_matmul_peak
@@ -101,8 +102,10 @@ def creative_token_counts(batches: Sequence[HybridBatch]) -> tuple[int, int]:
     """(number of tokens, total number of keys that they attend to) of the Creative LLM, without soft tokens."""
     tokens = keys = 0
     for batch in batches:
-        if batch.creative is not None and batch.creative.rows.numel():
-            texts = batch.creative.texts
+        if batch.creative is None or not batch.creative.rows.numel():
+            continue
+        # Profiles are read for one loss or for two; they are counted once.
+        for texts in filter(None, (batch.creative.texts, batch.creative.profiles)):
             prefix, lengths = texts.prefix_ids.numel(), texts.cu_seqlens.diff()
             tokens += prefix + int(lengths.sum())
             keys += prefix * (prefix + 1) // 2 + int((lengths * prefix + lengths * (lengths + 1) // 2).sum())
@@ -169,6 +172,18 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
         matrices["item_embeddings"] = model.embed_items(sample, LiveItems(model.item_llm, item_encoder)).float()
         model.item_llm.train(was_training)
     return WeightSnapshot(matrices)
+
+
+def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) -> list[str]:
+    """A caution for each of the model's tasks that no step had a label for; labelled: the numbers of the others."""
+    objective = config.objective
+    if not objective.has_head or not objective.classification_weight or config.creative.enabled:
+        return []
+    return [
+        f"caution: {name}: no exposure of these steps had this label and a weight above 0: it was not trained"
+        for number, name in enumerate(tasks)
+        if number not in labelled
+    ]
 
 
 def summary_line(steps: int, live: int, moved: dict[str, float]) -> str:

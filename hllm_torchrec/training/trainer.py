@@ -25,13 +25,14 @@ from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.hash_tables import take_hash_counts
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
-from hllm_torchrec.evaluation.creative_scores import creative_metrics, score_creatives
+from hllm_torchrec.evaluation.creative_scores import creative_metrics, measure_user_vectors, score_creatives
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
 from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.experiment import Experiment
@@ -51,7 +52,7 @@ from hllm_torchrec.training.optim import (
 from hllm_torchrec.training.resume import changed_settings, check_schedule
 from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
-from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line
+from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line, untrained_tasks
 from hllm_torchrec.training.wandb_sink import open_run_log
 
 
@@ -99,6 +100,8 @@ class Trainer:
         self.validation = experiment.loader("valid", self.config.evaluation.batch_users)
         self.loaders: dict[StageConfig, Loader | CreativeLoader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
+        self.labelled: set[int] = set()  # numbers of the tasks that some step had labels for
+        self.creative_alone = False  # True in a stage that trains nothing else
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
         self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
@@ -144,6 +147,8 @@ class Trainer:
             )
         if self.rank == 0:
             say(summary_line(self.step, self._item_llm_steps(), moved))
+            for line in untrained_tasks(self.config, [task.name for task in self.hllm.tasks], self.labelled):
+                say(line)
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
@@ -196,6 +201,7 @@ class Trainer:
         self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         counts, stats = step_counts(batches), StepStats()
+        self.labelled |= {n for n, labelled in enumerate(counts.labelled) if labelled}
         for batch, coming in pairwise([*batches, next_batches[0] if next_batches else None]):
             assert batch is not None
             with self._no_sync() if batch is not batches[-1] else nullcontext():
@@ -210,6 +216,8 @@ class Trainer:
                 # All ranks agree, so that none enters the collectives of a backward pass that others skip.
                 if refused := self.guard.rejects_loss(loss):
                     break
+                if (bias := self.hllm.position_bias) is not None and bias.sums is not None:
+                    bias.follow(global_sum(bias.sums))
                 # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
                 (loss * self.world_size).backward()
         # Refused: a nan norm makes `_describe` record a failure and clear the gradients of earlier micro-batches.
@@ -281,6 +289,7 @@ class Trainer:
         A run resumed within a cached stage fills the cache again. It is the same as before, because the Item LLM is
         not trained in such a stage.
         """
+        self.creative_alone = segment.stage.trains == "creative"
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
         if segment.is_first_of_stage or (cached and self.hllm.encodes_items):
             self.experiment.use_live_items()
@@ -288,16 +297,22 @@ class Trainer:
                 self.experiment.use_cached_items()
             if self.hllm.needs_item_statistics:
                 self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
+            if self.hllm.creative_head is not None and self.hllm.creative_head.needs_statistics:
+                self.log.write("measured", self.step, part="users", **measure_user_vectors(self.experiment))
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
 
     def _set_learning_rates(self, ratio: float) -> None:
+        others = 0.0 if self.creative_alone else ratio
         for group, rate in zip(self.dense_optim.param_groups, self.base_learning_rates, strict=True):
-            group["lr"] = rate * ratio
-        self.table_optim.set_ratio(ratio)
+            group["lr"] = rate * (ratio if group["name"].startswith("creative") else others)
+        self.table_optim.set_ratio(others)
 
     def _part_rates(self) -> dict[str, float]:
-        parts = self.hllm.named_backbones()
-        return {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
+        optim, parts = self.config.optim, self.hllm.named_backbones()
+        rates = {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
+        if any(stage.trains == "creative" for stage in self.config.stages):  # parameter groups of their own
+            rates = {"creative": optim.lr, "creative_head": optim.lr} | rates
+        return rates
 
     def _log_start(self) -> None:
         if self.rank == 0:

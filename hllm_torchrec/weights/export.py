@@ -1,14 +1,14 @@
 """Export of a trained run to files that can be used without this library.
 
-    item_llm/            the Item LLM: a Hugging Face directory with tokenizer, and item_token.safetensors
-    sentence_transformers/  the same, as sentence-transformers loads it: see `weights.sentence_transformers`
-    creative_llm/        the Creative LLM, if there is one: a causal language model with tokenizer
-    user_llm/            the User LLM, without word embeddings (other user encoders are in parts.safetensors)
-    parts.safetensors    all other weights by their names in the model: projections, heads, tables, logit scale
-    config.yaml          the run's configuration, with the two directories as its pretrained models
-    README.md            model card: description, training, metrics, usage
+    item_llm/               the Item LLM: a Hugging Face directory with tokenizer, and item_token.safetensors
+    sentence_transformers/  the Item LLM in the format of sentence-transformers: see `weights.sentence_transformers`
+    creative_llm/           the Creative LLM, if there is one: a causal language model with tokenizer
+    user_llm/               the User LLM, without word embeddings (other user encoders are in parts.safetensors)
+    parts.safetensors       all other weights by their names in the model: projections, heads, tables, logit scale
+    config.yaml             the run's configuration, with the exported directories as its pretrained models
+    README.md               model card: description, training, metrics, usage
 
-Both directories can be `item_llm.pretrained` and `user.pretrained` of another run.
+The directories can be used as `item_llm.pretrained`, `user.pretrained` and `creative.pretrained` of another run.
 """
 
 import dataclasses
@@ -34,25 +34,27 @@ from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.lora import merged_state
+from hllm_torchrec.weights.creative_card import creative_section
 from hllm_torchrec.weights.huggingface import save_backbone, save_causal_model, without_word_embeddings
 from hllm_torchrec.weights.sentence_transformers import FOLDER, write_sentence_transformers
 
 FOLDERS = {"user": "user_llm", "creative": "creative_llm"}
-"""Part of the model -> its directory, where that is not its name."""
+"""Part of the model -> name of its directory, if it differs from the name of the part."""
 
 
 def export_huggingface(
     run: Path, which: str, output: Path, device: torch.device, dataset: Path | None = None
 ) -> str | None:
-    """Write the model of a run into `output`, from its checkpoint "best", "latest" or one by name.
+    """Write the model of a run into `output`, from its checkpoint `which`: "best", "latest" or a name.
 
-    Uses averaged weights (`optim.ema`) if the run has them. Runs in one process; the checkpoint may be of any number.
+    Uses averaged weights (`optim.ema`) if the run has them. Only for a single process; any number of ranks may have
+    saved the checkpoint.
 
     Returns:
-        The reason why there is no directory for sentence-transformers; None: there is one, or no Item LLM.
+        The reason why the directory for sentence-transformers is missing; None if it exists or there is no Item LLM.
 
     Raises:
-        ValueError: the run or checkpoint does not exist, or the output does.
+        ValueError: the run or the checkpoint does not exist, or `output` exists already.
     """
     if output.exists():
         raise ValueError(f"{output}: already exists; name another folder, or remove it")
@@ -77,7 +79,7 @@ def export_huggingface(
 
 
 def _export_sentences(loaded: LoadedRun, folder: Path) -> str | None:
-    """Write the directory for sentence-transformers; returns why there is none, or None."""
+    """Write the directory for sentence-transformers; return None, or the reason if it cannot be written."""
     item_llm = loaded.experiment.hllm.item_llm
     assert item_llm is not None, "the model has an Item LLM's directory"
     token = trained_item_token(str(folder / "item_llm"), item_llm.width)
@@ -90,24 +92,24 @@ def _export_sentences(loaded: LoadedRun, folder: Path) -> str | None:
 
 
 def full_state_dict(loaded: LoadedRun) -> dict[str, Tensor]:
-    """Return name -> weight, unsharded and on the CPU. For a single process."""
+    """Return name -> weight, unsharded and on the CPU. Only for a single process."""
     return {name: assemble_tensor(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
 
 
 def _export_part(part: NamedBackbone, state: dict[str, Tensor], target: Path) -> None:
-    """Write a Hugging Face model into `target`; its weights, adapters merged into them, leave the `state`."""
+    """Write a Hugging Face model into `target`, with its adapters merged; its weights are removed from `state`."""
     module, section, lora = part.module, part.section, part.section.lora
     assert module.backbone is not None
-    own = {key.removeprefix(part.prefix): state.pop(key) for key in sorted(state) if key.startswith(part.prefix)}
-    own = merged_state(own, lora.alpha / lora.rank if lora.rank else 0.0)
+    weights = {key.removeprefix(part.prefix): state.pop(key) for key in sorted(state) if key.startswith(part.prefix)}
+    weights = merged_state(weights, lora.alpha / lora.rank if lora.rank else 0.0)
     if isinstance(section, ItemLLMConfig):
-        save_backbone(module.backbone.config, own, target, state.pop(f"{part.name}.item_token"))
+        save_backbone(module.backbone.config, weights, target, state.pop(f"{part.name}.item_token"))
         _copy_tokenizer(section, target)
     elif isinstance(section, CreativeConfig):
-        save_causal_model(module.backbone.config, own, state.pop(f"{part.name}.head.weight", None), target)
+        save_causal_model(module.backbone.config, weights, state.pop(f"{part.name}.head.weight", None), target)
         _copy_tokenizer(section, target)
     else:
-        save_backbone(*without_word_embeddings(module.backbone.config, own), target)
+        save_backbone(*without_word_embeddings(module.backbone.config, weights), target)
 
 
 def _copy_tokenizer(section: ItemLLMConfig | CreativeConfig, target: Path) -> None:
@@ -118,13 +120,13 @@ def _copy_tokenizer(section: ItemLLMConfig | CreativeConfig, target: Path) -> No
 
 
 def _pretrained(section: Section, directory: str) -> Section:
-    """The section of a run that begins with the exported model."""
+    """Return the configuration section of a part for a run that starts from the exported model."""
     onward = dataclasses.replace(section, pretrained=directory, shape=None, layers=None, lora=LoRAConfig())
     if isinstance(onward, CreativeConfig):
         return dataclasses.replace(onward, tokenizer=None)
     if not isinstance(section, ItemLLMConfig) or not isinstance(onward, ItemLLMConfig):
         return onward
-    # What came from the checkpoint's sentence-transformers files, which are not in the new directory.
+    # Set explicitly what the original checkpoint's sentence-transformers files may define: they are not exported.
     form = text_format("item_llm", section)
     return dataclasses.replace(
         onward,
@@ -139,7 +141,7 @@ def _pretrained(section: Section, directory: str) -> Section:
 def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str:
     """Write the README of an exported model, in Markdown with Hugging Face's header.
 
-    left_out: why there is no directory for sentence-transformers.
+    left_out: reason why the directory for sentence-transformers is missing, or None.
     """
     config, experiment = loaded.experiment.config, loaded.experiment
     item, user = config.item_llm, config.user
@@ -159,7 +161,8 @@ def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str
     sentences = _SENTENCES.format(folder=FOLDER) if left_out is None else f"None for this model: {left_out}."
     if not item.enabled:
         sentences = "None: the model has no Item LLM."
-    return _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
+    card = _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
+    return card + (creative_section(config.creative, experiment.dataset) if config.creative.enabled else "")
 
 
 def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
@@ -198,8 +201,8 @@ tags: [recommendation, hllm, hllm_torchrec]
 
 # {name}
 
-A hybrid recommender after HLLM (arXiv 2409.12740): the Item LLM turns an item's text into an embedding, the user
-encoder a history of them into an interest.
+A hybrid recommender after HLLM (arXiv 2409.12740): the Item LLM encodes an item's text as an embedding, and the user
+encoder encodes a history of item embeddings as an interest vector.
 
 | | |
 |---|---|
@@ -221,7 +224,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("item_llm"), AutoModel.from_pretrained("item_llm")
-item = load_file("item_llm/item_token.safetensors")["item_token"]     # goes behind the text's word embeddings
+item = load_file("item_llm/item_token.safetensors")["item_token"]     # appended to the word embeddings of the text
 words = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input_ids"])
 embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).last_hidden_state[0, -1]
 ```

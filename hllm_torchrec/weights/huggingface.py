@@ -1,4 +1,4 @@
-"""Saving of backbones as Hugging Face directories, which transformers loads without this library."""
+"""Saving of backbones as Hugging Face directories, which transformers can load without this library."""
 
 import copy
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ WORDS = "embed_tokens.weight"
 def save_backbone(
     config: "PreTrainedConfig", state: Mapping[str, Tensor], target: Path, item_token: Tensor | None = None
 ) -> None:
-    """Write a bare model (`AutoModel`, no head) into the folder `target`.
+    """Write a model without head (`AutoModel`) into the folder `target`.
 
     Args:
-        config: of the model; not modified.
-        state: its weights by their bare names (`layers.0...`); all of one dtype.
-        item_token: [D] the [ITEM] vector, stored in a separate file of the folder; None: there is none.
+        config: configuration of the model; not modified.
+        state: weights of the model by their names in `AutoModel` (`layers.0...`); all of one dtype.
+        item_token: the [ITEM] vector [D], which is stored in a separate file of the folder, or None.
 
     Raises:
-        ValueError: weights are missing, unknown to the model, or of another shape.
+        ValueError: weights are missing, unknown to the model, or have another shape.
     """
     from transformers import AutoModel
 
@@ -38,7 +38,7 @@ def save_backbone(
     config._attn_implementation = "eager"  # every model has it, and config.json does not name it
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
-    # BERT's pooler is not used by this library, so the state may lack it: the saved model then has none.
+    # This library does not use BERT's pooler, so `state` may lack it: the model is then saved without a pooler.
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in state):
         model.pooler = None
     _check_state(model.state_dict(), state, target)
@@ -54,12 +54,12 @@ def save_causal_model(
     """Write a causal language model (`AutoModelForCausalLM`) into the folder `target`.
 
     Args:
-        config: of its bare model; not modified.
-        state: the bare model's weights by their bare names; all of one dtype.
+        config: configuration of its model without head; not modified.
+        state: weights of the model without head by their names in `AutoModel`; all of one dtype.
         head: [V, C] weight of the vocabulary head; None: tied to the word embeddings.
 
     Raises:
-        ValueError: weights are missing, unknown to the model, or of another shape.
+        ValueError: weights are missing, unknown to the model, or have another shape.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,9 +80,9 @@ def save_causal_model(
 def without_word_embeddings(
     config: "PreTrainedConfig", state: Mapping[str, Tensor]
 ) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
-    """Reduce a decoder that reads only vectors to a vocabulary of one word with a zero embedding.
+    """Return config and weights of a decoder that reads only vectors, with a vocabulary of one word of embedding 0.
 
-    transformers cannot omit word embeddings, and would initialize missing ones at random.
+    transformers requires word embeddings, and would initialize missing ones at random.
     """
     config, state = copy.deepcopy(config), dict(state)
     config.vocab_size = 1
@@ -92,9 +92,10 @@ def without_word_embeddings(
     return config, state
 
 
-def _check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], target: Path) -> None:
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], target: Path) -> None:
+    """Raise ValueError if the names or shapes of `state` differ from those of the model's `expected` weights."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
     if missing:
         raise ValueError(f"{target.name}: {len(missing)} weights are missing, e.g. {missing[0]}: give the config of "
                          "the model that was trained")  # fmt: skip
@@ -104,6 +105,6 @@ def _check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], target:
     if shapes:
         name = min(shapes)
         raise ValueError(
-            f"{target.name}: {name} is {tuple(state[name].shape)}, the config wants {tuple(own[name].shape)}: give "
-            "the config of the model that was trained"
+            f"{target.name}: {name} is {tuple(state[name].shape)}, the config wants {tuple(expected[name].shape)}: "
+            "give the config of the model that was trained"
         )

@@ -4,10 +4,10 @@
     item_emb_tokens [1, 1, D] the [ITEM] vector                            -> item_llm/item_token.safetensors
     logit_scale []            log of the inverse temperature               -> objective.temperature of config.yaml
 
-The vocabulary heads and the User LLM's word embeddings are omitted, as no embedding depends on them. The published code
-counts an item's positions backwards from `max_text_length` and a user's from the left padding; with rotary positions,
-which depend on distances only, that is the same function as counting from 0. Models with absolute positions are
-therefore refused.
+The vocabulary heads and the User LLM's word embeddings are omitted, because item and user embeddings do not depend on
+them. The published code numbers an item's positions backwards from `max_text_length`, and those of a history including
+the padding on its left; this library counts both from 0. With rotary positions, which depend only on distances, the
+results are equal. Models with other positions are refused.
 """
 
 import json
@@ -30,15 +30,16 @@ from hllm_torchrec.modules.losses.objectives import MAX_SCALE
 from hllm_torchrec.weights.huggingface import WORDS, save_backbone, without_word_embeddings
 
 PROMPT = "Compress the following sentence into embedding: "
-"""Prompt before every item's text in the published code."""
+"""Prefix of every item's text in the published code."""
 
 NCE_THRESHOLD = 0.99
-"""Cosine with the positive above which the published code masks a negative (`nce_thres`)."""
+"""The published code masks negatives whose cosine with the positive is above this value (`nce_thres`)."""
 
 
 @dataclass(frozen=True)
 class PublicHLLM:
-    """The contents of a checkpoint. item_llm, user_llm: weights by bare names; item_token: [D]; temperature: > 0."""
+    """Contents of a checkpoint. item_llm, user_llm: weights by their names in `AutoModel`; item_token: [D];
+    temperature: > 0."""
 
     item_llm: dict[str, Tensor]
     user_llm: dict[str, Tensor]
@@ -50,8 +51,8 @@ class PublicHLLM:
 class TextOptions:
     """Text and history options of the training run, which the checkpoint does not contain.
 
-    prompt, text_keys: the text is prompt + `key: value` of each key, without a separator; max_text_length: in tokens;
-    max_history: in events.
+    prompt, text_keys: an item's text is the prompt followed by `key: value` for each key, without a separator;
+    max_text_length: in tokens; max_history: in events.
     """
 
     prompt: str = PROMPT
@@ -61,10 +62,10 @@ class TextOptions:
 
 
 def read_public(checkpoint: Path) -> PublicHLLM:
-    """Read a `pytorch_model.bin` with `weights_only=True`: no code in it is executed.
+    """Read a `pytorch_model.bin` with `weights_only=True`, which executes no code from it.
 
     Raises:
-        ValueError: the file does not exist, contains more than tensors, or lacks a part of HLLM.
+        ValueError: the file does not exist, contains anything except tensors, or lacks a part of HLLM.
     """
     state = _load(checkpoint)
     missing = [name for name in ("item_emb_tokens", "logit_scale") if name not in state]
@@ -75,7 +76,7 @@ def read_public(checkpoint: Path) -> PublicHLLM:
             f"{checkpoint}: has no {', '.join(missing)}: not a checkpoint of the published HLLM code, which also has "
             f"them; found e.g. {', '.join(sorted(state)[:3])}"
         )
-    # Training clamps the scale in the same way, so larger values were never used.
+    # The published training code clamps the scale to the same maximum, so larger values had no effect.
     scale = min(float(state["logit_scale"].float().exp()), MAX_SCALE)
     return PublicHLLM(parts["item_llm"], parts["user_llm"], state["item_emb_tokens"].reshape(-1), 1 / scale)
 
@@ -83,18 +84,18 @@ def read_public(checkpoint: Path) -> PublicHLLM:
 def import_public(
     checkpoint: Path, item_llm: Path, user_llm: Path, output: Path, text: TextOptions, dataset: str = "data/hllm"
 ) -> None:
-    """Write `output`: `item_llm/`, `user_llm/` and a `config.yaml` to continue training from them.
+    """Convert a checkpoint to the folder `output`: `item_llm/`, `user_llm/`, and a `config.yaml` to train from them.
 
     Args:
-        checkpoint: `pytorch_model.bin`.
-        item_llm, user_llm: Hugging Face directories of the models that training started from; their configs are read,
-            and the Item LLM's tokenizer is copied. Weights are not needed.
-        output: a new folder; it appears when it is complete.
-        dataset: path of the dataset in the configuration.
+        checkpoint: path of `pytorch_model.bin`.
+        item_llm, user_llm: Hugging Face directories of the models from which training started. Only their configs and
+            the Item LLM's tokenizer are read.
+        output: a new folder, created atomically.
+        dataset: path of the dataset in the written configuration.
 
     Raises:
-        ValueError: as `read_public`; a config that does not fit the weights; positions that are not rotary; no
-            tokenizer; the output exists.
+        ValueError: as `read_public`; or a config does not fit the weights, the positions are not rotary, the Item LLM
+            has no tokenizer, or `output` exists.
     """
     if output.exists():
         raise ValueError(f"{output}: already exists; name another folder, or remove it")
@@ -114,10 +115,10 @@ def import_public(
 
 
 def rotary_config(directory: Path) -> PreTrainedConfig:
-    """Read the config of a decoder with rotary positions; that of Baichuan2-7B is converted to the equivalent Llama.
+    """Read the config of a decoder with rotary positions; that of Baichuan2-7B is converted to an equivalent Llama's.
 
     Raises:
-        ValueError: there is no config, or its positions are not rotary.
+        ValueError: the directory has no config.json, or the positions are not rotary.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -135,7 +136,11 @@ def rotary_config(directory: Path) -> PreTrainedConfig:
 
 
 def _baichuan(facts: dict[str, Any], directory: Path) -> LlamaConfig:
-    """Convert the config of Baichuan2-7B, a Llama with q, k and v in one matrix; 13B has ALiBi positions: refused."""
+    """Convert the config of Baichuan2-7B, which is a Llama with q, k and v in one matrix.
+
+    Raises:
+        ValueError: it is that of Baichuan2-13B, which has ALiBi positions.
+    """
     if "max_position_embeddings" not in facts:
         raise ValueError(f"{directory}: Baichuan2-13B has ALiBi positions, no rotary ones: only 7B can be converted")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -157,7 +162,10 @@ def _load(checkpoint: Path) -> Mapping[str, Tensor]:
 
 
 def _bare(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of one LLM by bare names: without `model.`, head and cached rotations; W_pack is split."""
+    """Yield (name in `AutoModel`, weight) of the LLM with this prefix.
+
+    The vocabulary head and cached rotary frequencies are left out; Baichuan2's W_pack is split into q, k and v.
+    """
     for name, weight in state.items():
         if not name.startswith(prefix) or name.endswith("rotary_emb.inv_freq"):
             continue
@@ -174,7 +182,7 @@ def _bare(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tenso
 
 
 def _settings(output: Path, temperature: float, text: TextOptions, dataset: str) -> dict[str, Any]:
-    """Make a configuration like the published one: generative, without IDs and time features."""
+    """Return a configuration like the published one: generative loss only, without IDs, actions and time features."""
     assert math.isfinite(temperature) and temperature > 0
     return {
         "output": str(output),
@@ -192,7 +200,7 @@ def _settings(output: Path, temperature: float, text: TextOptions, dataset: str)
             "fusion": "none",
             "negatives": 512,
             "positive_targets_only": False,
-            # The published loss masks negatives by their cosine with the positive, and no others.
+            # The published loss masks negatives only by their cosine with the positive.
             "mask_own_items": False,
             "mask_cosine_above": NCE_THRESHOLD,
             "temperature": temperature,

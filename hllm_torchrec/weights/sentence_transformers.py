@@ -1,4 +1,4 @@
-"""Export of an Item LLM as a folder that sentence-transformers loads as it is (vLLM reads such files: not run here).
+"""Export of an Item LLM as a folder that sentence-transformers can load. (vLLM reads such folders too; not tested.)
 
     modules.json                      Transformer, Pooling and, if embeddings are normalized, Normalize
     1_Pooling/config.json             mean, cls or lasttoken
@@ -6,10 +6,10 @@
     config_sentence_transformers.json the prompt, applied to every text
     config.json, model.safetensors, tokenizer files
 
-With pooling "item" the learned [ITEM] vector becomes the word embedding of a new token, which the tokenizer puts after
-every text, and the pooling reads the last token. What was written is compared with the run: where transformers by
-itself reads texts otherwise (a tokenizer that cannot be changed, a model with a reading of its own here), nothing is
-written.
+With pooling "item" the learned [ITEM] vector becomes the word embedding of a new token, which the tokenizer appends to
+every text, and the pooling reads the last token. After writing, the folder is loaded with transformers, and the tokens
+and embeddings of a few items are compared with those of the run. If they differ, the folder is removed: for example if
+the tokenizer's template cannot be changed, or if this library runs the model in another way than transformers.
 """
 
 import json
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 FOLDER = "sentence_transformers"
 ITEM_TOKEN = "[ITEM]"
 COMPARED = 8
-"""Items whose tokens and embeddings are compared with the run's."""
+"""Number of items whose tokens and embeddings are compared with those of the run."""
 _MODES = {"item": "lasttoken", "last": "lasttoken", "mean": "mean", "cls": "cls"}
 _PACKAGE = "sentence_transformers"
 
 
 def write_sentence_transformers(experiment: Experiment, item_llm: Path, item_token: Tensor, target: Path) -> None:
-    """Write the Item LLM of a run, exported to the directory `item_llm`, into the new folder `target`.
+    """Write the Item LLM of a run into the new folder `target`, in the format of sentence-transformers.
 
-    item_token: [D] the [ITEM] vector.
+    item_llm: Hugging Face directory of the exported Item LLM; item_token: the [ITEM] vector [D].
 
     Raises:
-        ArgumentError: sentence-transformers would compute other embeddings; `target` is then removed.
+        ArgumentError: the folder would give other tokens or embeddings than the run; `target` is removed.
     """
     section, form = experiment.config.item_llm, text_format("item_llm", experiment.config.item_llm)
     shutil.copytree(item_llm, target, ignore=shutil.ignore_patterns("item_token.safetensors"))
@@ -58,7 +58,7 @@ def write_sentence_transformers(experiment: Experiment, item_llm: Path, item_tok
         elif not form.keeps_end:
             _close_texts(tokenizer, [])
         tokenizer.model_max_length, tokenizer.padding_side = longest, "right"
-        if tokenizer.pad_token is None:  # any token: the mask leaves it out
+        if tokenizer.pad_token is None:  # any token will do, because the attention mask excludes padding
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         tokenizer.save_pretrained(str(target))
         model.save_pretrained(str(target))
@@ -78,7 +78,7 @@ def _read(directory: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
 
 
 def _append_item_token(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", item_token: Tensor) -> None:
-    """Give [ITEM] a row of the word embeddings, and make the tokenizer put it after every text."""
+    """Add [ITEM] to the word embeddings, and make the tokenizer append it to every text."""
     if ITEM_TOKEN in tokenizer.get_vocab():
         raise ArgumentError(f"the tokenizer already has a token {ITEM_TOKEN}")
     tokenizer.add_special_tokens({"additional_special_tokens": [ITEM_TOKEN]})
@@ -87,14 +87,15 @@ def _append_item_token(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedM
     if row >= words.num_embeddings:
         model.resize_token_embeddings(row + 1, mean_resizing=False)
         words = model.get_input_embeddings()
-    # Some models (Gemma) scale word embeddings after the lookup; the vector was trained behind that scale.
+    # Some models (Gemma) scale word embeddings after the lookup. The run adds the [ITEM] vector after this scaling, so
+    # it is divided by the scale.
     with torch.no_grad():
         words.weight[row] = item_token / getattr(words, "scalar_embed_scale", 1.0)
     _close_texts(tokenizer, [ITEM_TOKEN])
 
 
 def _close_texts(tokenizer: "PreTrainedTokenizerBase", after: Sequence[str]) -> None:
-    """Make the tokenizer put the tokens `after` behind a text, in the place of those that it puts there by itself."""
+    """Make the tokenizer append the tokens `after` to every text, instead of the special tokens that it appends."""
     from tokenizers.processors import TemplateProcessing
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -113,7 +114,7 @@ def _tokens_before(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def _write_modules(target: Path, form: TextFormat, width: int, longest: int) -> None:
-    """Write the files by which sentence-transformers knows how embeddings are made."""
+    """Write the configuration files of sentence-transformers: modules, pooling, maximum length and prompt."""
     mode = _MODES[form.pooling]
     kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), *([("Normalize", "2_Normalize")] * form.normalize)]
     modules = [
@@ -138,7 +139,7 @@ def _write_modules(target: Path, form: TextFormat, width: int, longest: int) -> 
 
 
 def _compare(experiment: Experiment, section: ItemLLMConfig, form: TextFormat, target: Path) -> None:
-    """Compare tokens and embeddings of a few items with the run's. Raises ArgumentError if they differ."""
+    """Raise ArgumentError if the exported folder gives other tokens or embeddings of a few items than the run."""
     assert experiment.item_encoder is not None
     tokenizer, model = _read(target)
     texts = next(item_texts(experiment.dataset, form.prompt, section.text_keys, section.separator))[:COMPARED]
@@ -147,20 +148,20 @@ def _compare(experiment: Experiment, section: ItemLLMConfig, form: TextFormat, t
     _compare_tokens(store, items, ids, tokenizer.convert_tokens_to_ids(ITEM_TOKEN) if form.pooling == "item" else None)
     ours = _embeddings_of_run(experiment, items)
     theirs = torch.stack([_pooled(model, row, form) for row in ids if row])
-    kept = torch.tensor([bool(row) for row in ids])
-    error = (ours[kept] - theirs).norm(dim=1) / ours[kept].norm(dim=1)
+    has_tokens = torch.tensor([bool(row) for row in ids])
+    error = (ours[has_tokens] - theirs).norm(dim=1) / ours[has_tokens].norm(dim=1)
     if error.max() > 1e-4:
         raise ArgumentError(
-            f"transformers by itself computes other embeddings than the run, by {error.max():.1%} of their length"
+            f"transformers computes other embeddings than the run: they differ by {error.max():.1%} of their length"
         )
 
 
 def _compare_tokens(store: TokenStore, items: np.ndarray, ids: list[list[int]], last: int | None) -> None:
     values, offsets = store.gather(items)
     for number, row in enumerate(ids):
-        own = [*values[offsets[number] : offsets[number + 1]].tolist(), *([] if last is None else [last])]
-        if row != own:
-            raise ArgumentError(f"its tokenizer by itself reads the text of item {items[number]} as other tokens")
+        of_run = [*values[offsets[number] : offsets[number + 1]].tolist(), *([] if last is None else [last])]
+        if row != of_run:
+            raise ArgumentError(f"the exported tokenizer gives other tokens for the text of item {items[number]}")
 
 
 @torch.no_grad()

@@ -41,6 +41,14 @@ class LastLayerRows:
         return self.plan.attend(query, key, value, scaling, dropout)
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """The plan of a fused last layer, which by itself computes outputs of `rows` [U] only (`encoders.fused_llama`)."""
+
+    plan: WholeTextPlan
+    rows: Tensor
+
+
 @dataclass
 class _CaptureKeysValues:
     """A `TextPlan` that captures keys and values, and computes no attention."""
@@ -93,6 +101,9 @@ def _last_layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if not isinstance(plan, LastLayerRows):
         return None
     (hidden,) = args
+    runs_fused = getattr(layer, "runs_fused", None)
+    if runs_fused is not None and runs_fused(hidden, plan):
+        return args, kwargs | {"hllm_plan": ReadRows(plan.plan, plan.rows)}
     keep = _CaptureKeysValues(plan.longest)
     # The layer will repeat the norm for the read rows; here it feeds the key and value projections of all rows.
     normed = layer.get_submodule("input_layernorm")(hidden)

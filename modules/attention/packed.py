@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as apply_dropout
-from torch.nn.functional import scaled_dot_product_attention
 
 from hllm_torchrec.common.errors import ArgumentError
+from hllm_torchrec.modules.attention.dense_attention import attention
 from hllm_torchrec.modules.attention.text import LimitedPlan, ScoreLimits, TextPlan
 from hllm_torchrec.modules.jagged import (
     MOST_SCORES,
@@ -218,7 +218,7 @@ def _history_attention(
 ) -> Tensor:
     # Right padding lies in the future of every real position, so a causal model needs no padding mask.
     mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
-    return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+    return attention(q, k, v, mask, causal, scaling, dropout)
 
 
 def _query_attention(

@@ -19,8 +19,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
-from torch.nn.functional import scaled_dot_product_attention
 
+from hllm_torchrec.modules.attention.dense_attention import attention
 from hllm_torchrec.modules.jagged import bucket_bounds
 
 WASTE = {"cpu": (0.06, 4), "cuda": (0.25, 16)}
@@ -276,17 +276,16 @@ def grouped_attention(
     dropout: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Run SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H, and causal means M = N."""
+    """Attend with q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H, and causal means M = N."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    shares = groups > 1 and q.device.type == "cpu" and softcap is None  # on CUDA not every kernel has grouped queries
-    if groups > 1 and not shares:
+    # On CUDA not every kernel of SDPA has grouped queries.
+    if groups > 1 and (q.device.type != "cpu" or softcap is not None):
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is not None:
-        return _capped_attention(q, k, v, mask, causal, scaling, dropout, softcap).transpose(1, 2).flatten(0, 1)
-    out = scaled_dot_product_attention(
-        q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shares
-    )
+        out = _capped_attention(q, k, v, mask, causal, scaling, dropout, softcap)
+    else:
+        out = attention(q, k, v, mask, causal, scaling, dropout)
     return out.transpose(1, 2).flatten(0, 1)
 
 

@@ -52,12 +52,22 @@ class PackedTexts:
         """[N] number of tokens of each response."""
         return lengths_from_offsets(self.cu_seqlens) - self.response_from
 
+    def responses(self) -> "PackedTexts":
+        """The responses as texts of their own, with soft tokens behind and nothing to score."""
+        count = self.response_tokens
+        offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        shift = self.cu_seqlens[:-1] + self.response_from - offsets[:-1]
+        at = torch.arange(int(count.sum()), device=count.device) + torch.repeat_interleave(shift, count)
+        return PackedTexts(self.token_ids[at], offsets, count, count, self.prefix_ids[:0])
+
 
 class CreativeOutput(NamedTuple):
-    """nll: [N] negative log-likelihood of each response in nats; tokens: [N] int64 its number of tokens."""
+    """nll: [N] negative log-likelihood of each response in nats; tokens: [N] int64 its number of tokens; last: [N, C]
+    hidden state of each text's last row."""
 
     nll: Tensor
     tokens: Tensor
+    last: Tensor
 
 
 class CreativeLLM(nn.Module):
@@ -109,7 +119,7 @@ class CreativeLLM(nn.Module):
     def forward(self, texts: PackedTexts, soft: Tensor) -> CreativeOutput:
         """Score the responses; soft: [N, k, C]. A rank without creatives runs one row, to join collectives."""
         if texts.soft_at.numel() == 0:
-            return CreativeOutput(self._without_texts(soft), texts.response_tokens)
+            return CreativeOutput(*self._without_texts(soft))
         hidden, packing = self._encode(texts, soft)
         count = texts.response_tokens
         text_of = torch.repeat_interleave(count)
@@ -120,7 +130,8 @@ class CreativeLLM(nn.Module):
         rows = first_row[text_of] + place + soft.shape[1] - 1
         targets = texts.token_ids[texts.cu_seqlens[text_of] + place]
         nll = token_nll(hidden.index_select(0, rows), self.head_weight, targets)
-        return CreativeOutput(nll.new_zeros(count.numel()).index_add(0, text_of, nll), count)
+        nll = nll.new_zeros(count.numel()).index_add(0, text_of, nll)
+        return CreativeOutput(nll, count, hidden.index_select(0, packing.last_rows))
 
     def _encode(self, texts: PackedTexts, soft: Tensor) -> tuple[Tensor, TextPacking]:
         """Last hidden states [P + R, C], in the order of the packing."""
@@ -150,11 +161,12 @@ class CreativeLLM(nn.Module):
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def _without_texts(self, soft: Tensor) -> Tensor:
-        """[0] losses whose graph holds every weight."""
+    def _without_texts(self, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[0] losses, numbers of tokens and [0, C] states whose graph holds every weight."""
         word = self.embed(soft.new_zeros(1, dtype=torch.int64))
         hidden = self._run(word + soft.sum(), TextLayout([1]))
-        return token_nll(hidden, self.head_weight, torch.zeros(1, dtype=torch.int64, device=soft.device))[:0]
+        none = torch.zeros(1, dtype=torch.int64, device=soft.device)
+        return token_nll(hidden, self.head_weight, none)[:0], none[:0], hidden[:0]
 
     def blocks(self) -> nn.ModuleList:
         """The backbone's layers: the units of compilation, sharding (FSDP2) and recomputation."""

@@ -1,9 +1,10 @@
-"""Decoding of responses for several users of one item: keys and values of what stands before {user} are computed once.
+"""Decoding of responses for users of items: keys and values of what stands before {user} are computed once per item.
 
 A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and
 a cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
 
-Legend: B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head, C width.
+Legend: I items, B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head,
+C width.
 """
 
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Decoded:
 class _CachedPlan:
     """Causal `TextPlan` for n rows of each of B sequences that follow cached positions; holds what it computes.
 
-    The cached keys and values [1 or B, L, G, E] of a prefix are shared by all sequences until they have rows of their
-    own.
+    cached: keys and values [1 or B, L, G, E] of each layer; those of one prefix are shared by all sequences until they
+    have rows of their own.
     """
 
     def __init__(self, cached: list[KeysValues], number: int, new: int, device: torch.device) -> None:
@@ -74,16 +75,18 @@ def decode(
     soft: Tensor,
     options: DecodeOptions,
     generators: list[torch.Generator] | None = None,
+    item_of: Tensor | None = None,
 ) -> Decoded:
-    """Write a response for each of B users of one item: before, soft tokens, after, then the response.
+    """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
 
-    All users have the same number of positions, so nothing is padded, and a response depends on no other user's.
+    All prompts have the same number of positions, so there is no padding, and responses are independent of each other.
 
     Args:
         llm: in evaluation mode.
-        before, after: int64 [p], [a], the prompt's tokens on both sides of {user}; a + k >= 1.
+        before, after: int64 [I, p], [I, a], the prompts' tokens on both sides of {user}; of one item also [p], [a].
         soft: [B, k, C].
         generators: one for each user, on the CPU; needed for sampling.
+        item_of: int64 [B] item of each user; None: there is one item.
 
     Raises:
         ValueError: sampling without generators.
@@ -91,10 +94,14 @@ def decode(
     number, device = soft.shape[0], soft.device
     if options.temperature > 0 and (generators is None or len(generators) != number):
         raise ValueError(f"sampling for {number} users needs a generator for each")
+    of = torch.zeros(number, dtype=torch.int64, device=device) if item_of is None else item_of
+    before, after = torch.atleast_2d(before), torch.atleast_2d(after)
     cached: list[KeysValues] = []
-    if before.numel():
-        _, cached = _run(llm, llm.embed(before)[None], [])
-    behind = llm.embed(after)[None].expand(number, -1, -1)
+    if before.shape[1]:
+        _, cached = _run(llm, llm.embed(before), [])
+        if before.shape[0] > 1:
+            cached = [KeysValues(one.keys[of], one.values[of]) for one in cached]
+    behind = llm.embed(after)[of]
     hidden, cached = _run(llm, torch.cat([soft.to(behind.dtype), behind], 1), cached)
     written, log_prob = [], torch.zeros(number, device=device)
     stopped = torch.zeros(number, dtype=torch.bool, device=device)

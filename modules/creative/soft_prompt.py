@@ -7,26 +7,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hllm_torchrec.modules.features.standardize import Standardize, Whiten
+
+NORMALIZERS: dict[str, type[Standardize | Whiten]] = {"standardize": Standardize, "whiten": Whiten}
+
 
 class SoftPrompt(nn.Module):
     """users [N, D] -> soft tokens [N, k, C]; a learned vector stands for an unknown user.
 
     Tokens are RMS-normalized and multiplied by a learned gain, which starts at `scale`, the RMS of the model's word
     vectors: without this, torch's default initialization makes them several times as large as a word vector, and with
-    trained user vectors their size is arbitrary.
+    trained user vectors their size is arbitrary. User vectors of a trained encoder are nearly parallel (a mean cosine
+    of 0.7 on MovieLens), so that normalized tokens of all users would be nearly the same: `normalize` subtracts what is
+    common to them first, by statistics that are measured once, before training. It is affine: a mean of users becomes
+    the mean of what they become.
 
     Args:
         user_width, width: D and C.
         tokens: k.
         hidden: width of an MLP's hidden layer; 0: one linear layer without bias, as published.
-        scale: initial gain; None: no normalization and no gain, as published.
+        scale: initial gain; None: no RMS normalization and no gain, as published.
+        normalize: standardize, whiten (`modules.features.standardize`) or none: users are read as they are.
     """
 
     def __init__(
-        self, user_width: int, width: int, tokens: int = 1, hidden: int = 0, scale: float | None = None
+        self,
+        user_width: int,
+        width: int,
+        tokens: int = 1,
+        hidden: int = 0,
+        scale: float | None = None,
+        normalize: str = "none",
     ) -> None:
         super().__init__()
         self.tokens, self.width = tokens, width
+        self.normalize = None if normalize == "none" else NORMALIZERS[normalize](user_width)
         self.project: nn.Module = nn.Linear(user_width, tokens * width, bias=False)
         if hidden:
             self.project = nn.Sequential(
@@ -38,6 +53,8 @@ class SoftPrompt(nn.Module):
 
     def forward(self, users: Tensor, is_null: Tensor) -> Tensor:
         """users [N, D], is_null [N] bool (an unknown user: `users` is not read) -> [N, k, C]."""
+        if self.normalize is not None:
+            users = self.normalize(users)
         soft = self.project(users).unflatten(-1, (self.tokens, self.width))
         if self.gain is not None:
             soft = F.rms_norm(soft.float(), (self.width,), eps=1e-6) * self.gain

@@ -37,7 +37,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk_size: int | N
 
 def _probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """nll [y] of a chunk, and d nll / d logits [y, V] = softmax - one-hot; at least float32."""
-    logits = hidden @ head.to(hidden.dtype).T
+    logits = hidden @ head.T
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     nll = -log_p.gather(1, targets[:, None])[:, 0]
     slope = log_p.exp_()
@@ -50,11 +50,12 @@ class _TokenNll(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         losses, slopes = [], []
+        cast = head.to(hidden.dtype)  # once, not per chunk: the largest weight of a small model
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            nll, slope = _probabilities(h, head, t)
+            nll, slope = _probabilities(h, cast, t)
             losses.append(nll)
             if needs_hidden:
-                slopes.append(slope.to(h.dtype) @ head.to(h.dtype))
+                slopes.append(slope.to(h.dtype) @ cast)
         empty = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(
@@ -70,9 +71,9 @@ class _TokenNll(torch.autograd.Function):
         d_hidden = None if slopes is None else slopes * grad[:, None].to(slopes.dtype)
         if head is None:
             return d_hidden, None, None, None
-        d_head = torch.zeros_like(head)
+        d_head, cast = torch.zeros_like(head), head.to(hidden.dtype)
         parts = (x.split(ctx.chunk_size) for x in (hidden, targets, grad))
         for h, t, g in zip(*parts, strict=True):
-            _, slope = _probabilities(h, head, t)
+            _, slope = _probabilities(h, cast, t)
             d_head += ((slope * g[:, None]).to(h.dtype).T @ h).to(head.dtype)
         return d_hidden, d_head, None, None

@@ -40,8 +40,8 @@ ITEMS, TINY_ITEMS = 600_000, 300
 def cases(tables: Path) -> dict[str, dict[str, Any]]:
     """Name -> configuration, options, ranks, and whether `--quick` runs it. tables: a dataset of many items."""
     return {
-        "quickstart": {"config": "configs/quickstart.yaml", "options": [], "ranks": 1, "quick": True},
-        "quickstart, 2 ranks": {"config": "configs/quickstart.yaml", "options": [], "ranks": 2, "quick": False},
+        "trained": {"config": "configs/ml100k/trained.yaml", "options": [], "ranks": 1, "quick": True},
+        "trained, 2 ranks": {"config": "configs/ml100k/trained.yaml", "options": [], "ranks": 2, "quick": False},
         "item tables, 2 ranks": {
             "config": "configs/retrieval/llama_id.yaml",
             "options": ["--data.dataset", str(tables), "--user.shape", json.dumps(WIDE)],

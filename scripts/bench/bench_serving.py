@@ -3,7 +3,7 @@
     python scripts/bench/bench_serving.py --fusion late [--quick] [--out FILE]
     python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
 
-Without a run the quickstart's model with random weights is served, on a stand-in (`serving_stand_in`).
+Without a run the model of configs/ml100k/early.yaml with random weights is served, on a stand-in (`serving_stand_in`).
 Each side scores the same requests; histories are in the cache (warm), and one thread computes. `scorer`: one request
 after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate,
 ratios are those of medians of CPU time (other processes count less), and the bench stops where the scores differ.

@@ -1,12 +1,12 @@
 """What a step of several ranks waits for: the next batch, and the exchange of table rows.
 
-    torchrun --nproc_per_node 2 scripts/bench/bench_waiting.py [--quick] [--out FILE] [--config configs/quickstart.yaml]
+    torchrun --nproc_per_node 2 scripts/bench/bench_waiting.py [--quick] [--out FILE] [--config FILE]
 
-Trains the last stage of a configuration (quickstart: cached items, so that the rest of a step is as short as it gets)
-for some steps and adds up, on every rank, the seconds until the loader's thread hands over a batch, and those of the
-forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one another. Shares are of the
-steps' seconds, means over ranks: what overlapping them with compute could save at most (the tables' share holds their
-lookups too; `--nproc_per_node 1` measures those alone). Then blocks of steps with and without
+Trains the last stage of a configuration (configs/ml100k/early.yaml: cached items, so that the rest of a step is as
+short as it gets) for some steps and adds up, on every rank, the seconds until the loader's thread hands over a batch,
+and those of the forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one another.
+Shares are of the steps' seconds, means over ranks: what overlapping them with compute could save at most (the tables'
+share holds their lookups too; `--nproc_per_node 1` measures those alone). Then blocks of steps with and without
 `parallel.overlap_tables` take turns: `overlap` is the median step without / with it.
 """
 
@@ -97,7 +97,7 @@ def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps:
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Run the bench; the result on rank 0."""
     parser = arguments(__doc__)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml100k" / "early.yaml")
     options = parser.parse_args(argv)
     config = config_from_file(options.config)
     steps = 2 if options.tiny else 40 if options.quick else 200

@@ -1,11 +1,12 @@
-"""A dataset of any size and runs on it with random weights, in the shape of the quickstart's: the serving benches' own.
+"""A dataset of any size and runs on it with random weights, in the shape of MovieLens-100k, for the serving benches.
 
     dataset = stand_in_dataset(folder / "data", Sizes())
     run = stand_in_run(folder / "late", dataset, "late")
 
 Users have log-normal numbers of events of Zipf-distributed items, five actions, labels, three features; items have
-titles and genres. The model is that of configs/quickstart.yaml; with `texts` a small Item LLM of random weights stands
-for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same weights.
+titles and genres. The model is that of configs/ml100k/early.yaml; with `texts` a small Item LLM of random weights
+stands for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same
+weights.
 """
 
 from contextlib import suppress

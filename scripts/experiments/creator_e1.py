@@ -8,45 +8,76 @@ a fifth of the users are held out. Arms, of the same LLM, steps and seeds:
 
     A    item only: the learned vector that stands for unknown users, always
     B    a soft token from the user encoder, which is trained on
+    C    the same, the user encoder frozen
+    D    the latest 20 likes with their genres as text in the prompt, no soft token
+    R    B with the losses of the paper that read a profile of the user: the genres that the rule reads, by lift
+    E2   B on other texts: the title of the film that the user liked next, about which the prompt says nothing
 
 Reported on held-out users: nats per text and accuracy of the genre among the film's, with the right user, with none,
-and with another one; and of a table of counts per film. Differences have 95% intervals by resampling users. Finished
-parts are kept: a run that is started again continues.
+with another one, and with the center of the user's cluster (k-means of the training users' vectors); and of a table of
+counts per film. Differences have 95% intervals by resampling users. Finished parts are kept: a run that is started
+again continues. Choices belong on `--split valid`.
 """
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from creator_tables import add_history, add_interests, word_tokenizer, write_next
 from jobs import ROOT, run_job
+from sklearn.cluster import KMeans
 
 from hllm_torchrec.common.arrays import Doubles, Ints
-from hllm_torchrec.data.creative_table import Creatives
+from hllm_torchrec.common.run_log import read_log
+from hllm_torchrec.data.creative_table import TEXTS, Creatives
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, item_columns, pack_texts
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import distributed_device
-from hllm_torchrec.evaluation.creative_scores import creative_vectors, other_users, score_vectors
+from hllm_torchrec.evaluation.creative_scores import (
+    CreativeVectors,
+    creative_vectors,
+    other_users,
+    score_vectors,
+)
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.metrics.bootstrap import user_mean_interval
 from hllm_torchrec.models.experiment import Experiment
+from hllm_torchrec.modules.creative.creative_llm import PackedTexts
 
-ARMS: dict[str, list[str]] = {"A": ["--creative.soft.dropout=1.0"], "B": []}
+ARMS: dict[str, list[str]] = {
+    "A": ["--creative.soft.dropout=1.0"],
+    "B": [],
+    "C": ["--user.trainable=false"],
+    "D": [
+        "--creative.data=history",
+        "--creative.soft.dropout=1.0",
+        "--creative.prompt=Liked: {profile}.\nFilm: {title}. Genres: {genres}.\nGenre:{user}",
+        "--creative.max_prompt_length=640",
+    ],
+    "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.losses.align=0.2"],
+    "E2": ["--creative.data=next", "--creative.prompt=Next film:{user}", "--creative.max_response_length=32"],
+}
+WITHOUT_USER = ("A", "D")
+"""Arms that never see a user vector."""
 WRITERS: dict[str, list[str]] = {
     "smollm2": [],
-    "scratch": [
+    "words": [
         "--creative.shape={model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, "
-        "num_attention_heads: 4, vocab_size: 49152, tie_word_embeddings: true}",
+        "num_attention_heads: 4, vocab_size: VOCABULARY, tie_word_embeddings: true}",
+        "--creative.pretrained=null",
         "--creative.layers=null",
         "--creative.freeze_words=false",
         "--optim.creative_lr=2.0e-3",
-        "--optim.user_lr=2.0e-4",
     ],
 }
-"""The first four layers of SmolLM2, or a small model with random weights and SmolLM2's tokenizer, at a tenth of the
-cost of a step."""
+"""The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue, at a tenth of
+the cost of a step."""
 TABLE, FEATURE = "genres", "genres"
 AT_ONCE = 96
 
@@ -67,7 +98,14 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
     table = arguments.dataset / "creatives" / TABLE
     build = ["build", "--dataset", str(arguments.dataset), "--name", TABLE, "--template", "{value}"]
     run_job("creatives", build, work / "build.log", table)
-    run = work / f"{arguments.writer}-{arm}-{seed}"
+    dataset = Dataset.open(arguments.dataset)
+    if arm == "D":
+        add_history(dataset, TABLE, "history")
+    elif arm == "R":
+        add_interests(dataset, TABLE, "interests")
+    elif arm == "E2":
+        write_next(dataset, "next")
+    run = work / f"{arguments.writer}-{arm}-{arguments.steps}-{seed}"
     config = ROOT / "configs" / "creator" / "ml100k.yaml"
     own = [
         f"--output={run}",
@@ -76,14 +114,26 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         f"--max_steps={arguments.steps}",
         "--resume=true",
     ]
-    epochs = -(-arguments.steps // 500)  # more than enough: max_steps ends the run
-    own += [f"--stages=[{{name: writer, epochs: {epochs}, item_embeddings: cached}}]"]
-    own += [f"--creative.{'pretrained' if arguments.writer == 'smollm2' else 'tokenizer'}={models}"]
-    own += ["--creative.pretrained=null"] if arguments.writer == "scratch" else []
-    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *WRITERS[arguments.writer], *ARMS[arm]]
+    epochs = -(-arguments.steps // 200)  # more than enough: max_steps ends the run
+    own += [
+        f"--stages=[{{name: writer, epochs: {arguments.alone}, item_embeddings: cached, trains: creative}}, "
+        f"{{name: together, epochs: {epochs}, item_embeddings: cached}}]"
+    ]
+    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *writer_options(arguments), *ARMS[arm]]
+    own += arguments.options
     run_job("train", ["--config", str(config), *common, *own], work / f"{run.name}.log", work / f"{run.name}.done")
     (work / f"{run.name}.done").touch()
     return run
+
+
+def writer_options(arguments: argparse.Namespace) -> list[str]:
+    """Options of the writer; builds the tokenizer of words."""
+    if arguments.writer == "smollm2":
+        return [f"--creative.pretrained={arguments.models}", *WRITERS["smollm2"]]
+    folder = arguments.work / "words"
+    size = word_tokenizer(Dataset.open(arguments.dataset), folder)
+    options = [option.replace("VOCABULARY", str(size)) for option in WRITERS["words"]]
+    return [f"--creative.tokenizer={folder}", *options]
 
 
 class Choices:
@@ -105,7 +155,9 @@ class Choices:
         assert self.is_right.sum() == rows.size, "each text is one of the item's values"
         tokenizer = CreativeTokenizer(experiment.config.creative)
         columns = item_columns(dataset, experiment.config.creative)
-        self._prompts = tokenizer.prompts({name: [v[i] for i in items] for name, v in columns.items()}, rows.size)
+        filled = {name: [v[i] for i in items] for name, v in columns.items()}
+        filled |= {name: part.rows[name].take(rows).to_pylist() for name in TEXTS if name not in filled}
+        self._prompts = tokenizer.prompts(filled, rows.size)
         self._responses = tokenizer.responses(self.texts)
 
     def nll(self, experiment: Experiment, vectors: torch.Tensor, is_null: torch.Tensor) -> Doubles:
@@ -146,43 +198,92 @@ def count_table(train_part: Creatives, choices: Choices) -> tuple[Doubles, Doubl
     return -np.log(share)[choices.is_right], choices.accuracy(-np.log(share))
 
 
+def popularity(trained_on: Sequence[str], texts: Sequence[str]) -> Doubles:
+    """Nats of each text by its count in training; a text that is not there counts as half a time."""
+    counts = Counter(trained_on)
+    total = len(trained_on) + 0.5 * len(set(texts) - counts.keys())
+    return np.array([-np.log((counts[text] or 0.5) / total) for text in texts])
+
+
 def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, Any]:
     """Figures of a trained arm on held-out users."""
-    target = arguments.work / f"{run.name}.json"
+    target = arguments.work / f"{run.name}-{arguments.split}.json"
     if target.is_file():
         return dict(json.loads(target.read_text(encoding="utf-8")))
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
-        experiment = loaded.experiment
-        assert experiment.creatives is not None
         with loaded.weights:
-            known = creative_vectors(experiment, "test")
-            rng = np.random.default_rng(0)
-            chosen = np.sort(rng.permutation(len(known.loader))[: arguments.evaluated])
-            rows = np.asarray(known.loader.tokens.rows)[chosen]
-            choices = Choices(experiment, known.loader.part, rows)
-            users, vectors = known.user_ids[chosen], known.vectors
-            donors = other_users(known.user_ids)[chosen]
-            nobody = torch.ones(chosen.size, dtype=torch.bool)
-            conditions = {"null": (vectors[chosen], nobody)}
-            if arm != "A":
-                conditions |= {"right": (vectors[chosen], ~nobody), "shuffled": (vectors[donors], ~nobody)}
-            nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}
-        nats = {name: values[choices.is_right] for name, values in nll.items()}
-        hits = {name: choices.accuracy(values) for name, values in nll.items()}
-        nats["count table"], hits["count table"] = count_table(experiment.creatives.table.part("train"), choices)
+            nats, hits, users = score(arguments, loaded.experiment, arm)
     found = {
         "arm": arm,
         "run": run.name,
+        "split": arguments.split,
         "steps": loaded.step,
-        "creatives": int(chosen.size),
+        "creatives": int(users.size),
         "users": int(np.unique(users).size),
         "nats": {name: float(values.mean()) for name, values in nats.items()},
         "accuracy": {name: float(values.mean()) for name, values in hits.items()},
         "differences": differences(nats, users),
+        "kept": kept(nats),
+        "seconds_per_step": float(np.median([line["seconds"] for line in read_log(run) if line["event"] == "step"])),
     }
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def score(
+    arguments: argparse.Namespace, experiment: Experiment, arm: str
+) -> tuple[dict[str, Doubles], dict[str, Doubles], Ints]:
+    """Nats and hits [n] of texts of held-out users by condition, and their users [n]."""
+    assert experiment.creatives is not None
+    known = creative_vectors(experiment, arguments.split)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(known.loader))[: arguments.evaluated])
+    users, vectors, nobody = known.user_ids[chosen], known.vectors[chosen], torch.ones(chosen.size, dtype=torch.bool)
+    conditions = {"null": (vectors, nobody)}
+    if arm not in WITHOUT_USER:
+        donors = known.vectors[other_users(known.user_ids)[chosen]]
+        conditions |= {"right": (vectors, ~nobody), "shuffled": (donors, ~nobody)}
+    nats, hits = {}, {}
+    if arm == "E2":
+        nats = {name: nll_of_texts(experiment, known, chosen, *given) for name, given in conditions.items()}
+        texts = known.loader.part.rows["response"].take(np.asarray(known.loader.tokens.rows)[chosen]).to_pylist()
+        nats["popularity"] = popularity(experiment.creatives.table.part("train").rows["response"].to_pylist(), texts)
+    else:
+        choices = Choices(experiment, known.loader.part, np.asarray(known.loader.tokens.rows)[chosen])
+        nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}
+        nats = {name: values[choices.is_right] for name, values in nll.items()}
+        hits = {name: choices.accuracy(values) for name, values in nll.items()}
+        nats["count table"], hits["count table"] = count_table(experiment.creatives.table.part("train"), choices)
+    if arguments.clusters and arm not in WITHOUT_USER:
+        trained_on = creative_vectors(experiment, "train").vectors
+        for number in arguments.clusters:
+            given = centers(trained_on, vectors, number)
+            nats[f"cluster {number}"] = nll_of_texts(experiment, known, chosen, given, ~nobody)
+    return nats, hits, users
+
+
+def nll_of_texts(
+    experiment: Experiment, known: CreativeVectors, chosen: Ints, vectors: torch.Tensor, is_null: torch.Tensor
+) -> Doubles:
+    """Negative log-likelihood [n] of the creatives `chosen` [n] with the user vectors [n, D]."""
+    order = np.argsort(known.loader.tokens.lengths[chosen], kind="stable")
+    steps = [order[i : i + AT_ONCE] for i in range(0, order.size, AT_ONCE)]
+    found = np.empty(order.size)
+    texts = partial(_texts_of, known, chosen)
+    found[order] = torch.cat(score_vectors(experiment, steps, vectors, is_null, texts)).numpy()
+    return found
+
+
+def _texts_of(known: CreativeVectors, chosen: Ints, index: Ints) -> PackedTexts:
+    return known.loader.tokens.gather(chosen[index])
+
+
+def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int) -> torch.Tensor:
+    """[n, D] centers of the clusters of `vectors` [n, D], by k-means of standardized vectors [N, D]."""
+    mean, deviation = trained_on.mean(0), trained_on.std(0).clamp(min=1e-6)
+    fitted = KMeans(number, n_init=1, random_state=0).fit(((trained_on - mean) / deviation).numpy())
+    of_vector = fitted.predict(((vectors - mean) / deviation).numpy())
+    return torch.from_numpy(fitted.cluster_centers_[of_vector]) * deviation + mean
 
 
 def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]:
@@ -190,10 +291,19 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
     if "right" not in nats:
         return {}
     found = {}
-    for name in ("null", "count table", "shuffled"):
+    for name in (name for name in nats if name != "right"):
         values = nats[name] - nats["right"]
         found[f"{name} - right"] = [float(values.mean()), *user_mean_interval(values, users)]
     return found
+
+
+def kept(nats: dict[str, Doubles]) -> dict[str, float]:
+    """Share of null - right that the centers of clusters keep."""
+    clusters = {name: values for name, values in nats.items() if name.startswith("cluster")}
+    return {
+        name: float((nats["null"] - values).mean() / (nats["null"] - nats["right"]).mean())
+        for name, values in clusters.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -203,10 +313,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct")
     parser.add_argument("--writer", choices=WRITERS, default="smollm2", help="who writes")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
+    parser.add_argument("--alone", type=float, default=0.2, help="epochs of them in which the writer learns alone")
     parser.add_argument("--evaluated", type=int, default=1500, help="texts of held-out users that are scored")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="whose users are held out")
+    parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")
+    parser.add_argument("options", nargs="*", help="options of `hllm train` for the arms, after --")
     arguments = parser.parse_args(argv)
     for name in ("work", "dataset", "models"):
         setattr(arguments, name, getattr(arguments, name).resolve())

@@ -11,6 +11,8 @@ The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, 
     rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
     rate_25_raw, rate_5_raw   the same without it
     rate_5_long, rate_5_slow   a twentieth, with twice the epochs, and with a third of the learning rate
+    rate_5_equal   a twentieth, with four times the epochs: as many exposures as `joint` reads
+    rate_5_file    a twentieth, the same one in all epochs: as in a file that was thinned out before
 
 OUTPUT/<arm>/result.json keeps what is done, so that the script can be stopped and started again; OUTPUT/tasks.json has
 the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
@@ -84,8 +86,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate_5_raw": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
     "rate_5_long": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
     "rate_5_slow": {"objective.tasks": EVERY, "data.negative_rate": 0.05, "optim.lr": 1.0e-3},
+    "rate_5_equal": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
+    "rate_5_file": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
 }
-LONGER = {"rate_5_long": 2}
+LONGER = {"rate_5_long": 2, "rate_5_equal": 4}
 """Factor on the epochs of an arm."""
 
 
@@ -126,6 +130,8 @@ def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) ->
         trainer = build_trainer(load_config(options), device)
         if arm.endswith("_raw"):
             _leave_correction_out(trainer)
+        if arm.endswith("_file"):
+            _draw_once(trainer)
         metrics = trainer.run()
         _score(run, "test", device)
         if arm == "joint":
@@ -152,6 +158,13 @@ def _leave_correction_out(trainer: Trainer) -> None:
         return batch
 
     loader.collator = without  # type: ignore[assignment]
+
+
+def _draw_once(trainer: Trainer) -> None:
+    """Train on the negatives of the first epoch in all epochs: nothing else of a batch depends on the epoch here."""
+    loader = trainer._loader(trainer.config.stages[0])
+    collate = loader.collator
+    loader.collator = lambda pieces, epoch, step, rank=0: collate(pieces, 0, step, rank)  # type: ignore[assignment]
 
 
 def _score(run: Path, name: str, device: Any) -> None:

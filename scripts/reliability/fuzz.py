@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 READERS = (
     "manifest", "sequences", "sources", "tables", "lists", "tokens", "config", "predictions", "metrics", "store",
-    "checkpoint", "models", "names",
+    "checkpoint", "models", "names", "creatives", "titles",
 )  # fmt: skip
 ROUND = 200
 """Inputs of a round, at most."""

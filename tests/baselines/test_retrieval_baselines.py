@@ -138,6 +138,6 @@ def test_what_cannot_be_is_an_error(
 ) -> None:
     assert cli.main(["retrieval", "--dataset", str(fixtures.dataset().root), "--output", str(tmp_path)]) == 2
     assert "split by 'time'; prepare one with --split leave_one_out" in capsys.readouterr().err
-    monkeypatch.setattr(retrieval_baselines, "MOST_DENSE_ITEMS", 5)
-    with pytest.raises(ValueError, match="ease: the catalogue has 40 items, EASE inverts a matrix of their square"):
+    monkeypatch.setattr(retrieval_baselines, "MAX_EASE_ITEMS", 5)
+    with pytest.raises(ValueError, match="ease: the catalogue has 40 items; EASE inverts an items x items matrix"):
         fit("ease", histories("train"), 41, CONFIG, l2=1.0)

@@ -325,7 +325,7 @@ def test_an_entry_outside_the_checkpoint_is_refused(tmp_path: Path) -> None:
         return metadata
 
     rewrite_metadata(path, point_outside)
-    with pytest.raises(ValueError, match="entry 'model.w' is kept outside the checkpoint, in '../secret'"):
+    with pytest.raises(ValueError, match="entry 'model.w' is stored outside the checkpoint, in '../secret'"):
         load_numbers(path)
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from hllm_torchrec.checkpoint.growth import saved_table_rows
+from hllm_torchrec.checkpoint.growth import TableRows, saved_table_rows, spread_rowwise
 from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.embedding.optimizers import TableOptimizer
@@ -102,6 +104,31 @@ def test_a_table_that_becomes_a_sharded_one_starts_its_optimizer_anew(tmp_path: 
     same_rows = {"model": replicated(4, 5.0)["model"], "dense": {}, "tables": {name: {"t.momentum1": torch.ones(4)}}}
     with pytest.raises(ValueError, match="missing from the checkpoint: tables"):
         load_checkpoint(path, same_rows)
+
+
+def rowwise_state(saved: Tensor, shards: int) -> Tensor:
+    """Row-wise state of a table of two rows, spread over `shards` column shards; saved: a pair per saved shard."""
+    targets = [torch.zeros(2) for _ in range(shards)]
+    metadata = [ShardMetadata([2 * number], [2], "rank:0/cpu") for number in range(shards)]
+    target = ShardedTensor._init_from_local_shards_and_global_metadata(
+        [Shard(*entry) for entry in zip(targets, metadata, strict=True)],
+        ShardedTensorMetadata(metadata, torch.Size([2 * shards]), TensorProperties(dtype=torch.float32)),
+    )
+    spread_rowwise(saved, target, TableRows("t", saved=2, present=2))
+    return torch.cat(targets)
+
+
+def rowwise_states() -> list[list[float]]:
+    four = torch.tensor([1.0, 10.0, 3.0, 30.0, 5.0, 50.0, 7.0, 70.0])
+    return [rowwise_state(four, 2).tolist(), rowwise_state(four[:4], 4).tolist(), rowwise_state(four, 4).tolist()]
+
+
+def test_rowwise_state_follows_the_columns_of_its_shard() -> None:
+    """Each pair of numbers is a column shard: neighbors are averaged, or a shard is copied to its parts."""
+    fewer, more, equal = run_ranks(rowwise_states, 1)[0]
+    assert fewer == [2.0, 20.0, 6.0, 60.0]
+    assert more == [1.0, 10.0, 1.0, 10.0, 3.0, 30.0, 3.0, 30.0]
+    assert equal == [1.0, 10.0, 3.0, 30.0, 5.0, 50.0, 7.0, 70.0]
 
 
 # --- sharded tables, one and two ranks -------------------------------------------------------------------

@@ -123,8 +123,12 @@ def test_an_append_with_other_labels_is_refused(tmp_path: Path) -> None:
     dataset = task_shop.prepared(tmp_path)
     fewer = {"click": "binary", "like": {"kind": "binary", "given": "click"}}
     later = task_shop.write(tmp_path / "later", task_shop.events(1, first_day=9, days=1), labels=fewer)
-    with pytest.raises(ValueError, match=r"--append: the labels, weights and context of the source are"):
+    with pytest.raises(ValueError, match=r"the settings of labels of the source are \['click', 'like'\], those of"):
         append_events(table(later), dataset.root)
+    values = {"stars": {"kind": "ordinal", "values": [3, 2, 1], "given": "click"}}
+    other = task_shop.write(tmp_path / "other", task_shop.events(1, 9, 1), labels=task_shop.LABELS | values)
+    with pytest.raises(ValueError, match=r"of label stars of the source are .*\[3, 2, 1\].*dataset .*\[1, 2, 3\]"):
+        append_events(table(other), dataset.root)
 
 
 def test_names_of_labels_and_context_are_no_other_columns(tmp_path: Path) -> None:
@@ -174,6 +178,10 @@ def test_no_source_file_names_a_declared_column() -> None:
         (
             {"labels": {"click": "binary", "stars": {"kind": "ordinal"}}},
             r"events\.labels\.stars\.values: an ordinal label, and only that, lists its different values",
+        ),
+        (
+            {"labels": {"click": "binary", "stars": {"kind": "ordinal", "values": [1, "1"]}}},
+            r"events\.labels\.stars\.values has '1' more than once; list each value once, in order",
         ),
         (
             {"labels": {"click": "binary", "like": {"kind": "binary", "transform": "log1p"}}},

@@ -111,5 +111,5 @@ def test_without_late_events_an_increment_is_as_before(root: Path) -> None:
 
 
 def test_late_after_needs_a_second() -> None:
-    with pytest.raises(ConfigError, match="train_late_after: without data.train_since there is nothing to be late for"):
+    with pytest.raises(ConfigError, match="train_late_after: needs data.train_since"):
         load_config(["--item_llm.enabled=false", "--data.train_late_after=2"])

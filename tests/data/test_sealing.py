@@ -100,17 +100,17 @@ BROKEN = {
     "another history": (
         "sequences/valid/part-00000.parquet",
         with_column("item_ids", lambda v: [[v[0][0] % 15 + 1, *v[0][1:]], *v[1:]]),
-        r"valid.*row 0: user \d+ has another history in valid than in the parts before",
+        r"valid.*row 0: user \d+ has a history in valid that differs from its events in the earlier parts",
     ),
     "another start": (
         "sequences/valid/part-00000.parquet",
         with_column("target_start", lambda v: [v[0] - 1, *v[1:]]),
-        r"valid.*row 0: user \d+ has another target_start than its events before valid",
+        r"valid.*row 0: user \d+ has a target_start that is not its number of events before valid",
     ),
     "twice": (
         "sequences/train/part-00000.parquet",
         lambda table: pa.concat_tables([table, table.slice(0, 1)]),
-        r"train.*: user \d+ has a row before, in this part",
+        r"train.*: user \d+ has an earlier row in this part",
     ),
     "an unknown item": (
         "sequences/test/part-00000.parquet",
@@ -142,14 +142,16 @@ def test_a_part_that_does_not_follow_the_rule_is_named(tmp_path):
             seal(root)
 
     refused(r"user \d+ has \d+ events, of which valid begins at .*leave_one_out divides at", rule="leave_one_out")
-    refused(r"has an event in train on another side of cut_timestamps", rule="time", cut_timestamps=[3, 39])
+    refused(
+        r"has an event in train outside of the seconds that cut_timestamps give it", rule="time", cut_timestamps=[3, 39]
+    )
     refused(r"split\.cut_timestamps must be the first second of valid", rule="time")
     refused(r"split\.rule is 'x'; time, leave_one_out or leave_last", rule="x")
     (root / "contract.yaml").write_text(text.replace("text_columns", "texts"))
     with pytest.raises(ValueError, match=r"contract\.yaml: text_columns is None, it must be a list of names"):
         seal(root)
     (root / "contract.yaml").unlink()
-    with pytest.raises(ValueError, match=r"contract\.yaml is missing: it describes what the files cannot say"):
+    with pytest.raises(ValueError, match=r"contract\.yaml is missing: it has the facts that the files do not contain"):
         seal(root)
 
 
@@ -207,7 +209,7 @@ def test_mistakes_in_declared_columns_are_named(tmp_path, changes, message):
     [
         ("train", "weight", lambda v: [[-1.0, *v[0][1:]], *v[1:]], "a weight is a number of at least 0"),
         ("train", "context_device", lambda v: [[9, *v[0][1:]], *v[1:]], r"the dataset's device has the ids 0\.\.3"),
-        ("valid", "label_watch", lambda v: [[v[0][0] + 1, *v[0][1:]], *v[1:]], "has another history in valid"),
+        ("valid", "label_watch", lambda v: [[v[0][0] + 1, *v[0][1:]], *v[1:]], "has a history in valid that differs"),
     ],
 )
 def test_values_of_declared_columns_are_checked(tmp_path, part, name, change, message):

@@ -112,7 +112,7 @@ CONFIGURATIONS: list[tuple[str, Settings, Settings]] = [
      {"objective__text_similarity": 0}),
     ("objective.transitions: □: needs objective.item_space features", {"objective__transitions": 0.1},
      {"objective__transitions": 0}),
-    ("objective.transitions: action tokens are no items",
+    ("objective.transitions: action tokens are not items",
      {"objective__transitions": 0.1, "user__actions": "interleaved", "objective__item_space": "features",
       "objective__generative_weight": 0.1}, {"user__actions": "summed"}),
     ("objective.text_similarity: action tokens have no text",

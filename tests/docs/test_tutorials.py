@@ -15,6 +15,7 @@ ORDER = (
     "serving_vectors",
     "serving",
     "dlrm_plugin",
+    "personalized_titles",
     "clusters",
 )
 """As the site lists them: each goes on in the folder that the one before left behind."""

@@ -1,7 +1,7 @@
 """The DLRM with tasks, context, weights and thinned-out negatives: the same of each as a model reads."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from hllm_torchrec.downstream.dlrm import DLRMTrainer, build_dlrm
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.downstream.plugin import PluggedDLRM, append_vectors
+from hllm_torchrec.modules.expert_over_arch import ExpertOverArch
 from tests.helpers import task_shop
 
 CONFIG = DLRMConfig(
@@ -125,9 +126,66 @@ def test_stored_vectors_join_the_outputs_of_all_tasks() -> None:
     assert model(found, batch.sparse_features).shape == (len(rows), 3)
 
 
+def test_experts_are_mixed_by_a_gate_of_each_task() -> None:
+    torch.manual_seed(0)
+    built = ExpertOverArch(5, (6, 4), (1, 3), experts=3)
+    features = torch.randn(7, 5)
+    found = built(features)
+    for row, x in enumerate(features):
+        gates = (built.gates.weight @ x).view(2, 3).softmax(dim=1)
+        expected = []
+        for gate, tower in zip(gates, built.towers, strict=True):
+            shared = sum(weight * expert(x) for weight, expert in zip(gate, built.experts, strict=True))
+            expected.append(tower[2].weight @ torch.relu(tower[0].weight @ shared + tower[0].bias) + tower[2].bias)
+        torch.testing.assert_close(found[row], torch.cat(expected))
+    built.initialize_bias([1.0, 2.0, 3.0, 4.0])
+    assert built.towers[1][2].bias.tolist() == [2.0, 3.0, 4.0]
+
+
+BIASED = dataclasses.replace(CONFIG, towers="mmoe", experts=2, position_bias=("place",), epochs=1, lr=0.05)
+
+
+@pytest.mark.parametrize("towers", ["mmoe", "shared_bottom"])
+def test_a_position_bias_is_learned_and_left_out_of_predictions(towers: Literal["mmoe", "shared_bottom"]) -> None:
+    dataset = task_shop.weighted()
+    trainer = DLRMTrainer(dataset, dataclasses.replace(BIASED, towers=towers), init_distributed())
+    bias = trainer.position_bias
+    assert bias is not None and bias.places == [0, 1], "of click and like, not of numbers"
+    (window,) = trainer.data.windows("test")
+    batch = trainer.data.batch(window, np.arange(window.exposures))
+    ids = batch.bias_ids
+    assert ids is not None and 0 in ids.tolist() or len(set(ids[:, 0].tolist())) > 1
+    trainer.train_epoch(1)
+    table = bias.embedding_bags["bias_place"].weight
+    assert table.abs().max() > 0.01 and bias.mean.abs().max() > 1e-4
+    scores = trainer.score("test")["score"]
+    with torch.no_grad():
+        table.add_(10.0)
+    assert np.array_equal(trainer.score("test")["score"], scores), "predictions do not read the table"
+    with torch.no_grad():
+        bias.mean.add_(1.0)
+    np.testing.assert_allclose(trainer.score("test")["score"], scores + 1, atol=1e-5)
+
+
+def test_vectors_tasks_experts_and_bias_go_together() -> None:
+    batch, _, rows = of_dlrm(task_shop.weighted(), "test", False)
+    data = DLRMData(task_shop.weighted(), BIASED)
+    model = build_dlrm(BIASED, data.tables(), [0.0, 1.0, 2.0], data.dense_width, [3], outputs=[1, 2])
+    assert isinstance(model, PluggedDLRM) and isinstance(model.dlrm.over_arch, ExpertOverArch)
+    for table in model.dlrm.sparse_arch.to_empty(device="cpu").parameters():
+        torch.nn.init.zeros_(table)
+    found = append_vectors(batch.dense_features, torch.ones(len(rows), 4))
+    assert model(found, batch.sparse_features).shape == (len(rows), 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"position_bias": ("price",)},
+            r"dlrm\.position_bias: 'price' is numeric; only categorical context has a bias",
+        ),
+        ({"position_bias": ("plaice",)}, r"dlrm\.position_bias: 'plaice': no context .*did you mean 'place'"),
         ({"tasks": {"click": {}, "lik": {}}}, r"dlrm\.tasks\.lik: no label of the dataset \(did you mean 'like'\?\)"),
         ({"context": ("devise",)}, r"dlrm\.context: 'devise': no context of the dataset \(did you mean 'device'\?\)"),
     ],
@@ -135,6 +193,11 @@ def test_stored_vectors_join_the_outputs_of_all_tasks() -> None:
 def test_what_the_dataset_lacks_is_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DLRMData(task_shop.dataset(), DLRMConfig(**settings))
+
+
+def test_context_of_the_bias_is_no_input() -> None:
+    with pytest.raises(ConfigError, match=r"dlrm\.position_bias: 'place' is in dlrm\.context too"):
+        BaselinesConfig(dlrm=DLRMConfig(context=("place",), position_bias=("place",)))
 
 
 def test_malformed_tasks_are_one_line() -> None:

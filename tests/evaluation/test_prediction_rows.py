@@ -25,7 +25,7 @@ def opened(path: Path, scratch: Path, layout: ColumnLayout = EVERY, model: Seque
 
 
 def all_batches(rows: PredictionRows, ranks: int = 1, size: int = 100) -> list[RowBatch]:
-    return [batch for rank in range(ranks) for batch in rows.batches(rank, ranks, size)]
+    return [read.first for rank in range(ranks) for read in rows.read(rank, ranks, size)]
 
 
 @pytest.mark.parametrize(("ranks", "size", "files"), [(1, 5000, 1), (3, 64, 2), (7, 333, 5)])

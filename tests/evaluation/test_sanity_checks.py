@@ -36,6 +36,19 @@ def test_each_suspicion_is_said(changes: dict[str, Any], message: str) -> None:
     assert message in found
 
 
+def test_what_is_said_of_the_first_label_is_said_of_every_task() -> None:
+    off = {"auc": 0.7, "rows": 10_000, "positives": 2000, "brier": 0.1, "calibration": 2.0}
+    tasks: dict[str, Any] = {
+        "like": {"kind": "binary", "models": {"m": off, "n": off | {"calibration": 1.0, "auc": None}}},
+        "seen": {"kind": "number", "models": {"m": {}}, "rows": 9_000, "rows_ranked": 4_000},
+    }
+    assert [text.partition(" [")[0] for text in metric_warnings(metrics() | {"tasks": tasks})] == [
+        "task like, m: calibration 2.000 is outside its interval around 1",
+        "task like, n: no AUC, the rows are of one class only.",
+        "task seen: Spearman and XAUC are of 4,000 random rows of 9,000, as many as --memory holds.",
+    ]
+
+
 def test_overlaps_few_users_and_left_out_rows_are_said() -> None:
     found = metric_warnings(metrics() | {"users": 12, "rows_without_weight": 7}, Overlap(100, 3, "user, item", 1.0))
     assert found[0].startswith("Train/test overlap: 3 of 100 exposures (user, item) are in the training part")

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from hllm_torchrec.creative.template import TemplateRule, write_by_template
 from hllm_torchrec.data.creative_table import split_by_user, write_table
@@ -47,6 +49,26 @@ def tokenizer_dir() -> Path:
     return path
 
 
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} [END] {% endfor %}"
+    "{% if add_generation_prompt %}word1{% endif %}"
+)
+
+
+@cache
+def tiny_model(chat: bool = True) -> Path:
+    """A tiny random Llama with a word-level tokenizer, whose template has special tokens."""
+    path = fixtures.folder() / f"local-writer-{chat}"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir())
+    tokenizer.chat_template = CHAT if chat else None
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {name: value for name, value in WRITER.items() if name != "model_type"}
+    config = LlamaConfig(**shape, max_position_embeddings=512, initializer_range=0.4, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
 @cache
 def shop(rule: str = "time") -> Dataset:
     """A copy of the shop with a table `lines`: a third of the users in each part."""
@@ -54,6 +76,7 @@ def shop(rule: str = "time") -> Dataset:
     shutil.copytree(fixtures.dataset(rule).root, path)
     dataset = Dataset.open(path)
     rows, _ = write_by_template(dataset, TemplateRule(least=1))
+    rows = rows.append_column("profile", pc.replace_substring(rows["response"], ",", ""))
     of_row = list(split_by_user(rows["raw_user_id"].to_pylist(), (0.5, 0.25, 0.25)))
     parts = {split: rows.filter([one == split for one in of_row]) for split in SPLITS}
     write_table(dataset, "lines", parts, facts={"writer": "template"})

@@ -11,6 +11,7 @@ from torchx import specs
 from torchx.runner import Runner, get_runner
 
 from hllm_torchrec.distributed.process_group import destroy_distributed
+from hllm_torchrec.launch.cluster import build_parser as cluster_parser
 from hllm_torchrec.launch.serve import build_parser as serve_parser
 from hllm_torchrec.store import EmbeddingStore
 from tests.helpers import fixtures
@@ -27,6 +28,10 @@ JOBS = {
     "embed": (
         ["--run_dir", "/runs/one", "--items", "/runs/i", "--users", "/runs/u", "--since", "1998-04-01"],
         "--run-dir /runs/one --items /runs/i --users /runs/u --since 1998-04-01 --checkpoint best",
+    ),
+    "create": (
+        ["--run_dir", "/runs/one", "--clusters", "/runs/c", "--output", "/runs/t", "--top", "8"],
+        "--run-dir /runs/one --clusters /runs/c --output /runs/t --top 8 --checkpoint best",
     ),
 }
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -158,6 +163,22 @@ def test_prepare_is_one_process_and_no_rank(dryrun: Any) -> None:
     assert pod["command"] == command and environment(pod)["A"] == "b"
     assert (pod["resources"]["limits"]["cpu"], pod["resources"]["limits"]["memory"]) == ("4000m", "4096M")
     assert {"/data", "/runs"} <= {mount["mountPath"] for mount in pod["volumeMounts"]}
+
+
+def test_cluster_is_one_process(dryrun: Any) -> None:
+    given = ["--users", "/stores/users", "--output", "/stores/clusters", "--clusters", "64", "--", "--seed", "3"]
+    (replica,) = dryrun("cluster", given, "slurm").replicas.values()
+    command = [replica.entrypoint, *replica.args]
+    assert command[:3] == ["python", "-m", "hllm_torchrec.launch.cluster"]
+    parsed = cluster_parser().parse_args(command[3:])
+    assert (str(parsed.users), str(parsed.output), parsed.clusters, parsed.seed) == (
+        "/stores/users",
+        "/stores/clusters",
+        64,
+        3,
+    )
+    (replica,) = dryrun("cluster", given[:4], "slurm").replicas.values()
+    assert cluster_parser().parse_args(replica.args[2:]).clusters is None
 
 
 @VOLCANO

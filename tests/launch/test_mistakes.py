@@ -197,6 +197,23 @@ LINES = {
         "evaluate --run {missing}",
         "evaluate --run {root}/run",
         "evaluate",
+        "titles --creatives {missing} --item a",
+        "titles --creatives {empty} --item a",
+        "titles --creatives {empty}",
+    ],
+    "cluster": [
+        "",
+        "--users {missing} --clusters 2 --output {new}",
+        "--users {root}/half-store --clusters 2 --output {new}",
+        "--users {empty} --output {new} --clusters 0",
+        "--users {empty} --output {new} --metric dot",
+    ],
+    "create": [
+        "",
+        "--run {missing} --clusters {empty} --output {new}",
+        "--run {root}/run --clusters {empty} --output {new}",
+        "--run {root}/run --clusters {missing} --output {new} --top many",
+        "--run {root}/run --clusters {missing} --output {new} --above 2",
     ],
     "index": ["--run {missing} --output {new}", "--run {root}/run --output {file}", "--run {root}/run --output {new}"],
     "retrieval": [
@@ -224,6 +241,7 @@ LINES = {
         "--run {root}/run --token-file {file}",
         "--run {root}/run --deadline 0",
         "--run {root}/run --items {empty} --state {empty}",
+        "--run {root}/run --creatives {empty}",
     ],
     "loadtest": [
         "--dataset {missing}",

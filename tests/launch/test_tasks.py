@@ -21,6 +21,7 @@ from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import task_shop, training_fixtures
 
 TEST = ["--split", "test", "--draws", "0", "--no-tensorboard"]
+LIKES = ("label_like", "probability_like", "raw_probability_like")
 
 
 @pytest.fixture(scope="module", params=["late", "early", "mmoe"])
@@ -170,7 +171,15 @@ def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: 
     )
     assert log_loss(valid["label"], probability) <= log_loss(valid["label"], np.asarray(before)) + 1e-6
     evaluate(["--run-dir", str(run), *TEST])
-    metrics = json.loads((run / "metrics.json").read_text())["models"]
+    content = json.loads((run / "metrics.json").read_text())
+    metrics, likes = content["models"], content["tasks"]["like"]["models"]
+    own = {name: pq.read_table(run / "predictions" / "test")[name].to_numpy() for name in LIKES}
+    known = ~np.isnan(own["label_like"])
+    assert likes.keys() == metrics.keys()
+    for name, column in ((run.name, "probability_like"), (f"{run.name} (not calibrated)", "raw_probability_like")):
+        expected = log_loss(own["label_like"][known], own[column][known])
+        assert likes[name]["log_loss"] == pytest.approx(expected, rel=1e-4)
+    assert content["tasks"]["watch"]["models"].keys() == {run.name}, "numbers are not calibrated"
     assert metrics[f"{run.name} (not calibrated)"]["auc"] == metrics[run.name]["auc"]
     assert metrics[f"{run.name} (not calibrated)"]["log_loss"] != metrics[run.name]["log_loss"]
     row = pq.read_table(run / "predictions" / "test").to_pylist()[0]

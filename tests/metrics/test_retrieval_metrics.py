@@ -108,7 +108,7 @@ def test_each_row_needs_one_target() -> None:
 
 @pytest.mark.parametrize("offsets", [[0, 1], [0, 2, 1], [1, 1, 2], [0, 1, 3], [0, 3, 2]])
 def test_offsets_that_do_not_fit_are_named(offsets: list[int]) -> None:
-    with pytest.raises(ValueError, match="seen_offsets of length .* does not part 2 seen items among 2 rows"):
+    with pytest.raises(ValueError, match="seen_offsets of length .* does not divide 2 seen items among 2 rows"):
         target_ranks(
             torch.zeros(2, 3),
             torch.tensor([1, 1]),

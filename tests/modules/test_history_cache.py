@@ -41,6 +41,8 @@ ENCODERS: dict[str, Callable[[], UserEncoder]] = {
     "bias table shorter than the history": lambda: HSTU(
         replace(RESEARCH, preset="ranking", relative_bias=True, max_positions=3)
     ),
+    "normalized outputs beside, free alpha": lambda: HSTU(replace(RESEARCH, output="concat_norm", alpha=0.7)),
+    "group norm": lambda: HSTU(replace(RESEARCH, preset="ranking", group_norm=True)),
 }
 every_encoder = pytest.mark.parametrize("name", list(ENCODERS))
 

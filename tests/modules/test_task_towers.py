@@ -79,22 +79,32 @@ def test_no_exposure_has_no_outputs_and_gradients_of_zero() -> None:
 
 
 def test_the_bias_is_that_of_the_values_and_its_level_keeps_the_probabilities() -> None:
-    bias = PositionBias({"place": 4, "device": 3}, tasks=2)
+    bias = PositionBias({"place": 4, "device": 3}, places=[0, 3])
     ids = torch.tensor([[1, 2], [3, 0], [1, 1]])
     logits, weights = torch.tensor([[-3.0, 0.0], [-2.0, 1.0], [-2.5, 2.0]]), torch.tensor([[1.0, 0], [2, 1], [1, 1]])
-    assert not bias(ids, logits, weights).any() and not bias.mean.any(), "there is none before training"
+    outputs = torch.stack([logits[:, 0], torch.arange(3.0), torch.ones(3), logits[:, 1]], dim=1)
+
+    def step(ids: torch.Tensor = ids, outputs: torch.Tensor = outputs, weights: torch.Tensor = weights) -> torch.Tensor:
+        found = bias(outputs, ids, weights)
+        assert bias.sums is not None
+        bias.follow(bias.sums)
+        return found
+
+    assert torch.equal(step(), outputs) and not bias.mean.any(), "there is none before training"
     tables = list(bias.embedding_bags.values())
     for table in tables:
         torch.nn.init.normal_(table.weight, std=2.0)
     expected = torch.stack([tables[0].weight[place] + tables[1].weight[device] for place, device in ids.tolist()])
-    torch.testing.assert_close(bias(ids, logits, weights), expected)
+    found = step()
+    torch.testing.assert_close(found[:, [0, 3]], logits + expected)
+    assert torch.equal(found[:, 1:3], outputs[:, 1:3]), "other tasks have no bias"
     for _ in range(1500):
-        bias(ids, logits, weights)
-    shown, served = (torch.sigmoid(logits + by).detach() for by in (expected, bias.mean))
+        step()
+    shown, served = torch.sigmoid(logits + expected).detach(), torch.sigmoid(bias.eval()(outputs)[:, [0, 3]])
     torch.testing.assert_close((weights * served).sum(0), (weights * shown).sum(0), rtol=1e-3, atol=1e-4)
     plain = torch.sigmoid(logits + expected.mean(0)).detach()
     assert not torch.allclose((weights * plain).sum(0), (weights * shown).sum(0), rtol=0.05)
-    kept = bias.mean.clone()
-    bias(ids[:0], logits[:0], weights[:0])
-    bias(ids, logits, 0 * weights)
+    kept = bias.train().mean.clone()
+    step(ids[:0], outputs[:0], weights[:0])
+    step(weights=0 * weights)
     assert torch.equal(bias.mean, kept)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
+from hllm_torchrec.evaluation.creative_scores import creative_vectors, measure_user_vectors, score_creatives
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.modules.lora import is_adapter
 from hllm_torchrec.training.trainer_setup import build_trainer
@@ -35,7 +36,9 @@ def settings(**more: Any) -> dict[str, Any]:
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     """With soft dropout and sampled items; the best checkpoint has the best likelihood."""
-    own = settings(evaluation__checkpoint_every=2, evaluation__keep_last=9, optim__ema=0.9)
+    own = settings(
+        evaluation__checkpoint_every=2, evaluation__keep_last=9, optim__ema=0.9, creative__soft__normalize="whiten"
+    )
     whole = train(config(tmp_path / "whole", **own))
     steps = lines(tmp_path / "whole", "step")
     assert steps[-1]["loss_write"] < steps[0]["loss_write"] and steps[0]["loss_match"] > 0
@@ -57,15 +60,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
     assert any(name.startswith("creative_head.match.") for name in parts)
 
 
-def trained_losses(output: str, given: str) -> list[tuple[float, float]]:
+def trained_losses(output: str, given: str) -> list[tuple[float, ...]]:
     train(config(Path(output), **json.loads(given)))
-    return [(line["loss_write"], line["grad_norm"]) for line in lines(Path(output), "step")]
+    names = ("loss_write", "loss_recon", "loss_align", "align_negatives", "grad_norm")
+    return [tuple(line[name] for name in names) for line in lines(Path(output), "step")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_two_ranks_equal_one(tmp_path: Path, dense: str) -> None:
-    own = {name: str(value) if isinstance(value, Path) else value for name, value in settings(**WITHOUT_CHANCE).items()}
+    """Also where users are told apart from those of the other rank, by statistics of all users."""
+    losses = {"creative__losses__recon": "0.5", "creative__losses__align": "0.5", "creative__soft__normalize": "whiten"}
+    own = settings(**WITHOUT_CHANCE, **losses)
+    own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
     one = trained_losses(str(tmp_path / "one"), json.dumps(own))
     # The same global batch; in the last steps a rank may have no creatives.
     two = run_ranks(
@@ -94,6 +101,25 @@ def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
             name.split(".")[0] for name, p in trainer.hllm.named_parameters() if not torch.equal(before[name], p)
         }
         assert {"creative_head", *(["creative"] if moves else [])} <= changed
+
+
+def test_in_a_stage_of_the_writer_alone_nothing_else_moves(tmp_path: Path) -> None:
+    """Tables included."""
+    stages = [{"name": "alone", "epochs": 0.5, "item_embeddings": "cached", "trains": "creative"}]
+    trainer = build_trainer(config(tmp_path, **settings(stages=stages)), init_distributed())
+    before = {name: _whole(x).clone() for name, x in trainer.experiment.model_state().items()}
+    trainer.run()
+    after = trainer.experiment.model_state()
+    moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, _whole(after[name]))}
+    assert moved == {"creative", "creative_head"}
+    with pytest.raises(ConfigError, match="trains 'creative' with creative.enabled false"):
+        config(tmp_path, stages=stages)
+
+
+def _whole(x: Any) -> torch.Tensor:
+    """A table's shards, or a tensor."""
+    shards = x.local_shards() if hasattr(x, "local_shards") else None
+    return x if shards is None else torch.cat([shard.tensor for shard in shards])
 
 
 def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
@@ -146,3 +172,92 @@ def test_the_user_is_worth_something_if_and_only_if_texts_depend_on_it(tmp_path:
         assert gap.mean() > 3 * error and scores.nll["shuffled"].mean() > scores.nll["right"].mean()
     else:
         assert gap.mean() < 3 * error
+
+
+# --- the user's part in the losses ---------------------------------------------------------------------------
+
+
+def a_batch(tmp_path: Path, **more: Any) -> tuple[Any, Any]:
+    """(model in evaluation mode, a batch of creatives of the training part), with whitened user vectors."""
+    own = settings(**WITHOUT_CHANCE, creative__soft__normalize="whiten", **more)
+    trainer = build_trainer(config(tmp_path, **own), init_distributed())
+    measure_user_vectors(trainer.experiment)
+    return trainer.hllm.eval(), next(trainer.experiment.creative_loader("train", 8, training=True).batches(0))
+
+
+def test_gradients_reach_the_history_and_equal_finite_differences(tmp_path: Path) -> None:
+    hllm, batch = a_batch(tmp_path, creative__losses__recon="0.5", creative__losses__align="0.5")
+    items = hllm.item_embeddings(batch.unique_items).detach()
+    direction = torch.randn(items.shape, generator=torch.Generator().manual_seed(0))
+
+    def losses(step: float) -> torch.Tensor:
+        moved = (items + step * direction).requires_grad_()
+        hllm.item_source = lambda _: moved
+        found = hllm(batch).creative
+        sums = torch.stack([found.write, found.recon, found.align])
+        if step:
+            return sums.detach().double()
+        return torch.stack([(torch.autograd.grad(x, moved, retain_graph=True)[0] * direction).sum() for x in sums])
+
+    step = 0.01
+    slopes, expected = losses(0.0), (losses(step) - losses(-step)) / (2 * step)
+    assert (slopes.abs() > 1e-3).all()
+    torch.testing.assert_close(slopes.double(), expected, rtol=0.02, atol=0.002)
+
+
+def test_without_users_the_loss_is_the_same_for_all_of_them(tmp_path: Path) -> None:
+    """Soft dropout of 1 hides the user in training, and only there; equal users are worth nothing to each other."""
+    hllm, batch = a_batch(tmp_path)
+    head, llm = hllm.creative_head, hllm.creative
+    users = torch.randn(batch.query_times.numel(), hllm.user_vector_width)
+    head.section = dataclasses.replace(head.section, soft=dataclasses.replace(head.section.soft, dropout=1.0))
+    for training, same in ((True, True), (False, False)):
+        head.train(training)
+        one, two = (head(llm, given, None, batch).write for given in (users, users.flip(0)))
+        assert bool(torch.isclose(one, two, rtol=1e-6)) == same
+    equal = users[:1].expand_as(users)
+    assert head(llm, equal, None, batch).write == head(llm, equal.flip(0), None, batch).write
+
+
+def test_what_all_users_have_in_common_does_not_matter_in_training(tmp_path: Path) -> None:
+    """It is subtracted, its gradient is 0, and the mean that is subtracted afterwards follows it."""
+    hllm, batch = a_batch(tmp_path, creative__losses__recon="0.5", creative__losses__align="0.5")
+    head, llm = hllm.creative_head.train(), hllm.creative
+    head.section = dataclasses.replace(head.section, soft=dataclasses.replace(head.section.soft, dropout=0.0))
+    users = torch.randn(batch.query_times.numel(), hllm.user_vector_width)
+    shift = torch.zeros(hllm.user_vector_width, requires_grad=True)
+    losses = [head(llm, given, None, batch) for given in (users, users + 3 + shift)]
+    torch.testing.assert_close(losses[1].write, losses[0].write, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].recon, losses[0].recon, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].align, losses[0].align, rtol=1e-4, atol=1e-4)
+    [slope] = torch.autograd.grad(losses[1].write + losses[1].align, shift)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-3)
+    means = []
+    for _ in range(60):
+        head(llm, users + 3, None, batch)
+        means.append(head.soft_prompt.normalize.mean.clone())
+    known = users[batch.request_query][batch.query_visible[batch.request_query] > 0] + 3
+    torch.testing.assert_close(means[-1], known.mean(0), rtol=0.05, atol=0.05)
+
+
+def test_profiles_that_are_read_must_exist_and_have_somebody_to_be_told_apart_from(tmp_path: Path) -> None:
+    creative_fixtures.country_table("countries")
+    own = settings(creative__losses__match="0", creative__losses__align="1")
+    with pytest.raises(ConfigError, match=r"recon and align read profiles, and \d+ training rows of .* have none"):
+        build_trainer(config(tmp_path / "a", **own | {"creative__data": "countries"}), init_distributed())
+    with pytest.raises(FloatingPointError, match="of one user, who has nobody to be told apart from; raise"):
+        build_trainer(config(tmp_path / "b", **own | {"creative__per_batch": 1}), init_distributed()).run()
+
+
+def test_the_last_user_of_an_epoch_is_not_alone_in_a_step(tmp_path: Path) -> None:
+    own = settings(creative__losses__match="0", creative__losses__align="1")
+    experiment = build_trainer(config(tmp_path, **own), init_distributed()).experiment
+    merged = 0
+    for per_batch in range(5, 12):
+        told_apart = experiment.creative_loader("train", per_batch, training=True)
+        plan = told_apart._plan(0)
+        assert all(told_apart._users_of(passes).size > 1 for [passes] in plan[-2:])
+        assert sum(passes.size for [passes] in plan) == len(told_apart.passes)
+        told_apart.never_alone = False
+        merged += len(told_apart._plan(0)) - len(plan)
+    assert merged  # otherwise nothing was tested

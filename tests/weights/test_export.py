@@ -1,6 +1,8 @@
 """An exported run is what plain transformers reads, and what the run itself computes."""
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,12 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.data.creative_tokens import CreativeTokenizer
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
+from hllm_torchrec.evaluation.creative_scores import CreativeVectors, creative_vectors, score_creatives
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.launch import export_hf
 from hllm_torchrec.models.build import build_creative_llm, build_user_encoder
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.modules.creative.decode import DecodeOptions, decode
 from hllm_torchrec.weights.export import _metrics
 from tests.helpers import creative_fixtures, fixtures
 from tests.helpers.training_fixtures import config, train
@@ -138,7 +143,31 @@ def test_the_creative_llm_scores_as_a_causal_model_of_transformers_and_is_read_a
             response = ids[first:]
             found = logits.log_softmax(-1)[-response.numel() - 1 : -1].gather(1, response[:, None])
             assert float(-found.sum()) == pytest.approx(scores.nll["right"][n], rel=1e-4)
+    _check_card((output / "README.md").read_text(), output, known, experiment)
     section = config_from_file(output / "config.yaml").creative
     assert section.pretrained == str(output / "creative_llm") and section.lora.rank == 0
     again = build_creative_llm(section)
     torch.testing.assert_close(again.head_weight, theirs.lm_head.weight)
+
+
+def _check_card(card: str, output: Path, known: CreativeVectors, experiment: Experiment) -> None:
+    """The card says where the texts come from, and its lines of Python write what the library writes."""
+    assert "made by a rule from the history" in card and "table lines" in card and "users of one part" in card
+    code = re.search(r"```python\n(import torch\n[^`]*creative_llm.*?)```", card, re.DOTALL)[1]
+    row = int(np.flatnonzero(known.known)[0])
+    loader = known.loader
+    item = int(loader.part.item_ids[loader.tokens.rows[row]])
+    texts = experiment.dataset.text(["title", "brand"]).slice(item - 1, 1).to_pylist()[0]
+    prompt = creative_fixtures.PROMPT.replace("{title}", texts["title"]).replace("{brand}", texts["brand"])
+    names = {"user": known.vectors[row], "prompt": prompt}
+    section, hllm = experiment.config.creative, experiment.hllm.eval()
+    asked = CreativeTokenizer(section).prompts({name: [text] for name, text in texts.items()}, 1)[0]
+    options = DecodeOptions(CreativeTokenizer(section).end, section.max_response_length)
+    with contextlib.chdir(output), torch.no_grad():
+        exec(code, names)
+        rows = names["rows"][None]
+        ids = names["writer"].generate(inputs_embeds=rows, max_new_tokens=options.most, do_sample=False)[0].tolist()
+        soft = hllm.creative_head.soft_prompt(known.vectors[row : row + 1], torch.tensor([False]))
+        ours = decode(hllm.creative, torch.tensor(asked.before), torch.tensor(asked.after), soft, options)
+    tokens = [token for token in ours.tokens[0].tolist() if token >= 0]
+    assert tokens and ids[: len(tokens)] == tokens

@@ -87,6 +87,6 @@ def test_files_that_give_other_embeddings_are_refused(tmp_path: Path) -> None:
     _, output = exported(tmp_path)
     loaded = load_run(tmp_path / "run", "best", init_distributed())
     token = trained_item_token(str(output / "item_llm"), 16)
-    with pytest.raises(ArgumentError, match="computes other embeddings than the run, by"):
+    with pytest.raises(ArgumentError, match="computes other embeddings than the run: they differ by"):
         write_sentence_transformers(loaded.experiment, output / "item_llm", token + 1, tmp_path / "other")
     assert not (tmp_path / "other").exists()

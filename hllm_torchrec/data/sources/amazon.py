@@ -1,4 +1,4 @@
-"""Amazon reviews of 2014, 2018 and 2023, for example Books; the edition is told by the contents of the files.
+"""Amazon reviews of 2014, 2018 and 2023, for example Books; the edition is detected from the contents of the files.
 
 Events are ratings as CSV or reviews as JSON lines:
 
@@ -8,10 +8,10 @@ Events are ratings as CSV or reviews as JSON lines:
 | 2018 | `item,user,rating,timestamp`, no header | the same |
 | 2023 | header, `user_id,parent_asin,rating,timestamp` | `user_id`, `parent_asin`, `rating`, `timestamp` |
 
-Times are seconds, or milliseconds (2023, told by their size). Metadata: one product per line, as JSON or as the Python
-literal of the 2014 files (read with `ast.literal_eval`, which executes no code). Label: rating >= 4. Action: the
-rating, 1..5. Text: title, description, by default without HTML. Items and users are filtered by a 5-core; an item
-without metadata stays, without text, as in the published protocol. Files may be compressed.
+Times are seconds, or milliseconds (2023, detected from their magnitude). Metadata: one product per line, as JSON or as
+the Python literal of the 2014 files (read with `ast.literal_eval`, which executes no code). Label: rating >= 4. Action:
+the rating, 1..5. Text: title, description, by default without HTML. Items and users are filtered by a 5-core. As in the
+published protocol, an item without metadata is kept, without text. Files may be compressed.
 """
 
 import re
@@ -35,9 +35,9 @@ from hllm_torchrec.data.validation import error_location
 _ROWS_PER_CHUNK = 16_384
 _SAMPLE_ROWS = 1000
 _MILLISECONDS_FROM = 1e11
-"""Seconds are smaller until the year 5138, milliseconds larger since 1973."""
+"""Threshold of the units: until the year 5138 seconds are below it; since 1973 milliseconds are above it."""
 _ITEM_ID = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
-"""An ASIN: of a product, or the ISBN of a book."""
+"""An ASIN: the product code B..., or for a book its ISBN."""
 _HEADERS = {"user_id": "user", "parent_asin": "item", "asin": "item", "item_id": "item"}
 _KEYS = {
     "user": ("user_id", "reviewerID"),
@@ -45,14 +45,14 @@ _KEYS = {
     "rating": ("rating", "overall"),
     "timestamp": ("timestamp", "unixReviewTime"),
 }
-"""Column -> the keys that reviews have for it, the newest edition's first."""
+"""Column -> its possible keys in reviews, the newest edition's key first."""
 POLICY = BadRows(unknown_item="keep", duplicate_item="drop")
 
 
 def amazon(ratings: str | Path, metadata: str | Path, *, html: str = "clean") -> Source:
     """One category of the Amazon reviews: its file of ratings or reviews and its metadata file.
 
-    html: "clean" removes tags and entities from texts, "keep" leaves them.
+    html: "clean" removes HTML tags and entities from texts, "keep" leaves texts unchanged.
     """
     event_file, item_file = Path(ratings), Path(metadata)
     require_files([event_file, item_file], "Amazon reviews")
@@ -100,7 +100,7 @@ def _events(path: Path, item_file: Path) -> Iterator[Chunk]:
 
 
 def _detect(path: Path, item_file: Path) -> _Layout:
-    """The layout of an event file. Raises ValueError for a file of another kind."""
+    """Detect the layout of an event file. Raises ValueError if it is not an Amazon rating or review file."""
     with Utf8File(path) as file:
         lines = [line.decode(errors="replace").strip() for _, line in islice(text_lines(path, file), _SAMPLE_ROWS)]
     if not lines:
@@ -126,7 +126,7 @@ def _detect(path: Path, item_file: Path) -> _Layout:
 
 
 def _users_are_first(rows: list[list[str]], item_file: Path) -> bool:
-    """True for the column order of 2014, by the form of the ids, else by the metadata."""
+    """True for the column order of 2014: decided by the form of the ids, or else by the ids of the metadata."""
     of_item = [sum(_ITEM_ID.fullmatch(row[column]) is not None for row in rows) for column in (0, 1)]
     if of_item[0] == of_item[1]:
         with Utf8File(item_file) as file:
@@ -159,7 +159,7 @@ def _read_reviews(path: Path) -> Iterator[tuple[np.ndarray, pa.Table, int, str]]
 
 
 def _records(path: Path) -> Iterator[tuple[list[int], list[dict[str, Any]], int]]:
-    """Yield (rows, records, bytes of the file) in chunks of lines."""
+    """Yield (row numbers, records, number of bytes read) in chunks of lines."""
     rows: list[int] = []
     records: list[dict[str, Any]] = []
     done = 0
@@ -175,7 +175,7 @@ def _records(path: Path) -> Iterator[tuple[list[int], list[dict[str, Any]], int]
 
 
 def _item_id(record: dict[str, Any]) -> str | None:
-    """The item that reviews refer to: since 2023 the product that all variants belong to."""
+    """Id of the item that reviews refer to; in the 2023 edition the parent product of all variants."""
     found = record.get("parent_asin") or record.get("asin")
     return None if found is None else str(found)
 

@@ -1,8 +1,8 @@
 """`Source` and `Chunk`: the interface between the sources and `prepare`.
 
-A source is a value, not a base class: the static facts of a published dataset and three functions that stream it in
-chunks. Reading does not raise for a bad *value* (a null or NaN is passed on, and `prepare` applies the policy of
-`hllm_torchrec.data.bad_rows`); it raises ValueError for a file that is not in its format.
+A source is a dataclass instance, not a subclass: the static facts of a published dataset and three functions that
+stream it in chunks. For a bad *value*, reading raises no error but passes on null or NaN, to which `prepare` applies
+the policy of `hllm_torchrec.data.bad_rows`. For a file that is not in its format, reading raises ValueError.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +25,17 @@ class Chunk:
     `table` has, by kind of file:
 
     - events: `raw_user_id`, `raw_item_id` string (null or empty: missing); `timestamp` int64, seconds UTC (null:
-      unparsable, or no timestamps in this source); `time_text` string, the value in the file; `label` float32 (null:
-      not an exposure; NaN: unreadable); `text_of_label` likewise; `action` int32 (0: unknown); `row` int64; and the
-      columns of the source's schema: numbers as float32 (null: not defined or unknown; NaN: unreadable), categorical
-      context as string;
+      unparsable, or the source has no timestamps); `time_text` string, the value in the file; `label` float32 (null:
+      not an exposure; NaN: unreadable); `text_of_label` string, the label in the file; `action` int32 (0: unknown);
+      `row` int64; and the columns of the source's schema: numbers as float32 (null: not defined or unknown; NaN:
+      unreadable), categorical context as string;
     - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds, its features
       (list<string>), `row`;
     - users: `raw_user_id`, its features (list<string>), `row`.
 
-    `row` counts from 1, a header line included, so that it is the line number in a file without line breaks inside a
-    cell. `size` is the number of bytes of the file that this chunk covers (for the progress bar), `dialect` says how
-    the file is read (for the summary).
+    `row` counts from 1 and includes a header line, so it is the line number if no cell contains a line break. `size` is
+    the number of bytes of the file that this chunk covers (for the progress bar), `dialect` describes how the file is
+    read (for the summary).
     """
 
     path: Path
@@ -50,7 +50,7 @@ def _nothing() -> Iterator[Chunk]:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset to prepare: static facts, and three functions that stream its chunks from the start at each call."""
+    """A dataset to prepare: static facts, and three functions; each call of one streams its chunks from the start."""
 
     name: str
     """Short name, written to the manifest."""
@@ -62,7 +62,7 @@ class Source:
     items: Callable[[], Iterator[Chunk]]
     text_columns: tuple[str, ...]
     label_rule: str
-    """In words, e.g. "rating >= 4"."""
+    """Rule of the label in words, e.g. "rating >= 4"."""
     action_names: dict[int, str]
     """Name of each action number from 1 on; 0 is always unknown."""
     users: Callable[[], Iterator[Chunk]] = _nothing
@@ -77,9 +77,9 @@ class Source:
     keep_items_without_events: bool = True
     """False for a catalogue that is far larger than the set of items with events."""
     min_events: int = 0
-    """k of the k-core filter that belongs to the published protocol; 0: no filter."""
+    """k of the k-core filter in the published protocol; 0: no filter."""
     policy: BadRows = field(default_factory=BadRows)
-    """Default policy, chosen for the published files of this source; a policy of the user replaces it."""
+    """Default policy, chosen for the published files of this source; a policy given by the user replaces it."""
     options: dict[str, object] = field(default_factory=dict)
     """Reader options that change the result (part of the fingerprint); JSON values."""
     license_note: str = ""
@@ -96,7 +96,7 @@ def event_table(
     label_text: pa.Array | None = None,
     nulls: tuple[str, ...] = NULL_WORDS,
 ) -> pa.Table:
-    """The events of one chunk in the layout of `Chunk`; without `timestamp` it is null for every row.
+    """The events of one chunk in the layout of `Chunk`. If `timestamp` is None, the column is null in every row.
 
     nulls: words that stand for a missing id.
     """
@@ -116,7 +116,7 @@ def event_table(
 
 
 def require_files(paths: Sequence[Path], what: str) -> None:
-    """Raise ValueError with the missing files of `paths`; `what` names their dataset."""
+    """Raise ValueError that lists the missing files of `paths`; `what` is the name of their dataset."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"{what}: file not found: {', '.join(missing)}. Give the folder that holds it as the path")

@@ -1,39 +1,40 @@
-"""Division of a text table's bytes into rows and cells, for any separator, quoting and escapes."""
+"""Splitting of a text table's bytes into rows and cells, for any separator, quoting and escapes."""
 
 import re
 from functools import cache
 from typing import NamedTuple
 
 BARE_RETURN = re.compile(rb"\r(?!\n|\Z)")
-"""A carriage return that ends no line, in a file whose lines end otherwise."""
+"""A carriage return that is not a line end, in a file whose lines end with LF or CR LF."""
 NULL = b"\\N"
-"""Null in the exports of MySQL and PostgreSQL."""
+"""The text for null in exports of MySQL and PostgreSQL."""
 
 
 class Cell(NamedTuple):
-    """A cell of the sample: its bytes without quotation marks and escapes, and whether it was quoted."""
+    """A cell of a row: its bytes without quotation marks and escapes, and whether it was quoted."""
 
     value: bytes
     quoted: bool
 
 
 class Rows(NamedTuple):
-    """The complete rows of a text, and the bytes that they take (fewer than the text: the rest is not a whole row)."""
+    """The complete rows of a text, and their size in bytes; the bytes after them are an incomplete row."""
 
     rows: list[list[Cell]]
     size: int
     is_broken: bool
-    """True if the rest cannot become a row: a quoted cell goes on after its mark."""
+    """True if more bytes cannot complete the rest to a row: text follows the closing mark of a quoted cell."""
 
 
 @cache
 def cell_pattern(separator: bytes, quote: bytes, escape: bytes, line_end: bytes) -> re.Pattern[bytes]:
-    """Pattern of a cell (group `quoted` with its marks, or `plain`) and what ends it (group `end`).
+    """Pattern of a cell (group `quoted` with its marks, or `plain`) and of the separator or line end after it (`end`).
 
-    line_end: CR in a file whose first line ends so. Otherwise rows end at LF or CR LF, and a CR alone is a character.
+    line_end: CR if the file's first line ends with CR. Otherwise rows end with LF or CR LF, and a CR alone is a normal
+    character.
     """
     end, mark, slash = re.escape(separator), re.escape(quote), re.escape(escape)
-    # Possessive: a cell that does not fit is not tried in another way, which would take quadratic time.
+    # Possessive quantifiers (++, *+) prevent backtracking in a cell that does not match (quadratic time).
     plain = b"[^" + re.escape(b"\r\n" + separator[:1] + (b"" if quote else escape)) + b"]"
     if len(separator) > 1:
         plain += b"|(?!" + end + b")" + re.escape(separator[:1])
@@ -55,7 +56,7 @@ def cell_pattern(separator: bytes, quote: bytes, escape: bytes, line_end: bytes)
 def split_rows(
     text: bytes, separator: bytes, quote: bytes, escape: bytes, line_end: bytes = b"\n", *, final: bool
 ) -> Rows:
-    """The rows of `text`, blank lines left out. final: the text ends with its last row, also without a line break."""
+    """The rows of `text` without blank lines. final: the end of the text also ends a last row without a line break."""
     rows: list[list[Cell]] = []
     row: list[Cell] = []
     size = 0
@@ -67,7 +68,7 @@ def split_rows(
             break
         if quoted is not None:
             row.append(Cell(_unquoted(quoted, quote, escape), True))
-        # A cell with escapes counts as quoted: two backslashes and N are a text.
+        # A cell with escapes counts as quoted, so that an escaped backslash followed by N is a text, not null.
         elif escape and not quote and escape in plain and plain != NULL:
             row.append(Cell(_unescaped(plain), True))
         else:
@@ -82,7 +83,7 @@ def split_rows(
 
 @cache
 def _open_cell(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
-    """Pattern of a quoted cell whose end is not there yet, or of an escape without its character."""
+    """Pattern of an incomplete cell: a quoted cell without its closing mark, or an escape without its character."""
     if not quote:
         return re.compile(b"(?!)" if not escape else b".*" + re.escape(escape), re.DOTALL)
     mark, slash = re.escape(quote), re.escape(escape)
@@ -91,7 +92,7 @@ def _open_cell(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
 
 
 def matches(pattern: re.Pattern[bytes], text: bytes) -> list[re.Match[bytes]]:
-    """Consecutive matches from the start, until one does not fit or the text is over."""
+    """Consecutive matches from the start of the text, up to the first gap between two matches or the end."""
     found: list[re.Match[bytes]] = []
     at = 0
     for match in pattern.finditer(text):
@@ -99,7 +100,7 @@ def matches(pattern: re.Pattern[bytes], text: bytes) -> list[re.Match[bytes]]:
             break
         found.append(match)
         at = match.end()
-    # At the end of the text the pattern also matches nothing: a cell only after a separator.
+    # At the end of the text the pattern matches the empty string; this is a cell only after a separator.
     before = found[-2]["end"] if len(found) > 1 else b""
     if found and found[-1].start() == len(text) and before in (b"", b"\n", b"\r\n", b"\r"):
         found.pop()
@@ -110,7 +111,7 @@ _ESCAPES = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"b": b"\b", b"f
 
 
 def _unescaped(cell: bytes) -> bytes:
-    """A cell that is not quoted, with its escapes replaced."""
+    """Replace the escapes in a cell that is not quoted."""
     return re.sub(rb"\\(\r\n|.)", lambda m: _ESCAPES.get(m[1], m[1]), cell, flags=re.DOTALL)
 
 
@@ -118,7 +119,7 @@ def _unquoted(cell: bytes, quote: bytes, escape: bytes) -> bytes:
     inner = cell[1:-1]
     if quote in inner:
         inner = inner.replace(quote * 2, quote)
-    # Spark and csv write a backslash before marks and backslashes only: before anything else it is itself.
+    # Spark and csv escape only marks and backslashes; a backslash before another character is a backslash.
     return re.sub(rb"\\([\\" + quote + rb"])", rb"\1", inner) if escape and escape in inner else inner
 
 

@@ -23,19 +23,19 @@ _DAMAGED = "the file is damaged: fetch or write it again"
 
 
 class ColumnChunk(NamedTuple):
-    """Consecutive rows: their numbers (int64 from 1, a header included), the columns, the bytes that they cover."""
+    """Consecutive rows: row numbers (int64 from 1, counting a header), columns, and number of bytes of the file."""
 
     rows: np.ndarray
     table: pa.Table
     size: int
     dialect: str = ""
-    """How the file is read, for the summary."""
+    """Description of how the file is read, for the summary."""
 
 
 def read_columns(path: Path, columns: Sequence[str], given: Format | None = None) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a Parquet, Arrow (Feather) or JSON lines file, or of a text table; told by its first bytes.
+    """Stream `columns` of a Parquet, Arrow (Feather), JSON lines or text file; its first bytes decide which.
 
-    Columns that the file lacks are taken from its folders (`day=2024-01-31/part-0.parquet`).
+    Columns that are in the names of the file's folders (`day=2024-01-31/part-0.parquet`) are read from there.
     """
     folders = _values_of_folders(path)
     inside = [name for name in columns if name not in folders]
@@ -48,7 +48,7 @@ def read_columns(path: Path, columns: Sequence[str], given: Format | None = None
 
 
 def _values_of_folders(path: Path) -> dict[str, str | None]:
-    """The values that the names of a file's folders state, as Spark and Hive write them."""
+    """Column -> value in the names of the file's folders, `column=value`, as Spark and Hive write them."""
     found = [re.fullmatch(r"([^=]+)=(.*)", part) for part in path.parent.parts]
     return {m[1]: None if m[2] == "__HIVE_DEFAULT_PARTITION__" else m[2] for m in found if m}
 
@@ -71,10 +71,10 @@ def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[
 
 
 def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a text table as strings; a missing value is null, and an empty cell in quotes "".
+    """Stream `columns` of a text table as strings; a missing value is null, and an empty quoted cell is "".
 
-    Raises ValueError naming the file and, if known, the row for a missing column, another number of cells, quotation
-    marks that do not close, or bytes that are not text.
+    Raises ValueError naming the file and, if known, the row for a missing column, a wrong number of cells, a quotation
+    mark that is not closed, or bytes that are not text.
     """
     dialect = detect_dialect(path, columns, given)
     wanted = list(dict.fromkeys(columns))
@@ -94,7 +94,7 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
-                    at = file.tell()  # once: Arrow reads ahead in a thread of its own
+                    at = file.tell()  # read once, because Arrow reads ahead in its own thread
                     size, done = at - done, at
                     yield ColumnChunk(rows, pa.Table.from_batches([batch]), size, str(dialect))
         except pa.ArrowException as error:
@@ -113,12 +113,12 @@ def _arrow_reader(stream: RowStream, dialect: Dialect, convert: pa.csv.ConvertOp
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The names with a number for those that came before: columns that are not read may share a name."""
+    """The names, with a number added to repeated ones: columns that are not read may have the same name."""
     return [name if names.index(name) == i else f"{name}\0{i}" for i, name in enumerate(names)]
 
 
 def _reason(error: Exception, dialect: Dialect) -> tuple[str, str]:
-    """Arrow's message with the file's row numbers, and the remedy."""
+    """(Arrow's message with row numbers converted to those of the file, remedy)."""
     before = dialect.first_row - 1
     text = re.sub(r"Row #(\d+)", lambda m: f"Row #{int(m[1]) + before}", str(error)[:300])
     if "invalid UTF8" in text:
@@ -129,7 +129,7 @@ def _reason(error: Exception, dialect: Dialect) -> tuple[str, str]:
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a Parquet file in their own types. Raises ValueError for a missing column or damage."""
+    """Stream `columns` of a Parquet file in the file's types. Raises ValueError for a missing column or damage."""
     with error_location(path, _DAMAGED), pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
         wanted = list(dict.fromkeys(columns))
@@ -143,7 +143,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
 
 
 def _read_arrow(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Stream `columns` of an Arrow IPC (Feather) file in their own types."""
+    """Stream `columns` of an Arrow IPC (Feather) file in the file's types."""
     with error_location(path, _DAMAGED), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
         _require_columns(path, columns, file.schema.names)
         wanted, next_row = list(dict.fromkeys(columns)), 1
@@ -158,10 +158,10 @@ def _read_arrow(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a file with an object in every line, in JSON or Python; a key that a line lacks is null.
+    """Stream `columns` of a file with one JSON object or Python dict per line; a key that a line lacks is null.
 
-    Raises ValueError naming file and row for a line that is neither, a column that no line of the first
-    batch has, or values of several types in one column.
+    Raises ValueError naming file and row for a line that is neither, for a column that no line of the first batch has,
+    or for values of several types in one column.
     """
     wanted, done, seen = list(dict.fromkeys(columns)), 0, False
     with Utf8File(path) as file:
@@ -178,7 +178,7 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]
 
 def _column(values: list[Any]) -> pa.Array:
     kinds = {type(value) for value in values} - {type(None)}
-    if kinds in ({int, float}, {int, str}):  # one type for all: numbers, or ids as texts
+    if kinds in ({int, float}, {int, str}):  # convert to one type: float, or str for ids
         convert = float if float in kinds else str
         values = [None if value is None else convert(value) for value in values]
     return pa.array(values)
@@ -216,7 +216,7 @@ def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
 
 
 def text_lines(path: Path, file: Utf8File) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their numbers from 1, without line ends."""
+    """Yield (line number from 1, line without its end) of all lines that are not blank."""
     before, rest = 0, b""
     while block := file.read(1 << 20):
         *lines, rest = (rest + block).split(b"\n")

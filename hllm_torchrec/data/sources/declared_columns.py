@@ -1,17 +1,17 @@
 """Declared columns of events in a table mapping: labels of several kinds, weight, sampling rate and request context.
 
     events:
-      labels:                       # instead of `label`; the first one says which events are exposures
+      labels:                       # instead of `label`; events that have the first label are exposures
         click: binary
         like: {kind: binary, given: click}              # defined only where click is 1
         watch_seconds: {kind: regression, transform: log1p}
         stars: {kind: ordinal, values: [1, 2, 3, 4, 5], column: rating}
         good: {kind: binary, column: rating, positive_from: 4}
       weight: importance            # optional: a column of numbers of at least 0
-      sampling_rate: kept           # optional: the share of exposures with first label 0 that was kept
+      sampling_rate: kept           # optional: column with the sampling rate of exposures with first label 0
       context: {device: categorical, position: categorical, price: {kind: numeric, column: euros}}
 
-A name is the source's column unless `column` names another.
+Each name is also the name of the source's column, unless `column` gives another one.
 """
 
 import difflib
@@ -32,6 +32,7 @@ from hllm_torchrec.data.event_schema import (
     SAMPLING_RATE,
     TRANSFORMS,
     WEIGHT,
+    WHOLE_FLOAT,
     ContextColumn,
     EventSchema,
     LabelColumn,
@@ -49,10 +50,10 @@ _CONTEXT_KEYS = ("kind", "column")
 
 @dataclass(frozen=True)
 class DeclaredColumns:
-    """The schema of a mapping's events, and the source's column of each name.
+    """The event schema of a mapping, and the source's column for each of its columns.
 
-    columns: column of `EventSchema.extra` -> the source's column; positive_from: binary label -> the number from which
-    on it is 1; first: column of the first label, or None where every event is positive.
+    columns: column of `EventSchema.extra` -> the source's column; positive_from: binary label -> smallest number that
+    becomes 1; first: the source's column of the first label, None if every event is positive.
     """
 
     schema: EventSchema
@@ -67,7 +68,7 @@ class DeclaredColumns:
         return list(dict.fromkeys([*first, *self.columns.values()]))
 
     def first_label(self, data: pa.Table, path: Path) -> tuple[np.ndarray | pa.Array, pa.ChunkedArray | None]:
-        """The first label of rows, float32, and its text in the file; every event is positive without a label."""
+        """(first label of the rows, float32; its text in the file); without a label column, (ones, None)."""
         if self.first is None:
             return np.ones(len(data), np.float32), None
         name = self.schema.labels[0].name
@@ -75,7 +76,7 @@ class DeclaredColumns:
             return parse_labels(data[self.first], self.positive_from.get(name)), data[self.first]
 
     def extra(self, data: pa.Table, path: Path) -> dict[str, pa.Array]:
-        """The columns of `EventSchema.extra` of rows: null where a cell is empty, NaN where it cannot be read."""
+        """The columns of `EventSchema.extra` for the rows: null where a cell is empty, NaN where it cannot be read."""
         schema, found = self.schema, {}
         for label in schema.labels[1:]:
             with error_location(f"{path}, column {self.columns[label.column]}", _CONVERT):
@@ -93,7 +94,7 @@ class DeclaredColumns:
 
 
 def _label(values: pa.ChunkedArray, label: LabelColumn, positive_from: float | None) -> pa.Array:
-    """float32 values of a label as they are stored."""
+    """float32 values of a label, in the form in which they are stored."""
     if label.kind == "binary":
         return parse_labels(values, positive_from)
     if label.kind == "regression":
@@ -110,16 +111,17 @@ def _text(value: float | str) -> str:
 
 def _numbers(values: pa.ChunkedArray) -> pa.Array:
     """float32 numbers: null for empty cells and words for a missing value, NaN for other texts."""
-    number = parse_float(values).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite: out of the range of any column
+        number = parse_float(values).astype(np.float32)
     absent = _is_absent(values)
-    # A NaN in a file of floats is a value that its writer did not have, unlike a text that is no number.
+    # NaN in a float column means a missing value (null), unlike a text that is not a number.
     return pa.array(number, mask=absent)
 
 
 def _categories(values: pa.ChunkedArray) -> pa.Array:
-    """Trimmed texts; null for empty cells and words for a missing value. Whole floats are read as integers."""
+    """Trimmed texts; null for empty cells and words for a missing value. 12.0 is read as "12"."""
     texts = pc.utf8_trim_whitespace(as_texts(values))
-    texts = pc.replace_substring_regex(texts, r"^(-?\d+)\.0+$", r"\1")
+    texts = pc.replace_substring_regex(texts, WHOLE_FLOAT, r"\1")
     return pc.if_else(pa.array(_is_absent(values)), pa.scalar(None, pa.string()), texts)
 
 
@@ -134,7 +136,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     """The declared columns of a mapping's events.
 
     Raises:
-        ValueError: naming the mapping's file and field.
+        ValueError: a declaration is wrong; the message names the mapping's file and field.
     """
     if events.labels and (events.label is not None or events.positive_from is not None):
         raise ValueError(f"{path}: events.labels replaces events.label and events.positive_from; leave these out")
@@ -159,7 +161,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
         raise ValueError(f"{path}: events.{problem}")
     first_name = schema.labels[0].name
     first = labels[first_name].get("column", first_name)
-    # By the dataset's columns: a label or context may be named `weight`, too.
+    # Keys are the dataset's columns, because a label or context may also be named `weight`.
     columns = {one.column: labels[one.name].get("column", one.name) for one in schema.labels[1:]}
     columns |= {one.column: context[one.name].get("column", one.name) for one in schema.context}
     columns |= {} if events.weight is None else {WEIGHT: events.weight}
@@ -170,7 +172,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
 
 
 def _entry(name: Any, raw: Any, part: str, kinds: tuple[str, ...], keys: tuple[str, ...], path: Path) -> dict[str, Any]:
-    """A label or context as a mapping with a `kind`; the kind alone may stand for it."""
+    """The entry of a label or context as a mapping with `kind`; raw: such a mapping, or only the kind."""
     place = f"{path}: events.{part}.{name}"
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{place}: a name has letters, digits and underscores; give the file's name as `column`")
@@ -195,6 +197,9 @@ def _label_column(name: str, entry: Mapping[str, Any], path: Path) -> LabelColum
         raise ValueError(f"{place}.transform is {abbreviate(transform)}; choose one of {', '.join(TRANSFORMS)}")
     if not isinstance(values, list) or not all(type(value) in (int, float, str) for value in values):
         raise ValueError(f"{place}.values is {abbreviate(values)}, it must be a list of numbers or texts in order")
+    texts = [_text(value) for value in values]
+    if repeated := sorted({text for text in texts if texts.count(text) > 1}):
+        raise ValueError(f"{place}.values has {repeated[0]!r} more than once; list each value once, in order")
     if not isinstance(entry.get("given", ""), str):
         raise ValueError(f"{place}.given is {abbreviate(entry['given'])}, it must be the name of another label")
     number = entry.get("positive_from")

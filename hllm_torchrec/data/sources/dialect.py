@@ -1,17 +1,17 @@
 """The dialect of a text table: separator, quoting, escapes, encoding, header and words for missing values.
 
-Each part is what the mapping's `format` says, else what a sample from the start of the file shows:
+Each part is taken from the mapping's `format`, or else detected from a sample at the start of the file:
 
-- separator: the one with which the first line holds all columns that are read (without a header line: as many as the
-  mapping names in every row), of `SEPARATORS`;
-- quoting: cells in double quotation marks, where a mark inside is doubled (RFC 4180) or has a backslash before it
-  (Spark); cells in apostrophes; or no quoting, as where a cell begins with a mark that nothing closes. Then also with
-  backslashes before separators and line breaks, and `\\N` for null (MySQL, PostgreSQL);
-- encoding: UTF-8, or UTF-16 or UTF-32 by their mark. Other encodings cannot be told apart and must be named;
+- separator: the one of `SEPARATORS` that splits the first line so that it contains all columns to read (without a
+  header line: that splits every row into the number of columns in the mapping);
+- quoting: cells in double quotation marks, where a mark inside a cell is doubled (RFC 4180) or has a backslash before
+  it (Spark); cells in apostrophes; or no quoting, for example if a cell begins with a mark that is never closed.
+  Without quoting, there may be backslashes before separators and line breaks, and `\\N` for null (MySQL, PostgreSQL);
+- encoding: UTF-8, or UTF-16 or UTF-32 by their byte order mark. Other encodings cannot be detected and must be given;
 - nulls: an empty cell and `\\N` always; a word of `NULL_WORDS` if it is in a column whose other cells are numbers,
   times or booleans.
 
-A sample that fits two readings with different values is refused, with the option that decides.
+If two dialects fit the sample and give different values, an error names the option that decides between them.
 """
 
 import re
@@ -36,7 +36,7 @@ SEPARATORS = (",", "\t", ";", "|", "\x01")
 NULL_WORDS = ("NULL", "null", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "NaT")
 SAMPLE_BYTES = 1 << 18
 MAX_ROW_BYTES = 4 << 20
-"""A row, from its first cell to its last, is shorter."""
+"""Maximum size of a row in bytes."""
 
 _NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", "\x01": "control-A", " ": "blank"}
 _MARKS = {'"': "double", "'": "single"}
@@ -51,24 +51,24 @@ _WORD = re.compile(rb"[A-Za-z0-9_.:+-]*")
 
 @dataclass(frozen=True)
 class Format:
-    """The `format` part of the mapping: what is not left to detection."""
+    """The `format` part of the mapping; None: the value is detected."""
 
     separator: str | None = None
     """Text between the cells: one or more characters."""
     quote: str | None = None
-    """Mark around cells: `"`, `'` or none."""
+    """Quotation mark around cells: `"`, `'` or "none"."""
     escape: str | None = None
-    """Character before a mark, separator or line break inside a cell: `\\` or none."""
+    """Escape character before a mark, separator or line break inside a cell: `\\` or "none"."""
     encoding: str | None = None
     header: list[str] | None = None
     """Names of the columns of a file without a header line."""
     nulls: list[str] | None = None
-    """Words for missing values, also in ids and texts; besides these, only an empty cell is missing."""
+    """Words for missing values in all columns, including ids and texts; otherwise only an empty cell is missing."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a text table is read; see the module docstring."""
+    """Settings for reading a text table; see the module docstring."""
 
     separator: str
     quote: str
@@ -78,18 +78,18 @@ class Dialect:
     encoding: str
     compression: str
     names: tuple[str, ...]
-    """The columns in the file's order."""
+    """Names of the columns in the file's order."""
     skip: int
-    """Bytes, in UTF-8, before the first row."""
+    """Number of bytes, in UTF-8, before the first row."""
     first_row: int
-    """Number of the first row, from 1, a header included."""
+    """Line number of the first row, from 1, counting a header."""
     nulls: tuple[str, ...]
     line_end: str
-    """CR if the first line ends so; else LF, which also stands for CR LF."""
+    """CR if the first line ends with CR; else LF, which includes CR LF."""
     has_returns: bool
-    """True if a CR in the sample ends no line."""
+    """True if the sample has a CR that is not part of a line end."""
     is_certain: bool
-    """False if no cell of the sample shows whether cells are quoted."""
+    """False if no cell of the sample shows whether the file uses quoting."""
 
     def __str__(self) -> str:
         """The dialect in words, for the summary."""
@@ -106,10 +106,10 @@ class Dialect:
 
 
 def detect_dialect(path: Path, columns: Sequence[str], given: Format | None = None) -> Dialect:
-    """The dialect of a text table with the named columns.
+    """Detect the dialect of a text table that has `columns`.
 
     Raises:
-        ValueError: it has not the columns, or no reading of its first rows is consistent, or two are.
+        ValueError: a column is missing; or no dialect is consistent with the first rows, or several are.
     """
     given = given or Format()
     with Utf8File(path, given.encoding) as file:
@@ -143,9 +143,9 @@ def detect_dialect(path: Path, columns: Sequence[str], given: Format | None = No
 
 
 class UnclearTableError(ValueError):
-    """A text table that can be read in several ways, or in none.
+    """Error for a text table that several dialects fit, or none.
 
-    problem: the message without its remedy, which is of the mapping of a source.
+    problem: the message without the remedy, which is a change of a source's mapping.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
@@ -154,9 +154,9 @@ class UnclearTableError(ValueError):
 
 
 def header_names(path: Path, columns: Sequence[str] = ()) -> list[str]:
-    """Names of a text table's columns; columns: some that it should have, which tell the separator.
+    """Names of a text table's columns; columns: expected names, used to find the separator.
 
-    Raises ValueError for a file that is no text, or has no header.
+    Raises ValueError for a file that is not text or has no header.
     """
     with Utf8File(path) as file:
         text = file.read(SAMPLE_BYTES)
@@ -177,19 +177,23 @@ class _Header(NamedTuple):
 
 
 class _Sample:
-    """The first rows of a file, and what they show."""
+    """The first rows of a file, and detection of the dialect from them."""
 
     def __init__(
         self, path: Path, text: bytes, complete: bool, wanted: tuple[str, ...], given: Format, line: int
     ) -> None:
-        """text: from the header on, or from the first row; complete: it is all of the file; line: its first line."""
+        """Args:
+        text: starts with the header or, if the mapping gives the header, with the first row.
+        complete: True if the text reaches the end of the file.
+        line: line number at which the text starts.
+        """
         self.path, self.text, self.complete, self.wanted, self.given = path, text, complete, wanted, given
         self.line = line
         first = re.search(rb"\r\n|\n|\r", text)
         self.line_end = b"\r" if first is not None and first[0] == b"\r" and b"\n" not in text else b"\n"
 
     def separator_and_header(self, separator: str | None) -> tuple[str, _Header]:
-        """The separator with which the columns are there, and the header."""
+        """(separator with which the wanted columns exist, header)."""
         tried = (separator,) if separator else SEPARATORS
         if self.given.header is not None:
             names = tuple(self.given.header)
@@ -204,11 +208,11 @@ class _Sample:
         return found, headers[found]
 
     def header(self, separator: str) -> _Header:
-        """The names in the first row, if this separates them."""
+        """The header if the first row is split by this separator."""
         line = re.match(rb"[^\r\n]*(?:\r\n|\n|\r|\Z)", self.text)
         assert line is not None
         for quote in (b'"', b""):
-            # A quoted name may hold a line break: the header is the first row, not the first line.
+            # A quoted name may contain a line break, so the header is the first row, not the first line.
             text = self.text if quote in line[0] else line[0]
             rows = split_rows(text[: 1 << 16], separator.encode(), quote, b"", self.line_end, final=True).rows[:1]
             if rows:
@@ -244,13 +248,13 @@ class _Sample:
         return split_rows(self.text[skip:], separator.encode(), quote, escape, self.line_end, final=self.complete)
 
     def quoting(self, separator: str, header: _Header) -> tuple[str, str, bool]:
-        """(quote, escape, whether a cell of the sample decides it)."""
+        """(quote, escape, True if a cell of the sample decides them)."""
         given, body = self.given, self.text[header.size :]
         quotes = [_plain(given.quote)] if given.quote is not None else ['"', "", "'"]
         escapes = [_plain(given.escape)] if given.escape is not None else ["", "\\"]
         if len(quotes) == len(escapes) == 1:
             return quotes[0], escapes[0], True
-        # A quoting whose mark opens no cell reads the file as the others do.
+        # If a mark opens no cell, quoting with this mark gives the same cells as no quoting.
         opened = {quote for quote in quotes if not quote or _opens_cell(body, quote.encode(), separator.encode())}
         escapes = [escape for escape in escapes if not escape or b"\\" in body] or escapes
         if opened <= {""} and escapes == [""] and '"' in quotes:
@@ -270,7 +274,7 @@ class _Sample:
         return whole and all(len(row) == cells for row in found.rows)
 
     def null_words(self, separator: str, quote: str, escape: str, skip: int) -> tuple[str, ...]:
-        """The words for null that the sample shows, or those of the mapping."""
+        """The words for null in the mapping, or else in the sample."""
         if self.given.nulls is not None:
             return tuple(self.given.nulls)
         words = [word.encode() for word in NULL_WORDS if word.encode() in self.text]
@@ -290,12 +294,12 @@ def _plain(text: str) -> str:
 
 
 def _opens_cell(body: bytes, quote: bytes, separator: bytes) -> bool:
-    """True if a cell of `body` begins with the mark."""
+    """True if a cell of `body` begins with the mark `quote`."""
     return re.search(rb"(?:\A|[\r\n]|" + re.escape(separator) + rb")" + quote, body) is not None
 
 
 def requoted(path: Path, text: bytes, dialect: Dialect, line: int, *, complete: bool) -> tuple[str, str]:
-    """(quote, escape) of a file whose first quoted cell comes in `text`, rows from `line` on, after the sample."""
+    """(quote, escape) of a file whose first quoted cell is after the sample, in `text`, which starts at `line`."""
     sample = _Sample(path, text, complete, (), Format(), line)
     sample.line_end = dialect.line_end.encode()
     quote, escape, _ = sample.quoting(dialect.separator, _Header(dialect.names, 0, False))
@@ -303,7 +307,7 @@ def requoted(path: Path, text: bytes, dialect: Dialect, line: int, *, complete: 
 
 
 class _Choice:
-    """The choice between the quotings under which every row of the sample has the header's number of cells."""
+    """Chooses between the quotings with which every row of the sample has as many cells as the header (`fits`)."""
 
     def __init__(
         self,
@@ -330,7 +334,7 @@ class _Choice:
         is_tabbed = self.separator == b"\t"
         if has_nulls and (is_tabbed or plain is None):
             return "", "\\", True
-        # Backslashes that could all be escapes, where nothing else tells.
+        # All backslashes could be escapes, and nothing else decides whether they are.
         undecided = is_tabbed or (has_nulls and re.search(rb"\\[^N]", self.body))
         if escaped and plain is not None and undecided and not _LITERAL_BACKSLASH.search(self.body):
             raise UnclearTableError(
@@ -342,11 +346,14 @@ class _Choice:
         for choice in (('"', "\\"), ("", ""), ("", "\\"), ("'", ""), ("'", "\\")):
             if choice in fits:
                 return *choice, True
-        # Nothing fits: the reader names the first row that does not.
+        # No quoting fits: return a default, so that the reader raises an error for the first row that does not fit.
         return ('"', "", True) if b'"' in self.body else ('"', "", False)
 
     def _marked(self, marked: list[list[Cell]], other: str | None) -> tuple[str, str, bool]:
-        """Between cells in marks that are all well-formed, and marks that belong to texts (other: with its escape)."""
+        """Choose between quoted cells, which are all well-formed, and marks that belong to the texts.
+
+        other: escape of the reading without quoting; None if the rows do not fit without quoting.
+        """
         if other is None or self.header_quoted or self._has_evidence(marked):
             return '"', "", True
         if any(b"\n" in cell.value or b"\r" in cell.value for row in marked for cell in row if cell.quoted):
@@ -361,8 +368,8 @@ class _Choice:
             return '"', "", True
         if self.separator == b",":  # quoting is the rule there
             return '"', "", True
-        # Excel, in files separated by tabs, quotes cells with commas too; other writers would not have quoted these
-        # cells, so that the marks are part of the texts.
+        # In tab-separated files, Excel also quotes cells with commas. Other writers do not quote such cells; in their
+        # files the marks are part of the texts.
         if all(re.search(b"[,;\t]", cell.value) for row in marked for cell in row if cell.quoted):
             text = next(cell.value for row in marked for cell in row if cell.quoted).decode(errors="replace")[:50]
             raise UnclearTableError(
@@ -372,13 +379,13 @@ class _Choice:
         return "", other, True
 
     def _has_evidence(self, rows: list[list[Cell]]) -> bool:
-        """True if a cell holds doubled marks, or a column's cells are all quoted."""
+        """True if a cell has doubled marks, or all cells of some column are quoted."""
         if any(cell.quoted and b'"' in cell.value for row in rows for cell in row):
             return True
         return _has_quoted_column(rows)
 
     def _all_in_apostrophes(self) -> bool:
-        """True if, with apostrophes as marks, the cells of some column are all quoted (more than one of them)."""
+        """True if all cells of some column, at least two, are quoted when apostrophes are the marks."""
         rows = self.fits.get(("'", ""))
         return rows is not None and _has_quoted_column(rows)
 
@@ -388,13 +395,13 @@ class _Choice:
 
 
 def _has_quoted_column(rows: list[list[Cell]]) -> bool:
-    """True if the cells of some column are all quoted, and are more than one."""
+    """True if some column has at least two cells and all its cells are quoted."""
     columns = ([cell for cell in column if cell.value or cell.quoted] for column in zip(*rows))
     return any(len(column) > 1 and all(cell.quoted for cell in column) for column in columns)
 
 
 def check_format(given: Format) -> str | None:
-    """The problem of a mapping's format, or None."""
+    """Description of the first problem of a mapping's `format`, or None."""
     for name, allowed in (("quote", ('"', "'", "none")), ("escape", ("\\", "none"))):
         value = getattr(given, name)
         if value is not None and value not in allowed:

@@ -1,4 +1,4 @@
-"""Columns of items that are in other files than the items themselves, joined by the item's id."""
+"""Columns of items that are in separate files and are joined by the item's id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +15,19 @@ from hllm_torchrec.data.validation import error_location
 
 
 class JoinedItems:
-    """Looks up columns by item id. The files are read into memory, at the first use.
+    """Looks up columns by item id. The files are read into memory at the first use.
 
-    An id's first row is used; a later row with other values is an error, because one of them would be lost.
+    A later row of an id with different values is an error, because one of the values would be lost.
     """
 
     def __init__(self, joined: Sequence[tuple[tuple[Path, ...], Join]]) -> None:
-        """joined: the files of each join, and its columns."""
+        """joined: (files, settings) of each join."""
         self._joined = joined
         self.names = frozenset(name for _, join in joined for name in join.columns)
         self._tables: list[pa.Table] | None = None
 
     def take(self, ids: pa.Array) -> dict[str, pa.Array]:
-        """Column -> values [n] of the ids [n], null where the file does not have the id."""
+        """Column -> values [n] for the ids [n], null where the file does not have the id."""
         if self._tables is None:
             self._tables = [_read(files, join) for files, join in self._joined]
         found: dict[str, pa.Array] = {}

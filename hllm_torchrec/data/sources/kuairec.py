@@ -1,12 +1,13 @@
 """KuaiRec 2.0: a matrix of video views with several signals (Gao et al., CIKM 2022).
 
 `big_matrix.csv` or `small_matrix.csv`: `user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio`
-with durations in milliseconds, seconds UTC as floats, and watch_ratio = play_duration / video_duration. Beside it:
-`item_categories.csv` (`video_id,feat`, a list of tags), `kuairec_caption_category.csv` (published later: texts and
-three levels of categories) and `user_features.csv`.
+with durations in milliseconds, timestamp in seconds UTC (float), and watch_ratio = play_duration / video_duration. In
+the same folder: `item_categories.csv` (`video_id,feat`, a list of tags), `kuairec_caption_category.csv` (published
+later: texts and three levels of categories) and `user_features.csv`.
 
-Labels: `like` is watch_ratio > 2, as the authors propose for want of a signal of that name; `complete` is watch_ratio
->= 1; `watch_ratio` itself (its loss on log(1 + y)) and `watch_seconds` are numbers. Every view is an exposure.
+Labels: `like` is watch_ratio > 2, as the authors propose because the data has no explicit likes; `complete` is
+watch_ratio >= 1; `watch_ratio` (with the loss on log(1 + y)) and `watch_seconds` are regression labels. Every view is
+an exposure.
 """
 
 import csv
@@ -32,7 +33,7 @@ SCHEMA = EventSchema(
     )
 )
 LIKED, COMPLETE = 2.0, 1.0
-"""Watch ratio above which a video counts as liked, and from which on it was watched to its end."""
+"""A view is liked if its watch ratio is above LIKED, and complete if it is at least COMPLETE."""
 TEXTS = {
     "caption": "caption",
     "cover": "manual_cover_text",
@@ -40,7 +41,7 @@ TEXTS = {
     "category": "first_level_category_name",
     "subcategory": "second_level_category_name",
 }
-"""Text column of a dataset -> column of the captions."""
+"""Text column of the dataset -> column of the captions file."""
 USER_FEATURES = (
     "user_active_degree",
     "is_live_streamer",
@@ -55,7 +56,7 @@ _NO_TEXT = ("", "UNKNOWN", "[]")
 
 
 def kuairec(matrix: str | Path) -> Source:
-    """KuaiRec from `big_matrix.csv` or `small_matrix.csv`, whose name is the dataset's, and the files beside it."""
+    """KuaiRec from `big_matrix.csv` or `small_matrix.csv`, which also names the dataset, and its folder's files."""
     event_file = Path(matrix)
     names = ("item_categories.csv", "kuairec_caption_category.csv", "user_features.csv")
     tags, captions, users = others = tuple(event_file.parent / name for name in names)
@@ -79,7 +80,7 @@ def kuairec(matrix: str | Path) -> Source:
         label_rule=f"watch_ratio > {LIKED:g}",
         action_names={1: "view"},
         keep_items_without_events=False,
-        # Of the published rows some views are logged twice, and some of the small matrix have no time.
+        # In the published files some views are logged twice, and some rows of the small matrix have no time.
         policy=BadRows(bad_time="drop", duplicate_event="drop"),
         license_note="KuaiRec (c) its authors: CC BY-SA 4.0; cite Gao et al., doi:10.1145/3511808.3557220.",
     )
@@ -111,7 +112,7 @@ def _events(path: Path) -> Iterator[Chunk]:
 
 
 def _items(tags: Path, captions: Path) -> Iterator[Chunk]:
-    """The videos of `tags`, all that there are, with their texts."""
+    """All videos; `tags` lists each of them, `captions` has their texts."""
     texts = _read_captions(captions)
     for rows, table, size, dialect in read_csv(tags, ["video_id", "feat"]):
         ids = as_id_strings(table["video_id"], "item")
@@ -126,10 +127,10 @@ def _items(tags: Path, captions: Path) -> Iterator[Chunk]:
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
-    """Texts of each video; "UNKNOWN" and empty lists are no texts.
+    """Video -> text column -> text; "UNKNOWN" and empty lists become "".
 
-    Some published captions have line breaks outside of quotes. The parts of such a row are no rows of a video, so that
-    it remains without text and counts as `item_without_text`.
+    Some published captions have line breaks outside of quotes. The fragments of such a row are skipped, so the video
+    remains without text and counts as `item_without_text`.
     """
     found: dict[str, dict[str, str]] = {}
     with path.open(encoding="utf-8", newline="") as file:

@@ -1,7 +1,7 @@
 """MovieLens-100k (RecBole's atomic files or GroupLens' own folder) and MovieLens-1M (`::` files).
 
 Label: rating >= 4. Action: the rating, 1..5. Text: title, year, genres. A rating outside 1..5 is a NaN label. With
-`stars` the rating is a further, ordinal label beside the binary one.
+`stars`, the rating is an additional ordinal label.
 """
 
 import re
@@ -42,9 +42,9 @@ Rows = list[list[str]]
 def movielens_100k(path: str | Path, *, stars: bool = False) -> Source:
     """MovieLens-100k in the folder `path`: `ml-100k.inter/.item/.user` (RecBole) or `u.data/u.item/u.user`.
 
-    stars: with the rating as an ordinal label.
+    stars: add the rating as an ordinal label.
 
-    Raises ValueError if the folder holds neither.
+    Raises ValueError if the folder has neither set of files.
     """
     folder = Path(path)
     if (folder / "ml-100k.inter").is_file():
@@ -66,7 +66,9 @@ def movielens_100k(path: str | Path, *, stars: bool = False) -> Source:
 
 
 def movielens_1m(path: str | Path, *, stars: bool = False) -> Source:
-    """MovieLens-1M in the folder `path`: `ratings.dat`, `movies.dat`, `users.dat` (`::`, latin-1); `stars` as above.
+    """MovieLens-1M in the folder `path`: `ratings.dat`, `movies.dat`, `users.dat` (`::`, latin-1).
+
+    stars: see `movielens_100k`.
 
     Raises ValueError if a file is missing.
     """
@@ -111,7 +113,7 @@ def read_rows(
     """Yield (row numbers int64 from 1, the split rows, bytes read) of a small text file, in order.
 
     `header` is the required beginning of the first line, which is skipped. Blank lines are skipped. Raises ValueError
-    naming file and row for another header, another number of columns, or bytes that are not in the encoding.
+    naming file and row for a wrong header, a wrong number of columns, or bytes that are invalid in the encoding.
     """
     numbers: list[int] = []
     rows: Rows = []
@@ -168,7 +170,7 @@ def _events(numbers: np.ndarray, rows: Rows) -> pa.Table:
 
 
 def _with_stars(events: Callable[[], Iterator[Chunk]]) -> Iterator[Chunk]:
-    """The chunks with the rating as the ordinal label: the index of its value, NaN outside 1..5."""
+    """Yield the chunks with the rating as an ordinal label: index of the value 1..5, NaN for other ratings."""
     for chunk in events():
         action = chunk.table["action"].to_numpy()
         index = pa.array(np.where(action > 0, action - 1, np.nan).astype(np.float32))
@@ -200,7 +202,9 @@ def _item_table(numbers: np.ndarray, items: list[tuple[str, str, str, list[str]]
 def _recbole_items(numbers: np.ndarray, rows: Rows) -> pa.Table:
     items = []
     for raw_id, title, year, genres in rows:
-        plain, year_of_title = split_title(title)  # in RecBole's file one title has "(1995)" and the year "V"
+        plain, year_of_title = split_title(
+            title
+        )  # one item of RecBole's file has "(1995)" in its title, and the year "V"
         items.append((raw_id, plain, year if re.fullmatch(r"\d{4}", year) else year_of_title, genres.split()))
     return _item_table(numbers, items)
 

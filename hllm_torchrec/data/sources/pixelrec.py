@@ -4,8 +4,8 @@ Interactions: `item_id,user_id,timestamp`. Item information: `item_id`, counters
 `tag`, `description`. The data is implicit: every event is an exposure with label 1 and action 1. The item
 file covers all of PixelRec, so only items with an event are kept.
 
-The timestamps are seconds UTC, as HLLM's Algorithm 1 reads them; for a copy in milliseconds set `time_unit`
-(milliseconds read as seconds raise an error that suggests it).
+The timestamps are seconds UTC, as in HLLM's Algorithm 1. For a copy in milliseconds set `time_unit` (if milliseconds
+are read as seconds, an error suggests this).
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ TEXT_COLUMNS = ("title", "tag", "description")
 
 
 def pixelrec(interactions: str | Path, items: str | Path, *, time_unit: str = "seconds") -> Source:
-    """PixelRec from its interaction file (whose name becomes the dataset's) and its item information file."""
+    """PixelRec from its interaction file, which also names the dataset, and its item information file."""
     event_file, item_file = Path(interactions), Path(items)
     require_files([event_file, item_file], "PixelRec")
     require_time_unit(time_unit)

@@ -20,7 +20,7 @@ class SourceKind:
     """An entry of the registry: the function that builds the source, and the texts for the command line."""
 
     build: Callable[..., Source]
-    """Called with `path`, `items` if given, and the keyword `time_unit` if given."""
+    """Called with `path`, `items` if given, and the given ones of the keywords time_unit, html, append and stars."""
     path: str
     """Meaning of --path, for the help text."""
     example: str
@@ -30,7 +30,7 @@ class SourceKind:
     takes_time_unit: bool = False
     """True if the source accepts --time-unit."""
     takes_event_files: bool = False
-    """True if the source accepts event files of new data, as `append`."""
+    """True if the source accepts the keyword `append`: event files of new data."""
     takes_html: bool = False
     """True if the source accepts --html."""
     takes_stars: bool = False
@@ -84,9 +84,10 @@ def build_source(
     html: str | None = None,
     stars: bool = False,
 ) -> Source:
-    """Build the source that the arguments name.
+    """Build the source `name` from the command line's arguments.
 
-    append: event files of new data only (none: those that `path` names), which are read in the place of `path`'s.
+    append: event files with only new data, which replace the event files of `path`; an empty list keeps those of
+        `path`; None: the source is not for an append.
 
     Raises:
         ValueError: an argument is missing or belongs to another source, or a file is missing.

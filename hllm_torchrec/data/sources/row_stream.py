@@ -1,8 +1,8 @@
-"""A text table as a stream of rows that Arrow's CSV reader reads without a choice of its own.
+"""A text table as a stream of rows in a dialect that Arrow's CSV reader cannot misread.
 
-Arrow is lenient: text after a closing mark joins the cell, and a mark that opens a cell takes whole rows into it. So
-cells in marks are checked here, block by block, and a dialect that Arrow does not have (apostrophes, backslashes,
-separators of several characters) is rewritten to one that it has.
+Arrow is lenient: it adds text after a closing quotation mark to the cell, and an unclosed mark makes the following rows
+part of the cell. So quoted cells are checked here, block by block. A dialect that Arrow does not support (apostrophes,
+backslashes, separators of several characters) is rewritten to one that it supports.
 """
 
 import io
@@ -18,9 +18,11 @@ _CLOSED = re.compile(rb'"(?:[^"]++|"")*+"')
 
 
 class RowStream(io.RawIOBase):
-    """The rows of a text table after its header: `delimiter` between cells, marks around cells if `quote`.
+    """Stream of the rows of a text table after its header.
 
-    Raises ValueError, naming file and line, for a cell in marks that is not closed or goes on after its mark.
+    delimiter: separator of the cells; quote: True if cells may be quoted with `"`.
+
+    Raises ValueError, naming file and line, for a quoted cell that is not closed or is followed by text.
     """
 
     def __init__(self, file: Utf8File, dialect: Dialect) -> None:
@@ -32,7 +34,8 @@ class RowStream(io.RawIOBase):
         )
         self.quote = bool(dialect.quote) or self._is_rewritten
         self._marks = (dialect.quote.encode(), dialect.escape.encode())
-        # Without a quoted cell in the sample, the first one decides; until then only whole rows are passed on.
+        # If the sample has no quoted cell, the first quoted cell decides the quoting. Until then only complete rows are
+        # passed on.
         self._is_open = not dialect.is_certain and dialect.quote == '"' and not self._is_rewritten
         self._rest = b""
         self._out = b""
@@ -41,7 +44,7 @@ class RowStream(io.RawIOBase):
         skip = dialect.skip
         while skip and (block := file.read(skip)):
             self._out, skip = block[skip:], max(skip - len(block), 0)
-        if self._out:  # read with the header
+        if self._out:  # bytes after the header that were read with it
             self._out = self._next(self._out)
 
     def readable(self) -> bool:
@@ -49,7 +52,7 @@ class RowStream(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, fewer at the end only: Arrow takes what one call returns for a block."""
+        """Read `size` bytes, fewer only at the end of the stream: Arrow uses the result of one call as a block."""
         assert size >= 0
         parts = [self._out]
         count = len(self._out)
@@ -58,12 +61,12 @@ class RowStream(io.RawIOBase):
             self._at_end = not block
             parts.append(self._next(block))
             count += len(parts[-1])
-        whole = b"".join(parts)
-        self._out = whole[size:]
-        return whole[:size]
+        data = b"".join(parts)
+        self._out = data[size:]
+        return data[:size]
 
     def _next(self, block: bytes) -> bytes:
-        """What is passed on once `block` is read; b"" is the end of the file."""
+        """The bytes to pass on after `block` was read; block b"" means the end of the file."""
         text, final = self._rest + block, not block
         if self._is_open and (self._has_quoted_cell(text) or self._has_return(text)):
             self._decide(text, final=final)
@@ -75,13 +78,13 @@ class RowStream(io.RawIOBase):
             return self._whole_rows(text, final=final)
         self._rest = self._checked(text, final=final)
         self._line += count_lines(block)
-        return block or b"\n"  # without it, Arrow takes an empty last cell for a quoted one if another one is
+        return block or b"\n"  # without the line break, Arrow reads an empty last cell as quoted if another cell is
 
     def _has_quoted_cell(self, text: bytes) -> bool:
         return b'"' in text and _opening(self._separator).search(text) is not None
 
     def _has_return(self, text: bytes) -> bool:
-        """True if a carriage return ends no line; to Arrow it ends one."""
+        """True if a carriage return is not a line end in this dialect; Arrow would treat it as one."""
         return b"\r" in text and self._dialect.line_end != "\r" and BARE_RETURN.search(text) is not None
 
     def _whole_rows(self, text: bytes, *, final: bool) -> bytes:
@@ -96,14 +99,14 @@ class RowStream(io.RawIOBase):
             raise ValueError(f"{self._file.path}, line {line}: a row of more than {MAX_ROW_BYTES:,} bytes; correct it")
 
     def _decide(self, text: bytes, *, final: bool) -> None:
-        """Fix the quoting by the rows of `text`, the first ones with a quoted cell."""
+        """Decide the quoting from the rows of `text`, which has the first quoted cell."""
         self._is_open = False
         quote, escape = requoted(self._file.path, text, self._dialect, self._line, complete=final)
         self._marks = (quote.encode(), escape.encode())
         self._is_rewritten = (quote, escape) != ('"', "") or self._has_return(text)
 
     def _checked(self, text: bytes, *, final: bool) -> bytes:
-        """The bytes from the last cell's start on, after a check of all others."""
+        """Check all cells except the last, which may be incomplete; returns the bytes of the last cell."""
         quote = self._dialect.quote
         if (not quote or b'"' not in text) and not self._has_return(text):
             ends = (text.rfind(self._separator), text.rfind(b"\n"), text.rfind(b"\r"))
@@ -159,7 +162,7 @@ def _opening(separator: bytes) -> re.Pattern[bytes]:
 
 @cache
 def _well_formed(separator: bytes, quote: bytes, line_end: bytes) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
-    """Patterns of all whole cells at the start of a text, and of a cell that may go on in the next block."""
+    """(pattern of all complete cells at the start of a text, pattern of a cell that may continue in the next block)."""
     end = re.escape(separator)
     quoted = quote + b'(?:[^"]++|"")*+' if quote else b"(?!)"
     plain = b"[^" + end + b"\r\n" + quote + b"][^" + end + b"\r\n]*+"

@@ -1,4 +1,4 @@
-"""The parts of a table mapping: which file and which columns hold what."""
+"""The parts of a table mapping, which give the file and the column of each field of events, items and users."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +8,12 @@ from hllm_torchrec.data.sources.dialect import Format
 
 @dataclass(frozen=True)
 class Join:
-    """A file with further columns of items, joined by the item's id; its first row of an item is used."""
+    """A file with additional columns of items, joined by the item's id."""
 
     path: str
     item: str
     columns: list[str]
-    """Columns of `items.text` and `items.features` that this file has."""
+    """Columns of `items.text` and `items.features` that are in this file."""
     format: Format | None = None
 
 
@@ -31,11 +31,11 @@ class EventColumns:
     action: str | None = None
     actions: list[str] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
-    """Instead of `label`: several labels by name, see `declared_columns`."""
+    """Replaces `label`: several labels by name; see `declared_columns`."""
     weight: str | None = None
     sampling_rate: str | None = None
     context: dict[str, Any] = field(default_factory=dict)
-    """Values of the request by name, see `declared_columns`."""
+    """Values of the request by name; see `declared_columns`."""
     format: Format | None = None
 
 
@@ -50,9 +50,9 @@ class ItemColumns:
     created_at: str | None = None
     time_unit: str = "seconds"
     active: str | None = None
-    """Column that says whether an item is offered; empty: it is. A withdrawn one is history, but no candidate."""
+    """Flag column: false marks a withdrawn item, which stays in histories but is no candidate; an empty cell: true."""
     html: str = "keep"
-    """"clean": entities become characters, and tags are removed from the texts."""
+    """"clean" removes HTML tags from the texts and replaces entities by characters; "keep" leaves texts unchanged."""
     format: Format | None = None
     join: list[Join] = field(default_factory=list)
 

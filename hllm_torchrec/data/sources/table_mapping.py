@@ -1,4 +1,4 @@
-"""Source for any tables (docs/tables.md), described by a column mapping in YAML:
+"""Source for a user's own tables (docs/tables.md), described by a column mapping in YAML:
 
     name: my_shop
     events:
@@ -13,25 +13,25 @@
       actions: [click, skip, buy]   # the values of the action column; ids from 1 in this order
       labels: {click: binary}       # instead of `label`: several; also weight, sampling_rate and context, all in
                                     # `declared_columns`
-      format: {separator: ";"}      # optional, also below: what is not left to detection (`dialect.Format`)
+      format: {separator: ";"}      # optional, also in other parts: overrides detection (`dialect.Format`)
     items:
       path: items.csv
       item: sku
       text: [title, brand]
       features: {category: "|"}     # column: separator of several values, or null
       created_at: listed_at         # optional, in the unit of `time_unit` below
-      active: on_sale               # optional: false (0, no) for items that are no candidates any more
+      active: on_sale               # optional: false (0, no) for items that are no longer candidates
       html: clean                   # optional: texts without tags and entities
-      join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: further files by item id
+      join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: more files, joined by item id
     users:                          # optional
       path: users.csv
       user: customer
       features: {country: null}
     keep_items_without_events: true
     min_events: 0
-    bad_rows: {unknown_item: drop}  # optional: handling of bad rows, which may then be any share of the table
+    bad_rows: {unknown_item: drop}  # optional: handling of bad rows; their share is then not limited
 
-An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure: it is history only.
+An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure; it is only part of the history.
 """
 
 import difflib
@@ -65,20 +65,20 @@ class TableMapping:
     keep_items_without_events: bool = True
     min_events: int = 0
     bad_rows: dict[str, str] = field(default_factory=dict)
-    """Handling of kinds of bad rows, see `BadRows`; what is chosen here may cover any share of the rows."""
+    """Kind of bad row -> handling, see `BadRows`; the share of the rows of these kinds is not limited."""
 
 
 def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> Source:
-    """Build the source that a YAML mapping describes. Raises ValueError naming the field of a mistake in it.
+    """Build the source that a YAML mapping describes. Raises ValueError that names the wrong field.
 
-    append: event files to read instead of those of the mapping (none: its own), for a source of new data only: then
-    there may be no files of items and users.
+    append: for a source with only new data: event files to read instead of those of the mapping (an empty list: those
+        of the mapping). The files of items and users may then be missing.
     """
     path = Path(mapping_file)
     mapping = read_mapping(path)
     events, items, users = mapping.events, mapping.items, mapping.users
     event_files = existing_files(append) if append else _find(path, events.path, "events.path")
-    new_only = append is not None  # the items and users of new events may all be known
+    new_only = append is not None  # all items and users of the new events may already be in the dataset
     item_files = _find(path, items.path, "items.path", new_only)
     user_files = _find(path, users.path, "users.path", new_only) if users else ()
     joined = [(_find(path, join.path, f"items.join[{i}].path", new_only), join) for i, join in enumerate(items.join)]
@@ -106,13 +106,13 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
         policy=BadRows().changed(mapping.bad_rows, chosen=True),
-        # The order of labels counts, and mappings are equal in any order.
+        # The order of the labels matters, but mappings that differ only in the order are equal, so store the names too.
         options={"mapping": read_yaml(path)} | ({"labels": list(declared.schema.label_names)} if events.labels else {}),
     )
 
 
 def read_mapping(path: Path) -> TableMapping:
-    """Read the mapping in a YAML file. Raises ValueError naming the file and the field of a mistake."""
+    """Read the mapping in a YAML file. Raises ValueError that names the file and the wrong field."""
     if not path.is_file():
         raise ValueError(f"{path}: no such mapping file; `table` needs a YAML file that names the columns")
     try:
@@ -130,7 +130,7 @@ def read_mapping(path: Path) -> TableMapping:
 
 
 def _part(raw: Any, kind: type, path: Path, prefix: str) -> Any:
-    """The dataclass `kind` of a part of the mapping, with the parts inside it."""
+    """Convert a part of the mapping, and its nested parts, to the dataclass `kind`."""
     given = _checked(raw, kind, path, prefix)
     if "format" in given:
         given["format"] = Format(**_checked(given["format"], Format, path, f"{prefix}format."))
@@ -222,7 +222,7 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
 
 
 def existing_files(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """The paths of files. Raises ValueError for one that is no file."""
+    """Return `paths` as a tuple. Raises ValueError if one is not a file."""
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is no file; correct the path")
@@ -230,9 +230,9 @@ def existing_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool = False) -> tuple[Path, ...]:
-    """The files of a pattern in natural order (`day-2` before `day-10`); of a folder, all files in it.
+    """The files that match a pattern, in natural order (`day-2` before `day-10`); for a folder, all files in it.
 
-    Hidden files and those that begin with `_`, as Spark writes beside its parts, are left out.
+    Files whose names begin with `.` or `_` (which Spark writes next to its parts) are left out.
     """
     given = Path(pattern)
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
@@ -256,6 +256,6 @@ def _files_of(path: Path, *, is_named: bool) -> list[Path]:
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key of a path: numbers in it by their value."""
+    """Sort key of a path, in which numbers are compared by value."""
     parts = re.split(r"(\d+)", str(path))
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]

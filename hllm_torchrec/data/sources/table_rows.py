@@ -1,4 +1,4 @@
-"""Rows of a user's tables, read as the mapping says (`table_mapping`)."""
+"""Reading of the rows of a user's tables by a mapping (`table_mapping`)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,13 +29,14 @@ from hllm_torchrec.data.validation import error_location
 
 _CONVERT = "convert the column, or correct the mapping"
 _EARLY, _PLAUSIBLE = 315_532_800, 631_152_000
-"""1980 and 1990: what lies before 1980 in one unit and after 1990 in another most likely is in the other."""
+"""1980 and 1990 in seconds: times that are before 1980 in one unit and after 1990 in another most likely have the
+other unit."""
 
 
 def read_event_rows(files: tuple[Path, ...], columns: EventColumns, declared: DeclaredColumns) -> Iterator[Chunk]:
-    """The events of `files`, in order; where rows are users with lists, `row` counts the events of the file.
+    """The events of `files`, in order. If a row is a user with lists of events, `row` counts the events of the file.
 
-    Raises ValueError naming file and column, or row, of what cannot be read.
+    Raises ValueError, naming file and column or row, for values that cannot be read.
     """
     wanted = [columns.user, columns.item, columns.time, columns.action, *declared.names]
     for path in files:
@@ -63,7 +64,7 @@ def read_event_rows(files: tuple[Path, ...], columns: EventColumns, declared: De
 
 
 def _one_row_per_event(data: pa.Table, columns: EventColumns) -> pa.Table:
-    """Rows of users, with a list of items and lists of as many times, labels and actions, as rows of events."""
+    """Convert rows of users, with lists of items, times, labels and actions of equal length, to rows of events."""
     lists = {name: _flat(data[name]) for name in data.column_names if is_list(data[name].type)}
     lengths = {name: pc.fill_null(pc.list_value_length(data[name]), 0) for name in lists}
     own = lengths[columns.item].combine_chunks()
@@ -84,7 +85,7 @@ def _id_nulls(given: Format | None) -> tuple[str, ...]:
 
 
 def _check_unit(time: pa.Array, seconds: pa.Array, columns: EventColumns, path: Path) -> None:
-    """Raise ValueError for dates read as numbers of seconds, and for seconds read as a finer unit."""
+    """Raise ValueError for dates that are read as numbers, and for times that are read in a too fine unit."""
     place = f"{path}, column {columns.time}"
     if columns.time_unit != "iso8601" and are_dates_as_numbers(time):
         raise ValueError(f"{place}: {time[0]} looks like a date; set the time unit: time_unit: iso8601")
@@ -101,7 +102,7 @@ def _check_unit(time: pa.Array, seconds: pa.Array, columns: EventColumns, path: 
 
 
 def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray) -> np.ndarray:
-    """int32 ids by the mapping's list; 0 for null or blank. Raises ValueError for a value that is not listed."""
+    """int32 action ids from `events.actions`; 0 for null or blank. Raises ValueError for a value not in the list."""
     if columns.action is None:
         return np.ones(len(data), np.int32)
     with error_location(f"{path}, column {columns.action}", _CONVERT):
@@ -121,13 +122,13 @@ def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray
 
 
 def _whole_numbers(texts: pa.Array) -> pa.Array | None:
-    """Texts like "4.0" as "4", if all of them are whole numbers."""
+    """Convert texts like "4.0" to "4" if all of them are whole numbers, else return None."""
     whole = pc.match_substring_regex(texts, r"^-?\d+(\.0*)?$")
     return pc.replace_substring_regex(texts, r"\.0*$", "") if pc.all(whole).as_py() else None
 
 
 def read_item_rows(files: tuple[Path, ...], columns: ItemColumns, joined: JoinedItems) -> Iterator[Chunk]:
-    """The items of `files`, with the columns of the files joined to them."""
+    """The items of `files`, with the columns of the joined files."""
     others = [name for name in (columns.created_at, columns.active) if name is not None]
     own = [name for name in (*columns.text, *columns.features) if name not in joined.names]
     for path in files:
@@ -169,7 +170,7 @@ def read_user_rows(files: tuple[Path, ...], columns: UserColumns | None) -> Iter
 
 
 def _features(values: Mapping[str, Column], separators: Mapping[str, str | None], path: Path) -> dict[str, pa.Array]:
-    """Each feature column as list<string>: a list, divided by its separator, or one value; without blanks."""
+    """Each feature column as list<string>, from lists, texts split by the separator, or single values; no blanks."""
     out = {}
     for name, separator in separators.items():
         with error_location(f"{path}, column {name}", _CONVERT):

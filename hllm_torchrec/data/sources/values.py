@@ -1,7 +1,7 @@
-"""Values of table columns: ids, texts, lists, labels and times, from every Arrow type that holds the right thing.
+"""Values of table columns: ids, texts, lists, labels and times, converted from all suitable Arrow types.
 
-Reading does not raise for a bad *value* (null or NaN is passed on, and `prepare` applies its policy), but for a column
-of a type that cannot hold what is looked for.
+For a bad *value*, reading raises no error but passes on null or NaN, to which `prepare` applies its policy. For a
+column of an unsuitable type, it raises ValueError.
 """
 
 import ast
@@ -20,11 +20,11 @@ from hllm_torchrec.data.sources.dialect import NULL_WORDS
 
 TIME_UNITS = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000, "iso8601": 0}
 TRUE_WORDS, FALSE_WORDS = ("true", "t", "yes", "y"), ("false", "f", "no", "n")
-"""Labels in words, in any case; 1 and 0."""
+"""Words (in any case) for the labels 1 and 0."""
 
 _NUMBER = r"^\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*$"
 _EXACT = 2**53
-"""From here on float64 does not hold every integer."""
+"""From this number on, float64 cannot represent every integer."""
 _EXACT_FLOAT32 = 2**24
 _DATE_AS_NUMBER = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"
 
@@ -32,7 +32,7 @@ Column: TypeAlias = "pa.Array | pa.ChunkedArray"
 
 
 def _plain(values: Column) -> Column:
-    """The values without a dictionary, in the common one of Arrow's equivalent types."""
+    """Decode a dictionary column, and convert Arrow's other string types and null to string."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type) or pa.types.is_null(values.type):
@@ -53,8 +53,8 @@ def is_list(kind: pa.DataType) -> bool:
 def as_id_strings(values: Column, what: str, nulls: tuple[str, ...] = NULL_WORDS) -> pa.Array:
     """Raw ids as strings; a null, a NaN and a text of `nulls` (words for a missing value) are null.
 
-    Whole floats and decimals count as integers: so pandas and SQL write ids beside missing ones. Raises ValueError for
-    a type without an exact text form.
+    Floats and decimals with whole values are converted to integers, because pandas and SQL write ids as floats if some
+    are missing. Raises ValueError for a type without an exact text form.
     """
     values = _plain(values)
     kind = values.type
@@ -85,7 +85,7 @@ _CONVERT_IDS = "ids must be strings or integers: convert the column first"
 
 
 def as_texts(values: Column) -> pa.Array:
-    """Values as strings: whole floats without a fraction, lists joined by commas. Raises ValueError for structs."""
+    """Values as strings; 4.0 becomes "4", lists are joined by commas. Raises ValueError for structs."""
     values = _plain(values)
     kind = values.type
     if is_list(kind):
@@ -102,7 +102,7 @@ def as_texts(values: Column) -> pa.Array:
 
 
 def _lists_as_texts(texts: pa.Array) -> pa.Array:
-    """Lists of texts that a writer of CSV has printed (`['a', 'b']`) as "a, b"; all else unchanged."""
+    """Convert texts that are printed lists of texts (`['a', 'b']`, as CSV writers print them) to "a, b"."""
     marked = pc.fill_null(pc.match_substring_regex(texts, r"""^\s*\[\s*(u?'|").*\]\s*$"""), False)
     if not pc.any(marked).as_py():
         return texts
@@ -123,7 +123,7 @@ def _text(value: Any) -> str:
 
 
 def _texts(cell: list[Any] | None) -> list[str]:
-    """The values of a list as texts, without blanks. Raises ValueError for lists and structs inside."""
+    """The values of a list as texts, without blanks. Raises ValueError for a nested list or struct."""
     for value in cell or ():
         if isinstance(value, dict | list | tuple):
             raise ValueError(f"a list of {type(value).__name__}s cannot be read; give lists of texts or numbers")
@@ -133,8 +133,8 @@ def _texts(cell: list[Any] | None) -> list[str]:
 def as_lists(values: Column, separator: str | None) -> pa.Array:
     """Categorical values as list<string>, without blanks.
 
-    A text is divided by `separator`. Without one, a text in brackets that is a list in JSON or Python, or an array of
-    PostgreSQL, is that list; any other text is one value. Raises ValueError for structs and maps.
+    A text is split by `separator`. If this is None, a text that is a list in JSON or Python or an array of PostgreSQL
+    is parsed; any other text is one value. Raises ValueError for structs and maps.
     """
     values = _plain(values)
     if is_list(values.type):
@@ -161,9 +161,9 @@ def _listed(text: str) -> list[str]:
 
 
 def _literal_list(text: str) -> list[Any] | None:
-    """The list that a text is in JSON or Python; None if it is none.
+    """Parse a text as a list in JSON or Python; None if it is not a list.
 
-    Raises ValueError for a printed numpy array, whose texts Python would join.
+    Raises ValueError for a printed numpy array of texts, because Python would concatenate its texts.
     """
     if re.search(r"""(?<=[^,\[\s])['"]\s+u?['"](?=[^,\]\s])""", text):
         raise ValueError(f"{text[:80]!r} is a printed array without commas; write lists as JSON, or with a separator")
@@ -222,8 +222,8 @@ def parse_seconds(values: Column, unit: str) -> pa.Array:
     """Times as int64 seconds UTC (fractions rounded down); null for values that are not times.
 
     `unit` is one of `TIME_UNITS`; "iso8601" reads "2015-03-01 12:00:00", "2015-03-01T12:00:00+01:00" and 20150301,
-    and a text without a zone is UTC. Arrow timestamp and date columns are read as such, whatever the unit. Raises
-    ValueError for types that hold no times, and for float32, which holds seconds to two minutes only.
+    and a text without a zone is UTC. For Arrow timestamp and date columns the unit is ignored. Raises ValueError for
+    types that are not times, and for large float32 values, which have a precision of only two minutes.
     """
     assert unit in TIME_UNITS, unit
     values = _plain(values)
@@ -242,17 +242,19 @@ def parse_seconds(values: Column, unit: str) -> pa.Array:
     # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable.
     exact = np.where(np.abs(number) < _EXACT, number, np.nan)
     seconds = np.floor(exact / TIME_UNITS[unit])
-    if pa.types.is_integer(kind):  # nanoseconds since 1970 are beyond 2^53, and named as what they are
+    if pa.types.is_integer(
+        kind
+    ):  # exact for integers: nanoseconds since 1970 are above 2^53, and must be recognized as such
         whole = values.cast(pa.int64()) if kind != pa.uint64() else values.cast(pa.int64(), safe=False)
         return pa.array(_floor_seconds(whole, TIME_UNITS[unit]))
     return pa.array(np.nan_to_num(seconds).astype(np.int64), mask=np.isnan(seconds))
 
 
 def parse_flags(values: Column) -> pa.Array:
-    """Flags as bool [n]: of a bool column, or of numbers or texts as in `_FLAGS`; null where nothing is said.
+    """Flags as bool [n], from a bool column, or from numbers or texts in `_FLAGS`; null for null and blank cells.
 
     Raises:
-        ValueError: another value.
+        ValueError: a value is not in `_FLAGS`.
     """
     if pa.types.is_boolean(values.type):
         return values
@@ -269,7 +271,7 @@ _FLAGS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 def are_dates_as_numbers(times: Column) -> bool:
-    """True if all numbers of a time column are dates like 20240131."""
+    """True if all values of a time column are dates written as numbers, like 20240131."""
     values = _plain(times)
     if not (pa.types.is_string(values.type) or pa.types.is_integer(values.type)):
         return False
@@ -298,7 +300,7 @@ def require_time_unit(unit: str) -> None:
 
 
 class _PlainText(HTMLParser):
-    """Collects the text of a piece of HTML; a tag of a block or a line break becomes a blank."""
+    """Collects the text of an HTML fragment; every tag that is not inline becomes a blank."""
 
     _INLINE = frozenset("a abbr b cite code em font i mark q s small span strong sub sup u".split())
 
@@ -321,7 +323,7 @@ class _PlainText(HTMLParser):
 
 
 def without_html(text: str) -> str:
-    """The text without tags, scripts and styles, with entities as characters and runs of blanks as one."""
+    """Remove tags, scripts and styles, replace entities by characters, and collapse white space."""
     if "<" not in text and "&" not in text:
         return text
     parser = _PlainText()

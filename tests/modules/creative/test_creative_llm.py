@@ -11,6 +11,7 @@ from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
+from hllm_torchrec.modules.losses.objectives import embedding_spread
 from hllm_torchrec.modules.losses.token_nll import token_nll
 from tests.helpers import fixtures
 
@@ -142,6 +143,23 @@ def test_soft_tokens_are_of_the_size_of_words_and_null_reads_no_user() -> None:
     torch.testing.assert_close(soft(users * 2, torch.ones(3, dtype=torch.bool)), soft.null.expand(3, 2, 24))
     published = SoftPrompt(16, 24)
     torch.testing.assert_close(published(users, torch.zeros(3, dtype=torch.bool))[:, 0], published.project(users))
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "whiten"])
+def test_normalized_users_differ_where_they_were_nearly_parallel_and_a_center_is_the_center(normalize: str) -> None:
+    users = 5.0 + 0.1 * torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+
+    def similarity(name: str) -> float:
+        torch.manual_seed(0)
+        soft = SoftPrompt(6, 24, scale=0.25, normalize=name)
+        if soft.normalize is not None:
+            assert not soft.normalize.measured
+            soft.normalize.measure(users)
+            torch.testing.assert_close(soft.normalize(users[:4].mean(0)), soft.normalize(users[:4]).mean(0))
+        found = soft(users, torch.zeros(200, dtype=torch.bool))[:, 0]
+        return float(embedding_spread(found.detach()))
+
+    assert similarity("none") > 0.99 and abs(similarity(normalize)) < 0.1
 
 
 def test_an_encoder_is_refused() -> None:

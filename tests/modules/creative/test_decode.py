@@ -51,6 +51,19 @@ def test_greedy_decoding_equals_transformers_of_whole_prompts(shape: dict[str, A
         torch.testing.assert_close(alone.log_prob[0], found.log_prob[n], rtol=1e-4, atol=1e-4)
 
 
+def test_users_of_several_items_are_decoded_as_those_of_each_item_alone() -> None:
+    own, (before, after, soft) = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(5)
+    befores, afters = torch.stack([before, before.flip(0), after.repeat(2)[:5]]), torch.stack([after, after + 1, after])
+    item_of = torch.tensor([2, 0, 0, 1, 2, 1])
+    for some, texts in ((slice(None), befores), (slice(0, 0), befores[:, :0])):  # without anything before {user}, too
+        found = decode(own, texts, afters, soft, DecodeOptions(STOP, 6), item_of=item_of)
+        for item in range(3):
+            alone = decode(own, befores[item][some], afters[item], soft[item_of == item], DecodeOptions(STOP, 6))
+            length = alone.tokens.shape[1]
+            assert torch.equal(alone.tokens, found.tokens[item_of == item][:, :length])
+            torch.testing.assert_close(alone.log_prob, found.log_prob[item_of == item], rtol=1e-4, atol=1e-4)
+
+
 def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest() -> None:
     own, given = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(4)
 

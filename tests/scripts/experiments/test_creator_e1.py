@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.creative.template import TemplateRule, write_by_template
-from hllm_torchrec.data.creative_table import split_by_user, write_table
+from hllm_torchrec.data.creative_table import CreativeTable, split_by_user, write_table
+from hllm_torchrec.data.creative_tokens import CreativeTokenizer
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
@@ -17,7 +19,7 @@ from tests.helpers import creative_fixtures
 from tests.helpers.scripts import bench_module
 from tests.helpers.training_fixtures import config
 
-creator_e1 = bench_module("creator_e1")
+creator_e1, creator_tables = bench_module("creator_e1"), bench_module("creator_tables")
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +50,50 @@ def test_candidates_are_scored_as_the_texts_are(tmp_path: Path) -> None:
         {"right": nats, "null": nats + 0.5, "count table": nats, "shuffled": nats + 1}, known.user_ids
     )
     assert found["null - right"] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_clusters_keep_what_their_centers_keep_and_one_cluster_is_the_mean() -> None:
+    vectors = torch.tensor([[0.0, 5.0], [1.0, 5.0], [10.0, 5.0], [11.0, 5.0]])
+    two = creator_e1.centers(vectors, vectors[[3, 0]], 2)
+    torch.testing.assert_close(two, torch.tensor([[10.5, 5.0], [0.5, 5.0]]))
+    torch.testing.assert_close(creator_e1.centers(vectors, vectors[:1], 1), vectors.mean(0)[None])
+    nats = {"null": np.array([2.0, 4.0]), "right": np.array([1.0, 1.0]), "cluster 2": np.array([1.0, 2.0])}
+    assert creator_e1.kept(nats) == {"cluster 2": pytest.approx(0.75)}
+
+
+def test_histories_as_texts_and_next_films_are_of_strictly_earlier_likes() -> None:
+    dataset = creative_fixtures.shop()
+    creator_tables.add_history(dataset, "lines", "history", ("title", "brand"))
+    creator_tables.write_next(dataset, "next", ("title", "brand"))
+    creator_tables.add_interests(dataset, "lines", "interests")
+    titles, brands = (["", *dataset.text([name])[name].to_pylist()] for name in ("title", "brand"))
+
+    def liked_before(user: int, second: int) -> list[str]:
+        events = dataset.user_events(user)
+        before = events.item_ids[(events.labels == 1) & (events.timestamps < second)]
+        return [f"{titles[item]} ({brands[item]})" for item in before]
+
+    old, new, following = (CreativeTable.open(dataset, name).part("train") for name in ("lines", "history", "next"))
+    assert new.rows["response"].equals(old.rows["response"])
+    for row, profile in enumerate(new.rows["profile"].to_pylist()):
+        assert profile == "; ".join(liked_before(int(new.user_ids[row]), int(new.timestamps[row]))[-20:])
+    interests = CreativeTable.open(dataset, "interests").part("train").rows["profile"].to_pylist()
+    # What the rule names is an interest, unless it is crowded out by values that the film does not have.
+    named = [text.split(", for fans")[0] in profile.split(", ") for text, profile in
+             zip(old.rows["response"].to_pylist(), interests, strict=True)]  # fmt: skip
+    assert np.mean(named) > 0.9
+    assert len(following) > 20
+    for row, text in enumerate(following.rows["response"].to_pylist()):
+        item = following.item_ids[row]
+        assert text == f"{titles[item]} ({brands[item]})"
+        assert len(liked_before(int(following.user_ids[row]), int(following.timestamps[row]))) >= 5
+
+
+def test_words_of_the_catalogue_are_one_token_each_and_come_back(tmp_path: Path) -> None:
+    dataset = creative_fixtures.shop()
+    size = creator_tables.word_tokenizer(dataset, tmp_path)
+    tokenizer = CreativeTokenizer(CreativeConfig(tokenizer=str(tmp_path), prompt="{title} ({brand}){user}"))
+    titles = dataset.text(["title"])["title"].to_pylist()[:20]
+    for title, ids in zip(titles, tokenizer.responses(titles), strict=True):
+        assert len(ids) == len(title.split()) + 1 and max(ids) < size
+        assert tokenizer.decode(ids) == title

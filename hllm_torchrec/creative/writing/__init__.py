@@ -1,0 +1,1 @@
+"""Tables of personalized texts by a language model: writers, their prompts, the file of answers, the pipeline."""

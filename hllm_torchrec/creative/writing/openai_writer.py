@@ -1,0 +1,254 @@
+"""`OpenAIWriter`: asks a server with the interface of OpenAI's chat completions (vLLM, llama.cpp, Ollama, providers).
+
+    POST {base_url}/chat/completions    {"model", "messages", "max_tokens", "temperature", "seed"}
+
+The key is read from an environment variable and is written nowhere. Status 429, 5xx, timeouts and answers that are no
+completion are tried again with increasing pauses. Other errors are not, because the next try would fail as well: 401,
+403 and 404 end the build.
+"""
+
+import json
+import os
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.common.terminal import printable
+from hllm_torchrec.creative.writing.writer import Answer, Ask
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+_LARGEST = 4 << 20
+"""Bytes of an answer that are read at most."""
+_LONGEST_PAUSE = 60.0
+_FAILURES = 8
+"""Failures one after the other that end a build; before the first answer a single one does."""
+_WRONG_REQUEST = {
+    401: "the key is refused",
+    403: "access is refused",
+    404: "there is no such address or model",
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server and what it may cost.
+
+    base_url: up to and with its version, such as https://host/v1; model: its name for the model; key_from: environment
+    variable that holds the key (none: no key is sent); at_once: requests at the same time; max_requests, max_tokens:
+    limits of this process, tokens of prompts and answers together (none: no limit); timeout, pause: seconds.
+    """
+
+    base_url: str
+    model: str
+    key_from: str | None = None
+    at_once: int = 4
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    timeout: float = 120.0
+    tries: int = 6
+    pause: float = 1.0
+
+    @property
+    def host(self) -> str:
+        """Host of the server."""
+        return urlsplit(self.base_url).hostname or ""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the settings."""
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or re.search(r"[\s\x00-\x1f]", self.base_url):
+            yield f"--base-url {self.base_url!r}: must be http(s)://HOST[:PORT]/v1"
+        elif url.username or url.password or url.query or url.fragment:
+            yield "--base-url: must not hold a name, a password or a query; give the key by --key-from"
+        elif url.scheme == "http" and url.hostname not in LOCAL_HOSTS:
+            yield f"--base-url {self.base_url}: must begin with https: histories and the key would be sent in the clear"
+        if not self.model:
+            yield "--model is missing: the server's name for the model"
+        if self.key_from and not _is_key(os.environ.get(self.key_from, "")):
+            yield f"--key-from {self.key_from}: this environment variable must hold the key, in one line of ASCII"
+
+
+def _is_key(text: str) -> bool:
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirection would carry the key and the histories to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class _Failed(Exception):
+    """A request failed. again: another try may succeed; ends: no other request can."""
+
+    def __init__(self, message: str, *, again: bool = False, ends: bool = False, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.again, self.ends, self.after = again, ends, after
+
+
+class OpenAIWriter:
+    """Answers prompts by a server; see the module docstring.
+
+    Raises:
+        ValueError: a setting is not usable.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        if problems := list(endpoint.problems()):
+            raise ValueError("; ".join(problems))
+        self.endpoint = endpoint
+        self.name = f"llm:{endpoint.model}"
+        is_local = endpoint.host in LOCAL_HOSTS
+        self.leaves_machine = "" if is_local else endpoint.host
+        self._key = os.environ[endpoint.key_from] if endpoint.key_from else ""
+        proxies = [urllib.request.ProxyHandler({})] if is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self.requests, self.tokens = 0, 0
+        self._answered, self._failed_in_a_row = False, 0
+        self._ended_by: Exception | None = None
+
+    def write(self, asked: Sequence[Ask]) -> Iterator[Answer]:
+        """Yield answers as they come.
+
+        Raises:
+            Preempted: a limit is reached; requests that were sent have been answered.
+            ValueError: the server refuses the key or the model, or cannot be reached.
+        """
+        self._stop.clear()
+        with ThreadPoolExecutor(self.endpoint.at_once) as pool:
+            futures: list[Future[Answer | None]] = [pool.submit(self._answer, i, ask) for i, ask in enumerate(asked)]
+            try:
+                for future in as_completed(futures):
+                    if (answer := future.result()) is not None:
+                        yield answer
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+        if self._ended_by is not None:
+            raise self._ended_by
+
+    def _answer(self, index: int, ask: Ask) -> Answer | None:
+        """Answer of a prompt; None after the end of the job."""
+        failure = _Failed("")
+        for number in range(self.endpoint.tries):
+            if self._stop.wait(self._pause(number, failure) if number else 0.0) or not self._may_ask():
+                return None
+            try:
+                text, tokens = self._request(ask)
+            except _Failed as error:
+                failure = error
+                if error.again:
+                    continue
+                break
+            with self._lock:
+                self.tokens += sum(tokens)
+                self._answered, self._failed_in_a_row = True, 0
+            return Answer(index, text, tokens=tokens)
+        return self._failure(index, failure)
+
+    def _pause(self, number: int, failure: _Failed) -> float:
+        """Seconds before another try: what the server asked for, or twice as long each time."""
+        pause = self.endpoint.pause * 2.0 ** (number - 1) * random.uniform(0.75, 1.25)
+        return min(_LONGEST_PAUSE, max(pause, failure.after))
+
+    def _failure(self, index: int, failure: _Failed) -> Answer | None:
+        with self._lock:
+            self._failed_in_a_row += 1
+            ends = failure.ends or not self._answered or self._failed_in_a_row >= _FAILURES
+        if not ends:
+            return Answer(index, None, str(failure))
+        remedy = "check --base-url, --model and --key-from; answers so far are kept"
+        self._end(ValueError(f"{self.endpoint.base_url}: {failure}: {remedy}"))
+        return None
+
+    def _may_ask(self) -> bool:
+        """True if a limit is not reached; counts the request."""
+        most = self.endpoint
+        with self._lock:
+            if most.max_requests is not None and self.requests >= most.max_requests:
+                reached = f"--max-requests {most.max_requests}"
+            elif most.max_tokens is not None and self.tokens >= most.max_tokens:
+                reached = f"--max-tokens {most.max_tokens}"
+            else:
+                self.requests += 1
+                return True
+        self._end(Preempted(f"{reached} is reached: answers so far are kept; the same command goes on from there"))
+        return False
+
+    def _end(self, reason: Exception) -> None:
+        with self._lock:
+            if self._ended_by is None:
+                self._ended_by = reason
+        self._stop.set()
+
+    def _request(self, ask: Ask) -> tuple[str, tuple[int, int]]:
+        """Text of the completion, and tokens of prompt and answer. Raises _Failed."""
+        body = {
+            "model": self.endpoint.model,
+            "messages": [{"role": "system", "content": ask.system}, {"role": "user", "content": ask.prompt}],
+            "max_tokens": ask.max_tokens,
+            "temperature": ask.temperature,
+            "seed": ask.seed,
+        }
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self.endpoint.timeout) as response:
+                data = response.read(_LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            raise self._refused(error) from None
+        except (OSError, HTTPException) as error:  # no connection, a timeout, or one that was cut
+            reason = getattr(error, "reason", error)
+            raise _Failed(f"no answer ({self._safe(str(reason) or type(reason).__name__)})", again=True) from None
+        return _completion(data, ask)
+
+    def _refused(self, error: urllib.error.HTTPError) -> _Failed:
+        with error:
+            try:
+                said = error.read(2000).decode("utf-8", "replace")
+            except (OSError, HTTPException):
+                said = ""
+        message = f"status {error.code}, {_WRONG_REQUEST.get(error.code, 'refused')} ({self._safe(said)})"
+        again = error.code in (408, 425, 429) or error.code >= 500
+        after = error.headers.get("Retry-After", "") if error.headers else ""
+        seconds = float(after) if re.fullmatch(r"\d{1,6}(\.\d+)?", after) else 0.0
+        return _Failed(
+            message, again=again, ends=error.code in _WRONG_REQUEST or 300 <= error.code < 400, after=seconds
+        )
+
+    def _safe(self, text: str) -> str:
+        """The beginning of what a server says, without the key, which some repeat."""
+        shown = text.replace(self._key, "***") if self._key else text
+        return printable(" ".join(shown.split()))[:200]
+
+
+def _completion(data: bytes, ask: Ask) -> tuple[str, tuple[int, int]]:
+    if len(data) > _LARGEST:
+        raise _Failed(f"the answer has more than {_LARGEST:,} bytes")
+    try:
+        found: Any = json.loads(data)
+        text = found["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise _Failed("the answer is no completion", again=True) from None
+    if not isinstance(text, str):
+        raise _Failed("the answer has no text: the model refused, or used up its tokens")
+    usage = found.get("usage")
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    # A server that does not count: about four characters are a token.
+    lengths = [len(ask.system) + len(ask.prompt), len(text)]
+    tokens = [n if isinstance(n, int) and n >= 0 else length // 4 for n, length in zip(counts, lengths, strict=True)]
+    return text, (tokens[0], tokens[1])

@@ -1,0 +1,211 @@
+"""`build_by_writer`: profile -> propose -> filter, each stage resumable; see `answers` for the files."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hllm_torchrec.common.hashing import hash_texts
+from hllm_torchrec.creative.filters import ALIKE, INSTRUCTION, TextRules, check_text, nearly_equal
+from hllm_torchrec.creative.writing import prompts
+from hllm_torchrec.creative.writing.answers import AnswerFile
+from hllm_torchrec.creative.writing.prompts import JUDGE, PROFILE, PROPOSE
+from hllm_torchrec.creative.writing.requests import Wanted
+from hllm_torchrec.creative.writing.text_cosine import TextCosine
+from hllm_torchrec.creative.writing.writer import Ask, Writer
+
+NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by the judge", "far from the facts"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of the writer's answers, which are part of their keys."""
+
+    max_tokens: int = 512
+    temperature: float = 0.7
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Filters that use models.
+
+    judge: writer that must confirm each text twice; encoder: sentence encoder for the cosine of a text and the item's
+    facts, which must be at least `least_cosine`. None: no such filter.
+    """
+
+    judge: Writer | None = None
+    encoder: TextCosine | None = None
+    least_cosine: float = 0.5
+
+
+@dataclass
+class Draft:
+    """A text on its way through the stages. reasons: why it is left out."""
+
+    wanted: Wanted
+    profile: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    checks: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Built:
+    """rows: `creative_table.SCHEMA`; dropped: the same with `reasons`; left_out: number of texts by reason (a text may
+    have several); errors: what the writer said of prompts without an answer."""
+
+    rows: pa.Table
+    dropped: pa.Table
+    left_out: dict[str, int]
+    errors: list[str] = field(default_factory=list)
+
+
+class _Stages:
+    """Asks a writer, by the files in `folder`."""
+
+    def __init__(self, folder: Path, writer: Writer, parameters: Parameters) -> None:
+        self.folder, self.writer, self.parameters = folder, writer, parameters
+        self.errors: list[str] = []
+
+    def ask(
+        self, stage: str, drafts: Sequence[Draft], prompt: Callable[[Draft], str], *, of_item: bool = True
+    ) -> Iterator[tuple[Draft, dict[str, str]]]:
+        """Yield the drafts that have an answer with all fields; the others get a reason."""
+        limits = vars(self.parameters)
+        asked = [
+            Ask(
+                stage,
+                prompts.SYSTEM[stage],
+                prompt(draft),
+                draft.wanted.raw_user,
+                draft.wanted.raw_item if of_item else None,
+                **limits,
+            )
+            for draft in drafts
+        ]
+        texts, failed = AnswerFile(self.folder / f"{stage}.jsonl").ask(asked, self.writer)
+        for i, (draft, ask, text) in enumerate(zip(drafts, asked, texts, strict=True)):
+            answer = None if text is None else prompts.parse_answer(stage, text)
+            if i in failed:
+                self.errors.append(failed[i])
+                draft.reasons.append(f"{stage}: no answer")
+            elif answer is None:
+                draft.reasons.append(f"{stage}: no JSON of its fields")
+            elif any(mark in str(text) for mark in prompts.marks_in(ask.prompt)):
+                draft.reasons.append(INSTRUCTION)
+            else:
+                yield draft, answer
+
+
+def build_by_writer(
+    wanted: Sequence[Wanted],
+    writer: Writer,
+    folder: Path,
+    parameters: Parameters,
+    rules: TextRules,
+    checks: Checks | None = None,
+) -> Built:
+    """Ask for a profile and a text for each of `wanted`, and filter the texts.
+
+    Args:
+        folder: of the files of answers; the caller holds its lock.
+        checks: filters by models; None: no such filter.
+
+    Raises:
+        Preempted: the writer has reached a limit; the same call goes on from there.
+        ValueError: the writer cannot answer, or a file of answers is damaged.
+    """
+    drafts = [Draft(one) for one in wanted]
+    stages = _Stages(folder, writer, parameters)
+    for draft, answer in stages.ask(PROFILE, drafts, lambda d: prompts.profile_prompt(d.wanted.titles), of_item=False):
+        draft.profile = answer
+    for draft, answer in stages.ask(PROPOSE, [d for d in drafts if d.profile], lambda d: _propose(d, rules)):
+        draft.text = answer["title"]
+        if not answer["points"].strip():
+            draft.reasons.append(NO_POINT)
+    _filter([draft for draft in drafts if not draft.reasons], rules)
+    if checks is not None and checks.encoder is not None:
+        _compare([draft for draft in drafts if not draft.reasons], checks.encoder, checks.least_cosine)
+    if checks is not None and checks.judge is not None:
+        _judge([draft for draft in drafts if not draft.reasons], _Stages(folder, checks.judge, parameters))
+    return _built(drafts, writer.name, stages.errors)
+
+
+def _propose(draft: Draft, rules: TextRules) -> str:
+    return prompts.propose_prompt(draft.wanted.titles, draft.profile, _item(draft), rules.added_words)
+
+
+def _item(draft: Draft) -> dict[str, str]:
+    return {"title": draft.wanted.title, **draft.wanted.facts}
+
+
+def _filter(drafts: Sequence[Draft], rules: TextRules) -> None:
+    instructions = [prompts.SYSTEM[PROPOSE], prompts.propose_prompt([], {}, {}, rules.added_words)]
+    for draft in drafts:
+        wanted = draft.wanted
+        description = "\n".join(wanted.facts.values())
+        found = check_text(draft.text, wanted.title, description, rules, instructions, [wanted.raw_user])
+        draft.checks, draft.reasons = found.checks, found.reasons
+    kept = sorted((draft for draft in drafts if not draft.reasons), key=lambda draft: draft.wanted.raw_item)
+    for _, group in groupby(kept, key=lambda draft: draft.wanted.raw_item):
+        of_item = list(group)
+        for draft, is_copy in zip(of_item, nearly_equal([d.text for d in of_item], rules.alike), strict=True):
+            draft.reasons += [ALIKE] * is_copy
+
+
+def _compare(drafts: Sequence[Draft], encoder: TextCosine, least: float) -> None:
+    """Keep the drafts whose cosine with the item's facts is at least `least`."""
+    facts = ["\n".join(_item(draft).values()) for draft in drafts]
+    for draft, cosine in zip(drafts, encoder.cosines([d.text for d in drafts], facts) if drafts else [], strict=True):
+        draft.checks["cosine"] = cosine
+        draft.reasons += [FAR] * (cosine < least)
+
+
+def _judge(drafts: Sequence[Draft], stages: _Stages) -> None:
+    """Keep the drafts that the judge confirms in both orders of the question; no answer is no confirmation."""
+    confirmed: Counter[int] = Counter()
+    for title_first in (False, True):
+        for draft, answer in stages.ask(JUDGE, drafts, partial(_judge_prompt, title_first=title_first)):
+            confirmed[id(draft)] += answer["verdict"].strip().lower() == "yes"
+    for draft in drafts:
+        if confirmed[id(draft)] < 2:
+            draft.reasons = [UNCONFIRMED]
+
+
+def _judge_prompt(draft: Draft, title_first: bool) -> str:
+    return prompts.judge_prompt(draft.text, _item(draft), title_first)
+
+
+def _built(drafts: Sequence[Draft], origin: str, errors: list[str]) -> Built:
+    kept = [draft for draft in drafts if not draft.reasons]
+    dropped = [draft for draft in drafts if draft.reasons]
+    reasons = pa.array([draft.reasons for draft in dropped], pa.list_(pa.string()))
+    counts = Counter(reason for draft in dropped for reason in draft.reasons)
+    table = _table(dropped, origin).append_column("reasons", reasons)
+    return Built(_table(kept, origin), table, dict(sorted(counts.items())), errors)
+
+
+def _table(drafts: Sequence[Draft], origin: str) -> pa.Table:
+    columns: dict[str, Any] = {
+        "raw_user_id": pa.array([d.wanted.raw_user for d in drafts], pa.string()),
+        "raw_item_id": pa.array([d.wanted.raw_item for d in drafts], pa.string()),
+        "timestamp": pa.array([d.wanted.second for d in drafts], pa.int64()),
+        "response": pa.array([d.text for d in drafts], pa.string()),
+        "profile": pa.array([json.dumps(d.profile, ensure_ascii=False) for d in drafts], pa.string()),
+        "origin": pa.array([origin] * len(drafts), pa.string()),
+        "checks": pa.array([list(d.checks.items()) for d in drafts], pa.map_(pa.string(), pa.float32())),
+    }
+    return pa.table(columns)
+
+
+def prompts_hash() -> str:
+    """Hash of the prompts of this version, for a table's manifest."""
+    asked = [prompts.profile_prompt([]), prompts.propose_prompt([], {}, {}, 0), prompts.judge_prompt("", {}, True)]
+    return hash_texts([*prompts.SYSTEM.values(), *asked])

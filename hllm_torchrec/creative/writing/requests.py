@@ -1,0 +1,90 @@
+"""What a build asks for: the likes of a dataset's users, each with what the user had chosen before its second."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hllm_torchrec.common.hashing import hash_json
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.visibility import visible_before
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which likes get a text.
+
+    title: text column with an item's name; facts: further text columns, whose texts may be used (none given: all);
+    history: latest choices that the writer sees; least: choices without which there is no text; per_user: latest likes
+    of a user (0: all); users: number of users, drawn by a hash of their ids and `seed` (0: all).
+    """
+
+    title: str = "title"
+    facts: tuple[str, ...] | None = None
+    history: int = 50
+    least: int = 5
+    per_user: int = 1
+    users: int = 0
+    seed: int = 0
+
+    def problems(self, dataset: Dataset) -> Iterator[str]:
+        """Yield what does not fit a dataset."""
+        known = dataset.manifest["text_columns"]
+        for option, name in (("--title", self.title), *(("--facts", name) for name in self.facts or ())):
+            if name not in known:
+                yield f"{option} {name}: no text column of {dataset.root}; it has {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A like of `user` at a second, as raw ids. titles: names of the earlier choices, oldest first; item: its facts by
+    name, the title first; None for the title if the item has none."""
+
+    raw_user: str
+    raw_item: str
+    second: int
+    titles: tuple[str, ...]
+    title: str
+    facts: dict[str, str]
+
+
+def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
+    """Yield the likes that get a text, by user and second; only strictly earlier seconds are in their history.
+
+    Raises:
+        ValueError: the dataset lacks a text column.
+    """
+    if problems := list(selection.problems(dataset)):
+        raise ValueError("; ".join(problems))
+    names = selection.facts or tuple(name for name in dataset.manifest["text_columns"] if name != selection.title)
+    columns = dataset.text(list(dict.fromkeys((selection.title, *names))))
+    texts: dict[str, list[str]] = {name: ["", *columns[name].to_pylist()] for name in columns.column_names}
+    titles, raw_items = texts[selection.title], ["", *dataset.items["raw_item_id"].to_pylist()]
+    for user, raw_user in _users(dataset, selection):
+        events = dataset.user_events(user)
+        liked = events[np.flatnonzero(events.labels == 1)]
+        first = max(0, len(liked) - selection.per_user) if selection.per_user else 0
+        for n in range(first, len(liked)):
+            item, second = int(liked.item_ids[n]), int(liked.timestamps[n])
+            before = visible_before(liked.timestamps, second)
+            if before < selection.least or not titles[item].strip():
+                continue
+            seen = liked.item_ids[max(0, before - selection.history) : before].tolist()
+            yield Wanted(
+                raw_user,
+                raw_items[item],
+                second,
+                tuple(title for title in (titles[one] for one in seen) if title.strip()),
+                titles[item],
+                {name: texts[name][item] for name in names},
+            )
+
+
+def _users(dataset: Dataset, selection: Selection) -> list[tuple[int, str]]:
+    """Ids and raw ids of the users, in order of their ids."""
+    users = list(enumerate(dataset.users["raw_user_id"].to_pylist(), start=1))
+    if selection.users:
+        # Not the hash by which `split_by_user` divides users: those drawn would all be in one part.
+        users.sort(key=lambda user: hash_json(["build", selection.seed, user[1]]))
+        users = sorted(users[: selection.users])
+    return users

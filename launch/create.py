@@ -1,0 +1,130 @@
+"""`hllm create`: generates titles of items for clusters of users, which a service then looks up.
+
+hllm create --run runs/creator/ml100k --clusters stores/clusters --top 8 --output stores/titles
+torchrun --nproc_per_node 2 -m hllm_torchrec.launch.create --run-dir runs/creator/ml100k ... --output stores/titles
+
+A repeated or restarted job generates only the titles that the folder lacks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm create", description=__doc__)
+    parser.add_run()
+    parser.add_argument("--clusters", type=Path, required=True, metavar="DIR", help="clusters of hllm cluster")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the titles")
+    parser.add_argument(
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="raw item ids, one per line; titles of other items stay (default: all items)",
+    )
+    pairs = parser.add_argument_group("selection of clusters")
+    pairs.add_argument(
+        "--match",
+        choices=("head", "predictor", "none"),
+        default="head",
+        help="probability that a cluster likes an item: by the late-fusion head (default), or by the predictor of "
+        "creative.losses.match; none: all clusters",
+    )
+    pairs.add_argument("--top", type=natural, default=0, metavar="N", help="best clusters of an item (default: 0, all)")
+    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="least match (default: 0)")
+    texts = parser.add_argument_group("texts")
+    texts.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampled titles; 0: the likeliest words (default)"
+    )
+    texts.add_argument("--top-k", type=natural, default=50, help="likeliest tokens that are sampled (default: 50)")
+    texts.add_argument("--top-p", type=float, default=0.95, help="their probability together (default: 0.95)")
+    texts.add_argument("--seed", type=natural, default=0, help="of sampled titles (default: 0)")
+    texts.add_argument(
+        "--retries", type=natural, default=2, help="further draws of a sampled title that breaks a rule (default: 2)"
+    )
+    texts.add_argument(
+        "--source", default="title", metavar="COLUMN", help="text that stands for a title that breaks a rule: title"
+    )
+    texts.add_argument(
+        "--support",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="least share of a title's names, numbers and content words that the item's texts have (default: 1)",
+    )
+    texts.add_argument("--no-filters", action="store_true", help="accept every title that has an end and is not empty")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate the missing titles, and print counts and the reasons for replaced titles.
+
+    Raises:
+        ValueError: the run, the clusters or an item does not exist, or the options do not fit them.
+    """
+    from hllm_torchrec.common.text_files import read_list
+    from hllm_torchrec.creative.clusters import Clusters
+    from hllm_torchrec.creative.filters import TextRules
+    from hllm_torchrec.creative.generate import create_titles
+    from hllm_torchrec.creative.pairs import PairRule
+    from hllm_torchrec.creative.title_writer import CreateOptions
+    from hllm_torchrec.distributed.coordination import rank
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.evaluation.run_loader import load_run, run_config
+    from hllm_torchrec.serving.scorer_loading import in_one_process
+
+    if not (0 <= args.temperature < 100 and 0 < args.top_p <= 1 and 0 <= args.above <= 1 and 0 <= args.support <= 1):
+        raise ValueError("--temperature is at least 0, --top-p above 0 and at most 1, --above and --support 0 to 1")
+    options = CreateOptions(
+        PairRule(args.match, args.top, args.above),
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        args.retries,
+        args.source,
+        None if args.no_filters else TextRules(support=args.support),
+    )
+    clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
+    with distributed_device() as device:
+        # Whole weights on every rank, which writes titles of its own.
+        config = in_one_process(run_config(args.run, args.dataset))
+        loaded = load_run(args.run, args.checkpoint, device, config)
+        with loaded.weights:
+            items = None if ids is None else _dense(loaded.experiment.dataset, ids, args.items)
+            report = create_titles(loaded, clusters, args.output, options, items)
+    if rank() != 0:
+        return
+    say(
+        f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
+        f"{report.fallbacks:,} are the item's {args.source}"
+    )
+    for reason, number in report.reasons.items():
+        say(f"replaced by it: {number:,}: {reason}")
+    if report.too_long:
+        say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
+    if report.equal_to_null == 1:
+        say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
+    else:
+        say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+    if clusters.is_behind:
+        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
+
+
+def _dense(dataset, raw_ids: list[str], file: Path):  # type: ignore[no-untyped-def]
+    import numpy as np
+    import pyarrow as pa
+
+    from hllm_torchrec.data.creative_table import dense_ids
+
+    return np.unique(dense_ids(pa.chunked_array([pa.array(raw_ids, pa.string())]), dataset, "item", file))
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

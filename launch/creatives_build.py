@@ -1,0 +1,228 @@
+"""Options and job of `hllm creatives build`: a table by a rule, by a language model, or by a writer of your own."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, natural, positive
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from hllm_torchrec.creative.writing.pipeline import Checks
+    from hllm_torchrec.creative.writing.writer import Writer
+    from hllm_torchrec.data.dataset import Dataset
+
+_TEMPLATE = ("feature", "recent", "template")
+_ENDPOINT = ("base_url", "key_from", "at_once", "max_requests", "max_tokens")
+_SELECTION = ("facts", "history", "per_user", "users")
+_PARAMETERS = ("answer_tokens", "temperature", "seed")
+_RULES = ("longest", "added_words", "support", "alike", "allowed")
+_BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES, "encoder", "least_cosine")
+_OPTIONS = {
+    "template": _TEMPLATE,
+    "openai": ("model", "judge", *_ENDPOINT, *_BY_MODEL),
+    "local": ("model", "judge", *_BY_MODEL),
+    "module:Name": _BY_MODEL,
+}
+"""Options of each writer, beside those of all."""
+
+
+def add_build_options(build: CommandParser) -> None:
+    """Add the options of `build`. Those of one writer have no default here, so that others can refuse them."""
+    build.add_argument(
+        "--writer",
+        default="template",
+        help="template (a rule, the default), openai (a server), local (a Hugging Face directory), or module:Name",
+    )
+    build.add_argument("--title", default="title", help="text column with an item's name (default: title)")
+    build.add_argument("--least", type=positive, default=5, help="earlier likes that a text needs (default: 5)")
+    build.add_argument(
+        "--fractions",
+        type=float,
+        nargs=3,
+        default=(0.7, 0.1, 0.2),
+        metavar=("TRAIN", "VALID", "TEST"),
+        help="shares of the users in each part (default: 0.7 0.1 0.2)",
+    )
+    rule = build.add_argument_group("writer template")
+    rule.add_argument("--feature", help="item feature that a text stresses (default: genres)")
+    rule.add_argument("--recent", type=positive, help="latest likes that the rule reads (default: 20)")
+    rule.add_argument("--template", help="text (default: '{value}, for fans of {liked}')")
+    model = build.add_argument_group("other writers")
+    model.add_argument("--model", help="openai: the server's name of the model; local: its directory")
+    model.add_argument("--facts", nargs="+", metavar="COLUMN", help="text columns with facts of an item (default: all)")
+    model.add_argument("--history", type=positive, help="latest likes that the writer reads (default: 50)")
+    model.add_argument("--per-user", type=natural, help="latest likes of a user that get a text (default: 1; 0: all)")
+    model.add_argument("--users", type=natural, help="users, drawn by --seed (default: 0, all)")
+    model.add_argument("--answer-tokens", type=positive, help="tokens of an answer at most (default: 512)")
+    model.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default: 0.7)")
+    model.add_argument("--seed", type=natural, help="seed of users and of sampling (default: 0)")
+    model.add_argument("--judge", metavar="MODEL", help="model of the same writer that must confirm each text twice")
+    server = build.add_argument_group("writer openai")
+    server.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
+    server.add_argument("--key-from", metavar="NAME", help="environment variable that holds the key (default: no key)")
+    server.add_argument("--at-once", type=positive, help="requests at the same time (default: 4)")
+    server.add_argument("--max-requests", type=positive, help="stop after so many requests; a rerun goes on")
+    server.add_argument("--max-tokens", type=positive, help="stop after so many tokens of prompts and answers")
+    filters = build.add_argument_group("filters of texts by a model")
+    filters.add_argument("--longest", type=positive, help="characters of a text at most (default: 300)")
+    filters.add_argument("--added-words", type=natural, help="words that the source lacks, at most (default: 10)")
+    filters.add_argument("--support", type=float, help="least share of words that the facts have (default: 1)")
+    filters.add_argument("--allowed", type=Path, metavar="FILE", help="words that a text may have beside the facts'")
+    filters.add_argument("--encoder", metavar="DIR", help="sentence encoder (hllm fetch minilm) of --least-cosine")
+    filters.add_argument("--least-cosine", type=float, help="of a text and the item's facts (default: 0.5)")
+    filters.add_argument(
+        "--alike", type=float, help="share of common words that makes two texts of an item the same (default: 0.9)"
+    )
+
+
+def run_build(args: argparse.Namespace) -> None:
+    """Write a table.
+
+    Raises:
+        ValueError: an option, the dataset or the writer's server is not usable.
+        Preempted: the writer has reached a limit.
+    """
+    from hllm_torchrec.creative.writing.writer import check_writer
+    from hllm_torchrec.data.creative_table import check_fractions, check_name, table_path
+    from hllm_torchrec.data.dataset import Dataset
+
+    check_writer(args.writer)
+    _check(args)
+    check_name(args.name)
+    check_fractions(args.fractions)
+    dataset = Dataset.open(args.dataset)
+    if table_path(dataset, args.name).exists():
+        raise ValueError(f"--name {args.name}: {table_path(dataset, args.name)} exists; choose another, or remove it")
+    (_by_template if args.writer == "template" else _by_model)(args, dataset)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options of another writer, and for values out of their range."""
+    kind = args.writer if args.writer in _OPTIONS else "module:Name"
+    for name in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
+        if getattr(args, name) is not None and name not in _OPTIONS[kind]:
+            owners = " and ".join(owner for owner, names in _OPTIONS.items() if name in names)
+            raise ValueError(
+                f"--{name.replace('_', '-')} belongs to --writer {owners}, not to {args.writer}; leave it out"
+            )
+    for name, most in (("support", 1.0), ("alike", 1.0), ("least_cosine", 1.0), ("temperature", 2.0)):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from 0 to {most:g}")
+    if args.least_cosine is not None and args.encoder is None:
+        raise ValueError(f"--least-cosine {args.least_cosine}: needs --encoder, the directory of a sentence encoder")
+
+
+def _given(args: argparse.Namespace, names: Iterable[str], **renamed: str) -> dict[str, Any]:
+    """The options that were given; renamed: option -> name of its field."""
+    return {renamed.get(name, name): value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _by_template(args: argparse.Namespace, dataset: "Dataset") -> None:
+    from hllm_torchrec.creative.template import TemplateRule, write_by_template
+
+    rule = TemplateRule(name=args.title, least=args.least, **_given(args, _TEMPLATE))
+    rows, left_out = write_by_template(dataset, rule)
+    counts = _write(args, dataset, rows, None, {"writer": "template", "rule": vars(rule), "left_out": left_out})
+    say(f"{counts.replace(' texts ', ' texts by rule ', 1)}; {sum(left_out.values()):,} likes without one")
+
+
+def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
+    from hllm_torchrec.creative.writing.answers import answers_folder
+    from hllm_torchrec.creative.writing.pipeline import Parameters, build_by_writer, prompts_hash
+    from hllm_torchrec.creative.writing.requests import Selection, wanted_texts
+    from hllm_torchrec.data.creative_table import answers_lock
+
+    selection = Selection(title=args.title, least=args.least, **_selected(args))
+    parameters = Parameters(**_given(args, _PARAMETERS, answer_tokens="max_tokens"))
+    rules, writer = _rules(args), _writer(args, args.model)
+    checks = _checks(args)
+    wanted = list(wanted_texts(dataset, selection))
+    if not wanted:
+        raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
+    for one in filter(None, (writer, checks.judge)):
+        if host := getattr(one, "leaves_machine", ""):
+            users = len({one.raw_user for one in wanted})
+            what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
+            say(f"{what} and facts of items are sent to {host}", sys.stderr)
+    folder = answers_folder(dataset.root, args.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with answers_lock(folder):
+        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
+    facts = {
+        "writer": writer.name,
+        "judge": None if checks.judge is None else checks.judge.name,
+        "selection": vars(selection),
+        "parameters": vars(parameters),
+        "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
+        "prompts": prompts_hash(),
+        "left_out": built.left_out,
+    }
+    if built.errors:
+        say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
+    reasons = [f"{count:,}: {reason}" for reason, count in built.left_out.items()]
+    if not len(built.rows):
+        raise ValueError(
+            f"no text is left of {len(wanted):,} ({'; '.join(reasons)}): change --model or filters; answers are kept"
+        )
+    counts = _write(args, dataset, built.rows, built.dropped, facts)
+    say("\n  ".join([f"{counts}; {len(built.dropped):,} left out", *reasons]))
+
+
+def _selected(args: argparse.Namespace) -> dict[str, Any]:
+    found = _given(args, (*_SELECTION, "seed"))
+    return found | ({"facts": tuple(args.facts)} if args.facts else {})
+
+
+def _rules(args: argparse.Namespace) -> Any:
+    from hllm_torchrec.common.text_files import read_list
+    from hllm_torchrec.creative.filters import TextRules
+
+    found = _given(args, _RULES)
+    return TextRules(**found | ({"allowed": tuple(read_list(args.allowed))} if args.allowed else {}))
+
+
+def _checks(args: argparse.Namespace) -> "Checks":
+    from hllm_torchrec.creative.writing.pipeline import Checks
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine
+
+    judge = None if args.judge is None else _writer(args, args.judge)
+    encoder = None if args.encoder is None else TextCosine(args.encoder)
+    return Checks(judge, encoder, **_given(args, ("least_cosine",)))
+
+
+def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
+    from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
+    from hllm_torchrec.creative.writing.writer import own_writer
+
+    if args.writer == "openai":
+        return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
+    if args.writer == "local":
+        from hllm_torchrec.creative.writing.local_writer import LocalWriter
+
+        if model is None:
+            raise ValueError("--model is missing: the directory of a language model")
+        return LocalWriter(model)
+    return own_writer(args.writer)
+
+
+def _write(
+    args: argparse.Namespace, dataset: "Dataset", rows: "pa.Table", dropped: "pa.Table | None", facts: dict[str, Any]
+) -> str:
+    """Write the table; returns its path and its counts, as text."""
+    import numpy as np
+    import pyarrow as pa
+
+    from hllm_torchrec.data.creative_table import split_by_user, write_table
+    from hllm_torchrec.data.split import SPLITS
+
+    of_row = np.array(list(split_by_user(rows["raw_user_id"].to_pylist(), args.fractions)))
+    parts = {split: rows.filter(pa.array(of_row == split, pa.bool_())) for split in SPLITS}
+    path = write_table(dataset, args.name, parts, dropped, {**facts, "fractions": list(args.fractions)})
+    counts = ", ".join(f"{split} {len(part):,}" for split, part in parts.items())
+    return f"{path}: {len(rows):,} texts ({counts})"

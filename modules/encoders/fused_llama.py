@@ -1,0 +1,99 @@
+"""Llama layers that run as a few fused functions where that is faster: products in bfloat16 on a CPU.
+
+`fuse_layers` changes the class of a model's layers and nothing else: weights, their names and hooks stay. Everywhere
+but in bfloat16 on a CPU the layers run as transformers wrote them, bit for bit.
+
+Legend: S packed rows, D width, H heads, G key-value heads, d width of a head.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from hllm_torchrec.modules.attention.last_layer import LastLayerRows, ReadRows
+from hllm_torchrec.modules.attention.packed import AttentionPlan
+from hllm_torchrec.modules.attention.text import BucketPlan
+from hllm_torchrec.modules.encoders.fused_products import add_product, add_swiglu, read_norm, rotate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PLANS = (AttentionPlan, BucketPlan, LastLayerRows, ReadRows)
+"""Plans whose `attend` takes q, k and v in the dtype of the products."""
+
+
+def fuse_layers(backbone: "PreTrainedModel") -> None:
+    """Let the Llama layers of a model with packed attention run fused; other layers stay as they are."""
+    for module in backbone.modules():
+        if type(module) is LlamaDecoderLayer:
+            module.__class__ = FusedLlamaLayer
+
+
+class FusedLlamaLayer(LlamaDecoderLayer):
+    """A `LlamaDecoderLayer` with the same weights."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """hidden_states [1, S, D] -> [1, S, D]; with `ReadRows` [1, U, D], the rows that are read."""
+        plan = kwargs.get("hllm_plan")
+        if not self.runs_fused(hidden_states, plan):
+            plain: Tensor = super().forward(hidden_states, **kwargs)
+            return plain
+        assert plan is not None
+        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
+        with torch.autocast("cpu", enabled=False):
+            return fused_layer(self, hidden_states[0], cos, sin, plan, torch.bfloat16)[None]
+
+    def runs_fused(self, hidden_states: Tensor, plan: Any) -> bool:
+        """Return whether this call runs fused: bfloat16 autocast on a CPU, plain weights, no dropout."""
+        return (
+            hidden_states.device.type == "cpu"
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") is torch.bfloat16
+            and isinstance(plan, _PLANS)
+            and not torch.compiler.is_compiling()
+            and not (self.training and self.self_attn.attention_dropout)
+            and self.self_attn.config.hidden_act == "silu"
+            and all(type(linear) is nn.Linear and linear.bias is None for linear in _linear_layers(self))
+        )
+
+
+def _linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
+    """Adapters (LoRA) take the place of linear layers, so this is looked up in every call."""
+    attention, mlp = layer.self_attn, layer.mlp
+    products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return [*products, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def fused_layer(
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: AttentionPlan | BucketPlan | LastLayerRows | ReadRows,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run a layer over x [S, D], products in `dtype`; cos and sin [S, d] of the rows' rotary angles."""
+    attention, norm, mlp = layer.self_attn, layer.input_layernorm, layer.mlp
+    q_weight, *kv_weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+
+    def read(rows: Tensor, weights: list[Tensor]) -> Tensor:
+        product = read_norm(rows, norm.weight, norm.variance_epsilon, weights, dtype)
+        return product.unflatten(1, (-1, attention.head_dim))
+
+    heads, groups = (weight.shape[0] // attention.head_dim for weight in (q_weight, kv_weights[0]))
+    if isinstance(plan, ReadRows):
+        # Keys and values of all rows, everything else of the rows that are read.
+        key, value = read(x, kv_weights).split([groups, groups], 1)
+        key, x = rotate(key, cos, sin), x.index_select(0, plan.rows)
+        query = rotate(read(x, [q_weight]), cos.index_select(0, plan.rows), sin.index_select(0, plan.rows))
+        mixed = plan.plan.attend_last(query, key, value, attention.scaling, 0.0)
+    else:
+        turned, value = read(x, [q_weight, *kv_weights]).split([heads + groups, groups], 1)
+        query, key = rotate(turned, cos, sin).split([heads, groups], 1)
+        mixed = plan.attend(query, key, value, attention.scaling, 0.0)
+    x = add_product(x, mixed.flatten(1), attention.o_proj.weight)
+    norm = layer.post_attention_layernorm
+    weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    return add_swiglu(x, norm.weight, norm.variance_epsilon, *weights, dtype)

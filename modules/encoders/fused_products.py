@@ -1,0 +1,161 @@
+"""Parts of a Llama layer as single functions with explicit backward passes, for products in bfloat16 on a CPU.
+
+    read_norm:       rotated q, rotated k and v of h, from one product
+    add_product:     x + a W'
+    add_swiglu:      x + (silu(h G') * h U') D'
+    with h = rmsnorm(x) = x / sqrt(mean(x^2) + eps) * g
+
+There the matrix products cost so little (AMX and AVX512-BF16 multiply four to eight times as fast as float32) that
+casts, norms, rotations and the accumulation of gradients are most of a layer under autocast. Here a value is cast once
+where it is made, gains g are multiplied into the weights, which are fewer than the rows, and the backward passes add to
+the residual stream's gradient in the pass that computes it. The residual stream x and its gradient stay in float32.
+
+Legend: S rows, D width, O outputs, F width of the feed-forward block, H heads of width d; dtype: of the products.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def read_norm(x: Tensor, gain: Tensor, eps: float, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Product rmsnorm(x) W' of x [S, D] and the concatenated weights W [O, D]: [S, O] in `dtype`."""
+    product: Tensor = _ReadNorm.apply(x, gain, eps, dtype, *weights)
+    return product
+
+
+def rotate(x_SHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [S, H, d] by cos and sin [S, d], whose halves are equal."""
+    rotated: Tensor = _Rotate.apply(x_SHd, cos[:, None].to(x_SHd.dtype), sin[:, None].to(x_SHd.dtype))
+    return rotated
+
+
+def add_product(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    """x + a W' for x [S, D], a [S, O] and W [D, O]; the product has a's dtype."""
+    added: Tensor = _AddProduct.apply(x, a, weight)
+    return added
+
+
+def add_swiglu(
+    x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """x + (silu(h G') * h U') D' for x [S, D], h = rmsnorm(x), G and U [F, D] and D [D, F]: [S, D] in x's dtype."""
+    added: Tensor = _AddSwiGLU.apply(x, gain, eps, gate, up, down, dtype)
+    return added
+
+
+def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / rms(x) [S, D] in `dtype` and 1 / rms(x) [S, 1] in x's dtype, without the gain."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, scale).to(dtype), scale
+
+
+def _norm_gradient(of_h: Tensor, h: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x is the product of the two: [S, D] in h's dtype, and `scale` [S, 1].
+
+    of_h: gradient of h = x * scale, without the gain.
+    """
+    along = (of_h * h).sum(-1, keepdim=True, dtype=scale.dtype).div_(h.shape[-1])
+    return torch.addcmul(of_h, h, along.to(h.dtype), value=-1), scale
+
+
+def _gained(weight: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(weight, gain).to(dtype)
+
+
+def _weight_gradients(of_gained: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of W [O, D] and of g [D] from that of W * g."""
+    of_gained = of_gained.to(weight.dtype)
+    return of_gained * gain, torch.linalg.vecdot(of_gained, weight, dim=0)
+
+
+class _ReadNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        h, scale = _normalized(x, eps, dtype)
+        packed = torch.cat([_gained(weight, gain, dtype) for weight in weights])
+        ctx.save_for_backward(h, scale, packed, gain, *weights)
+        return h @ packed.t()
+
+    @staticmethod
+    def backward(ctx: Any, received: Tensor) -> tuple[Tensor | None, ...]:
+        h, scale, packed, gain, *weights = ctx.saved_tensors
+        of_x = torch.mul(*_norm_gradient(received @ packed, h, scale)) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return of_x, None, None, None, *(None for _ in weights)
+        parts = (received.t() @ h).split([len(weight) for weight in weights])
+        of_weights, of_gains = zip(*(_weight_gradients(p, w, gain) for p, w in zip(parts, weights)), strict=True)
+        return of_x, sum(of_gains), None, None, *of_weights
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, received: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(received, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """x [S, H, d] rotated by the angles of cos and sin [S, 1, d], or back."""
+    half = x.shape[-1] // 2
+    out, sin = torch.mul(x, cos), sin[..., :half]
+    out[..., :half].addcmul_(x[..., half:], sin, value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin, value=direction)
+    return out
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        cast = weight.to(a.dtype)
+        ctx.save_for_backward(a, cast)
+        ctx.weight_dtype = weight.dtype
+        return x + a @ cast.t()
+
+    @staticmethod
+    def backward(ctx: Any, received: Tensor) -> tuple[Tensor | None, ...]:
+        a, cast = ctx.saved_tensors
+        narrow = received.to(a.dtype)
+        of_weight = (narrow.t() @ a).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        return received, narrow @ cast, of_weight
+
+
+class _AddSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        h, scale = _normalized(x, eps, dtype)
+        gained = _gained(gate, gain, dtype), _gained(up, gain, dtype)
+        # Two products rather than a packed one: elementwise operations on halves of rows cost twice as much.
+        opened, raised = (h @ weight.t() for weight in gained)
+        cast = down.to(dtype)
+        ctx.save_for_backward(h, scale, opened, raised, gain, *gained, cast, gate, up)
+        ctx.weight_dtype = down.dtype
+        return x + silu(opened).mul_(raised) @ cast.t()
+
+    @staticmethod
+    def backward(ctx: Any, received: Tensor) -> tuple[Tensor | None, ...]:
+        h, scale, opened, raised, gain, gained_gate, gained_up, cast, gate, up = ctx.saved_tensors
+        narrow = received.to(h.dtype)
+        of_hidden, lit = narrow @ cast, silu(opened)
+        of_opened = torch.ops.aten.silu_backward(of_hidden * raised, opened)
+        of_raised = of_hidden.mul_(lit)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_h = torch.addmm(of_opened @ gained_gate, of_raised, gained_up)
+            of_x = torch.addcmul(received, *_norm_gradient(of_h, h, scale))
+        if not any(ctx.needs_input_grad[1:]):
+            return of_x, None, None, None, None, None, None
+        of_down = (narrow.t() @ lit.mul_(raised)).to(ctx.weight_dtype)
+        of_gate, gate_gain = _weight_gradients(of_opened.t() @ h, gate, gain)
+        of_up, up_gain = _weight_gradients(of_raised.t() @ h, up, gain)
+        return of_x, gate_gain + up_gain, None, of_gate, of_up, of_down, None

@@ -1,0 +1,382 @@
+"""Personalized titles: what clusters, shared prompts, packing and soft tokens save, and the lookup of a title.
+
+    python scripts/bench/bench_creator.py [--quick] [--out FILE]
+
+SmolLM2's shape with 4 layers and random weights, fp32; both sides of a ratio have the same weights, and give the same
+tokens or losses, which is checked first. Ratios are naive / ours, medians of pairs measured one after the other:
+
+    per_user_vs_per_cluster  `generate` of transformers for each (user, item), one by one, for 943 users; ours for 16
+                             clusters. Measured on 64 pairs a side and scaled. Goal: 0.9 x 943 / 16
+    batched                  the per-user job in our batches, scaled the same; goal as above
+    pruned                   titles of all 64 clusters against those of the best 8
+    item_kv                  {user} behind a text of 200 tokens: the prompt read again for each of 16 clusters
+    kv_cache                 64 tokens in, 32 out: the whole sequence run again for each token
+    train_step(_memory)      32 texts of 35 tokens, 12 of them the response: AutoModelForCausalLM with labels, forward
+                             and backward; memory: peak of the resident set in processes of their own
+    train_padded             the same texts padded to 512 tokens
+    soft_vs_text             a history of 20 films as 280 tokens of the prompt, in our packing, against one soft token
+    users_once               8 creatives of a user as 8 passes of the user encoder (100 events), against one
+    lookup                   microseconds of `Creatives.get` at 10^6 titles of 10^5 users (no ratio)
+
+A ratio is left out, with the reason, if its pairs differ by more than 30% (quartiles about the median).
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from bench_loss import _status
+from benchmarking import ROOT, SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, report, say
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hllm_torchrec.common.machine import LARGE_BUFFERS_KEPT
+from hllm_torchrec.creative.clusters import SCHEMA as USERS
+from hllm_torchrec.creative.clusters import Centers, write_clusters
+from hllm_torchrec.creative.mapped_table import hash_order
+from hllm_torchrec.creative.titles import SCHEMA, Creatives, commit, prepare_folder
+from hllm_torchrec.models.backbones import backbone_config, build_backbone
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
+from hllm_torchrec.modules.creative.decode import DecodeOptions, _run, decode
+from hllm_torchrec.modules.encoders.base import Queries
+from hllm_torchrec.modules.encoders.sasrec import SASRec
+from hllm_torchrec.modules.encoders.shapes import SASRecShape
+
+USERS_OF_ALL, CLUSTERS = 943, 16
+SPREAD = 0.3
+NEVER = -7
+"""An end token that no model writes: all titles have the same length."""
+SHAPE = {**SMOLLM2, "num_hidden_layers": 4, "tie_word_embeddings": True}
+TINY = {**SHAPE, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY |= {"num_hidden_layers": 2, "vocab_size": 90}
+
+
+class Models:
+    """A causal language model of transformers, and ours with its weights."""
+
+    def __init__(self, shape: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.plain = AutoModelForCausalLM.from_config(backbone_config(None, shape)).eval()
+        backbone = build_backbone(None, shape)
+        backbone.load_state_dict(self.plain.model.state_dict())
+        self.ours = CreativeLLM(backbone).eval()
+        self.width, self.words = shape["hidden_size"], shape["vocab_size"]
+
+    def tokens(self, *size: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.words, size)
+
+    def soft(self, number: int) -> Tensor:
+        """Soft tokens [n, 1, C] of the size of words."""
+        return torch.randn(number, 1, self.width) * self.ours.word_scale
+
+
+def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
+    """Tokens [n, most] of transformers' `generate`, one user after the other."""
+    words, rows = models.plain.get_input_embeddings(), []
+    for one in soft:
+        whole = torch.cat([words(before), one, words(after)])[None]
+        options = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "eos_token_id": None}
+        rows.append(models.plain.generate(inputs_embeds=whole, pad_token_id=0, **options)[0])
+    return torch.stack(rows)
+
+
+def written(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int, item_of: Any = None) -> Tensor:
+    """Tokens [n, most] of our decoding."""
+    return decode(models.ours, before, after, soft, DecodeOptions(NEVER, most), item_of=item_of).tokens
+
+
+@torch.no_grad()
+def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
+    """Tokens [n, most], each from a pass over the whole sequence."""
+    llm, number = models.ours, len(soft)
+    rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
+    found = []
+    for _ in range(most):
+        hidden, _ = _run(llm, rows, [])
+        found.append((hidden[:, -1] @ llm.head_weight.T).argmax(-1))
+        rows = torch.cat([rows, llm.embed(found[-1])[:, None]], 1)
+    return torch.stack(found, 1)
+
+
+def ratio(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
+    """naive / ours times `scale`, of pairs measured in turn, or why there is none; the first side is the naive one."""
+    times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
+    naive, ours = times.values()
+    pairs = [scale * a / b for a, b in zip(naive, ours, strict=True)]
+    median = statistics.median(pairs)
+    low, high = np.quantile(pairs, [0.25, 0.75])
+    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
+    found["quartiles"] = [float(low), float(high)]
+    if (high - low) / median > SPREAD:
+        found["left_out"] = f"quartiles {low:.2f} to {high:.2f} of {len(pairs)} pairs: more than {SPREAD:.0%} apart"
+    else:
+        found["ratio"] = median
+    return found
+
+
+def _timed(run: Callable[[], Any]) -> None:
+    """Run a side; what it returns is no time."""
+    run()
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    """Both sides give the same."""
+    assert torch.equal(one, other), "the sides differ"
+
+
+def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
+    """The ratios of decoding."""
+    tiny = options.tiny
+    most, number = (3, 8) if tiny else (16, 64)
+    before, after, soft = models.tokens(12), models.tokens(25), models.soft(number)
+    groups = max(1, number // CLUSTERS)  # items whose clusters are one batch
+    of, items = torch.arange(number) * groups // number, models.tokens(groups, 25)
+    items[0] = after
+    few = slice(0, 4)
+    same(generated(models, before, after, soft[few], most), written(models, before, after, soft[few], most))
+    ours = lambda: written(models, before.expand(groups, -1), items, soft, most, of)  # noqa: E731
+    scale = USERS_OF_ALL / CLUSTERS
+    found = {
+        "per_user_vs_per_cluster": ratio(
+            {"generate": lambda: generated(models, before, after, soft, most), "clusters": ours}, rounds, scale
+        ),
+        "batched": ratio(
+            {"users": lambda: written(models, before, after, soft, most), "clusters": ours}, rounds, scale
+        ),
+    }
+    every, best, some = (
+        models.soft(8 if tiny else 64),
+        models.soft(2 if tiny else 8),
+        models.tokens(2 if tiny else 4, 25),
+    )
+    found["pruned"] = ratio(
+        {
+            "all": lambda: [written(models, before, one, every, most) for one in some],
+            "best": lambda: [written(models, before, one, best, most) for one in some],
+        },
+        rounds,
+    )
+    text, own = models.tokens(20 if tiny else 230), models.soft(CLUSTERS)
+    again = torch.arange(CLUSTERS)
+    sides = {
+        "again": lambda: written(models, text.expand(CLUSTERS, -1), after[:0].expand(CLUSTERS, -1), own, most, again),
+        "shared": lambda: written(models, text, after[:0], own, most),
+    }
+    same(*(side() for side in sides.values()))
+    found["item_kv"] = ratio(sides, rounds)
+    few_soft, most = models.soft(8), 4 if tiny else 32
+    sides = {
+        "whole": lambda: without_cache(models, before, models_after, few_soft, most),
+        "cache": lambda: written(models, before, models_after, few_soft, most),
+    }
+    models_after = models.tokens(5 if tiny else 51)  # with `before` and the soft token 64 positions
+    same(*(side() for side in sides.values()))
+    found["kv_cache"] = ratio(sides, max(3, rounds // 2))
+    return found
+
+
+def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
+    """Texts of equal lengths."""
+    length = prompt + response
+    return PackedTexts(
+        token_ids=models.tokens(number * length),
+        cu_seqlens=torch.arange(number + 1) * length,
+        soft_at=torch.full((number,), prompt // 2),
+        response_from=torch.full((number,), prompt),
+        prefix_ids=torch.empty(0, dtype=torch.int64),
+    )
+
+
+def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
+    """Mean loss of the responses' tokens; gradients are left in `.grad`."""
+    models.ours.zero_grad()
+    output = models.ours(texts, soft)
+    loss = output.nll.sum() / output.tokens.sum()
+    loss.backward()
+    return loss.detach()
+
+
+def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0) -> Tensor:
+    """As `our_step`, by the causal language model with labels; texts padded on the right to `padded` tokens."""
+    models.plain.zero_grad()
+    words = models.plain.get_input_embeddings()(texts.token_ids.view(len(soft), -1))
+    at, begins = int(texts.soft_at[0]), int(texts.response_from[0])
+    rows = torch.cat([words[:, :at], soft, words[:, at:]], 1)
+    labels = texts.token_ids.view(len(soft), -1).clone()
+    labels[:, :begins] = -100
+    labels = torch.cat([labels.new_full((len(soft), 1), -100), labels], 1)
+    mask = torch.ones_like(labels)
+    extra = max(0, padded - rows.shape[1])
+    rows, mask = nn.functional.pad(rows, (0, 0, 0, extra)), nn.functional.pad(mask, (0, extra))
+    labels = nn.functional.pad(labels, (0, extra), value=-100)
+    loss = models.plain(inputs_embeds=rows, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    return loss.detach()
+
+
+def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
+    """The ratios of training steps."""
+    number, lengths = (4, (6, 3)) if options.tiny else (32, (22, 12))
+    texts, soft, longest = packed(models, number, *lengths), models.soft(number), 24 if options.tiny else 512
+    ours = lambda: our_step(models, texts, soft)  # noqa: E731
+    torch.testing.assert_close(plain_step(models, texts, soft), ours(), rtol=1e-4, atol=1e-4)
+    few, few_soft = packed(models, 4, *lengths), models.soft(4)
+    history = packed(models, 4, lengths[0] + (20 if options.tiny else 280), lengths[1])
+    return {
+        "train_step": ratio({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
+        "train_padded": ratio(
+            {
+                "padded": lambda: plain_step(models, few, few_soft, longest),
+                "packed": lambda: our_step(models, few, few_soft),
+            },
+            max(3, rounds // 2),
+        ),
+        "soft_vs_text": ratio(
+            {
+                "text": lambda: our_step(models, history, few_soft),
+                "soft": lambda: our_step(models, few, few_soft),
+            },
+            max(3, rounds // 2),
+        ),
+    }
+
+
+def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    """Passes of a user encoder: one for all creatives of a user, or one for each."""
+    users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (8, 100, 8, 64)
+    encoder = SASRec(SASRecShape(width=width, layers=2, heads=2, max_positions=256)).eval()
+    x, queries = torch.randn(users, events, width), torch.randn(users, creatives, width)
+    seen = torch.randint(1, events, (users, creatives)).sort(1).values
+
+    def run(copies: int) -> Tensor:
+        own = x.repeat_interleave(copies, 0)
+        each = creatives // copies
+        times = torch.arange(events).repeat(len(own))
+        offsets = torch.arange(len(own) + 1)
+        asked = Queries(queries.reshape(-1, width), offsets * each, seen.reshape(-1), seen.reshape(-1))
+        with torch.no_grad():
+            return encoder(own.reshape(-1, width), offsets * events, times, asked, times)[1]
+
+    torch.testing.assert_close(run(creatives), run(1), rtol=1e-4, atol=1e-4)
+    return ratio({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
+
+
+def lookup(options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of a lookup, mean of random ones, and bytes of the files."""
+    users, items, titles = (200, 50, 4) if options.tiny else (100_000, 125_000, 8)
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw_users, raw_items = [f"user-{n}" for n in range(users)], [f"item-{n}" for n in range(items)]
+        hashes, order = hash_order(raw_users)
+        table = pa.table(
+            [[raw_users[n] for n in order], random.integers(titles - 1, size=users), random.random(users)], schema=USERS
+        )
+        centers = Centers("euclidean", *(np.zeros(s, np.float32) for s in (2, (titles - 1, 2), (titles - 1, 2))))
+        facts = {"settings": {"metric": "euclidean"}, "source": {}}
+        clusters = write_clusters(folder / "clusters", facts, centers, table, hashes)
+        number = items * titles
+        columns = {
+            "raw_item_id": np.repeat(raw_items, titles),
+            "cluster": np.tile(np.arange(-1, titles - 1), items),
+            "match": np.zeros(number),
+            "key": np.char.add("key-", np.arange(number).astype(str)),
+            "text": np.char.add("A title of a film for a kind of viewer, number ", np.arange(number).astype(str)),
+            "log_prob": np.zeros(number),
+            "tokens": np.zeros(number, int),
+            "fallback": np.zeros(number, bool),
+            "reasons": np.zeros(number, "U1"),
+        }
+        prepare_folder(folder / "titles")
+        arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
+        commit(
+            folder / "titles",
+            pa.table(arrays, schema=SCHEMA),
+            {"clusters": "../clusters", "centers": clusters.fingerprint},
+        )
+        creatives = Creatives.open(folder / "titles")
+        asked = list(zip(random.integers(users, size=20_000).tolist(), random.integers(items, size=20_000).tolist()))
+        pairs = [(raw_users[user], raw_items[item]) for user, item in asked]
+        for user, item in pairs[:1000]:
+            creatives.get(user, item)
+        began = time.perf_counter()
+        for user, item in pairs:
+            creatives.get(user, item)
+        return {
+            "titles": number,
+            "users": users,
+            "microseconds": (time.perf_counter() - began) / len(pairs) * 1e6,
+            "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        }
+
+
+def measure(side: str, tiny: bool) -> int:
+    """Peak bytes of a training step above what it begins with; in a process of its own. A small step comes first."""
+    models = Models(TINY if tiny else SHAPE)
+    step = plain_step if side == "labels" else our_step
+    step(models, packed(models, 2, 4, 2), models.soft(2))
+    number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
+    texts, soft = packed(models, number, *lengths), models.soft(number)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = _status("VmRSS")
+    step(models, texts, soft)
+    return _status("VmHWM") - before
+
+
+def memory(tiny: bool) -> dict[str, Any]:
+    """Peaks of both sides; those of tiny shapes are of this process, and say nothing."""
+    environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    peaks = {}
+    for side in ("labels", "packed"):
+        if tiny:
+            peaks[side] = max(1, measure(side, tiny))
+            continue
+        command = [sys.executable, str(Path(__file__).resolve()), "--measure", side]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        peaks[side] = int(done.stdout.split()[-1])
+    return {"peak_bytes": peaks, "ratio": peaks["labels"] / peaks["packed"]}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    parser.add_argument("--measure", choices=("labels", "packed"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.measure:
+        print(measure(options.measure, options.tiny))
+        return {}
+    torch.manual_seed(0)
+    models, rounds = Models(TINY if options.tiny else SHAPE), 2 if options.tiny else 5 if options.quick else 9
+    parts = training(models, options, rounds)
+    say("training steps measured")
+    parts |= decoding(models, options, rounds)
+    say("decoding measured")
+    parts["users_once"] = users_once(options, rounds)
+    parts["train_step_memory"] = memory(options.tiny)
+    found = lookup(options)
+    ratios = {name: part["ratio"] for name, part in parts.items() if "ratio" in part}
+    left_out = {name: part["left_out"] for name, part in parts.items() if "left_out" in part}
+    say(f"{ratios}; left out: {left_out}; lookup {found['microseconds']:.1f} microseconds")
+    shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
+    shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
+    result = {"ratios": ratios, "left_out": left_out, "measured": parts, "lookup": found, "shapes": shapes}
+    return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
+
+
+if __name__ == "__main__":
+    if "--measure" not in sys.argv:
+        keep_large_buffers()
+    main()

@@ -1,0 +1,27 @@
+"""bench_creator: both sides of each ratio give the same, a ratio that spreads is left out, the lookup is measured."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.scripts import bench_module, tiny_result
+
+bench_creator = bench_module("bench_creator")
+
+
+@pytest.mark.slow
+def test_bench_creator_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_creator.main(["--tiny", "--out", str(tmp_path / "creator.json")])
+    result = tiny_result("creator", tmp_path / "creator.json", capsys.readouterr().out)
+    named = set(result["ratios"]) | set(result["left_out"])
+    assert named == set(result["measured"]) and {"item_kv", "per_user_vs_per_cluster", "train_step_memory"} <= named
+    assert result["lookup"]["titles"] == 200 and result["lookup"]["microseconds"] > 0
+
+
+def test_a_ratio_is_that_of_the_times_and_none_if_these_spread() -> None:
+    found = bench_creator.ratio({"slow": lambda: time.sleep(0.06), "fast": lambda: time.sleep(0.02)}, 3, scale=10)
+    assert 25 < found["ratio"] < 35
+    turns = iter([0.0, 0.001, 0.05] * 40)
+    spread = bench_creator.ratio({"one": lambda: time.sleep(next(turns)), "other": lambda: time.sleep(0.02)}, 3)
+    assert "ratio" not in spread and "more than 30% apart" in spread["left_out"]
