@@ -42,8 +42,7 @@ class ExpertOverArch(nn.Module):
     @torch.no_grad()
     def initialize_bias(self, start: Sequence[float]) -> None:
         """Set the last biases [O]: those of a constant prediction."""
-        values = torch.tensor(start)
-        for tower, own in zip(
-            self.towers, values.split([tower[-1].out_features for tower in self.towers]), strict=True
-        ):
-            tower[-1].bias.copy_(own)
+        ends = [list(tower.children())[-1] for tower in self.towers]
+        last = [layer for layer in ends if isinstance(layer, nn.Linear)]
+        for layer, values in zip(last, torch.tensor(start).split([layer.out_features for layer in last]), strict=True):
+            layer.bias.copy_(values)

@@ -142,7 +142,9 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
         local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
     found = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
     counts = [count or 1.0 for count in found]
-    return StepCounts(tuple(counts[:-5]), *counts[-5:], labelled=tuple(count > 0 for count in found[:-5]))
+    targets, tokens, pairs, profile_tokens, creatives = counts[-5:]
+    labelled = tuple(count > 0 for count in found[:-5])
+    return StepCounts(tuple(counts[:-5]), targets, tokens, pairs, profile_tokens, creatives, labelled)
 
 
 def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:
