@@ -12,19 +12,20 @@ from hllm_torchrec.launch.entry import CommandParser, natural, positive
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from hllm_torchrec.creative.writing.pipeline import Checks
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine
     from hllm_torchrec.creative.writing.writer import Writer
     from hllm_torchrec.data.dataset import Dataset
 
 _TEMPLATE = ("feature", "recent", "template")
-_ENDPOINT = ("base_url", "key_from", "at_once", "max_requests", "max_tokens")
+_ENDPOINT = ("base_url", "key_from", "at_once")
+_BUDGET = ("max_requests", "max_tokens")
 _SELECTION = ("facts", "history", "per_user", "users")
 _PARAMETERS = ("answer_tokens", "temperature", "seed", "attempts")
 _RULES = ("longest", "added_words", "support", "alike", "allowed")
 _BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES, "encoder", "least_cosine")
 _OPTIONS = {
     "template": _TEMPLATE,
-    "openai": ("model", "judge", *_ENDPOINT, *_BY_MODEL),
+    "openai": ("model", "judge", *_ENDPOINT, *_BUDGET, *_BY_MODEL),
     "local": ("model", "judge", *_BY_MODEL),
     "module:Name": _BY_MODEL,
 }
@@ -61,7 +62,7 @@ def add_build_options(build: CommandParser) -> None:
     model.add_argument("--answer-tokens", type=positive, help="tokens of an answer at most (default: 512)")
     model.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default: 0.7)")
     model.add_argument("--seed", type=natural, help="seed of users and of sampling (default: 0)")
-    model.add_argument("--attempts", type=positive, help="sampled answers to a prompt, until one has its JSON (default: 3)")
+    model.add_argument("--attempts", type=positive, help="sampled answers until one has its JSON (default: 3)")
     model.add_argument("--judge", metavar="MODEL", help="model of the same writer that must confirm each text twice")
     server = build.add_argument_group("writer openai")
     server.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
@@ -135,18 +136,18 @@ def _by_template(args: argparse.Namespace, dataset: "Dataset") -> None:
 
 def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     from hllm_torchrec.creative.writing.answers import answers_folder
-    from hllm_torchrec.creative.writing.pipeline import Parameters, build_by_writer, prompts_hash
+    from hllm_torchrec.creative.writing.pipeline import Checks, Parameters, build_by_writer, prompts_hash
     from hllm_torchrec.creative.writing.requests import Selection, wanted_texts
     from hllm_torchrec.data.creative_table import answers_lock
 
     selection = Selection(title=args.title, least=args.least, **_selected(args))
     parameters = Parameters(**_given(args, _PARAMETERS, answer_tokens="max_tokens"))
-    rules, writer = _rules(args), _writer(args, args.model)
-    checks = _checks(args)
+    rules, (writer, judge) = _rules(args), _writers(args)
+    checks = Checks(judge, _encoder(args), **_given(args, ("least_cosine",)))
     wanted = list(wanted_texts(dataset, selection))
     if not wanted:
         raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
-    for one in filter(None, (writer, checks.judge)):
+    for one in {writer, judge} - {None}:
         if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})
             what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
@@ -157,7 +158,7 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
         built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
     facts = {
         "writer": writer.name,
-        "judge": None if checks.judge is None else checks.judge.name,
+        "judge": None if judge is None else judge.name,
         "selection": vars(selection),
         "parameters": vars(parameters),
         "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
@@ -188,28 +189,37 @@ def _rules(args: argparse.Namespace) -> Any:
     return TextRules(**found | ({"allowed": tuple(read_list(args.allowed))} if args.allowed else {}))
 
 
-def _checks(args: argparse.Namespace) -> "Checks":
-    from hllm_torchrec.creative.writing.pipeline import Checks
-    from hllm_torchrec.creative.writing.text_cosine import TextCosine
+def _encoder(args: argparse.Namespace) -> "TextCosine | None":
+    if args.encoder is None:
+        return None
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine  # imports torch
 
-    judge = None if args.judge is None else _writer(args, args.judge)
-    encoder = None if args.encoder is None else TextCosine(args.encoder)
-    return Checks(judge, encoder, **_given(args, ("least_cosine",)))
+    return TextCosine(args.encoder)
 
 
-def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
-    from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
+def _writers(args: argparse.Namespace) -> "tuple[Writer, Writer | None]":
+    """The writer and the judge, which may be the same model; they share the limits of requests and tokens."""
+    from hllm_torchrec.creative.writing.openai_writer import Budget, Endpoint, OpenAIWriter
     from hllm_torchrec.creative.writing.writer import custom_writer
 
-    if args.writer == "openai":
-        return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
-    if args.writer == "local":
-        from hllm_torchrec.creative.writing.local_writer import LocalWriter
+    if args.writer not in ("openai", "local"):
+        return custom_writer(args.writer), None
+    if args.model is None:
+        what = "the server's name of a model" if args.writer == "openai" else "the directory of a language model"
+        raise ValueError(f"--model is missing: {what}")
+    budget, server = Budget(**_given(args, _BUDGET)), {"base_url": "", **_given(args, _ENDPOINT)}
 
-        if model is None:
-            raise ValueError("--model is missing: the directory of a language model")
+    def open_model(model: str) -> "Writer":
+        if args.writer == "openai":
+            return OpenAIWriter(Endpoint(model=model, **server), budget)
+        from hllm_torchrec.creative.writing.local_writer import LocalWriter  # imports torch
+
         return LocalWriter(model)
-    return custom_writer(args.writer)
+
+    writer = open_model(args.model)
+    if args.judge is None:
+        return writer, None
+    return writer, writer if args.judge == args.model else open_model(args.judge)
 
 
 def _write(
