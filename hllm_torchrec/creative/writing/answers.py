@@ -71,23 +71,23 @@ class AnswerFile:
         """Append the writer's answers; return the reason for each prompt without one, by its key."""
         failed: dict[str, str] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for answer in writer.write(asks):
-                if not 0 <= answer.index < len(asks):
-                    raise ValueError(
-                        f"{writer.name} answers prompt {answer.index}, but must answer 0 to {len(asks) - 1}"
-                    )
-                ask, key = asks[answer.index], keys[answer.index]
-                if answer.text is None:
-                    failed[key] = answer.error
-                    continue
-                line = {"key": key, "user": ask.user, "item": ask.item, "text": answer.text}
-                with path_in_errors(self.path):
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                self.texts[key] = answer.text
+        for answer in writer.write(asks):
+            if not 0 <= answer.index < len(asks):
+                raise ValueError(f"{writer.name} answers prompt {answer.index}, but must answer 0 to {len(asks) - 1}")
+            ask, key = asks[answer.index], keys[answer.index]
+            if answer.text is None:
+                failed[key] = answer.error
+                continue
+            self._append({"key": key, "user": ask.user, "item": ask.item, "text": answer.text})
+            self.texts[key] = answer.text
         return failed
+
+    def _append(self, line: dict[str, str | None]) -> None:
+        """Write a line, and wait until it is on the disk. Raises OSError naming the file if the disk is full."""
+        with path_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _parsed(line: bytes, where: str) -> tuple[str, str]:

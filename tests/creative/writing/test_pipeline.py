@@ -287,6 +287,12 @@ def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path) -> Non
         AnswerFile(tmp_path / "judge.jsonl")
 
 
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "profile.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/profile.jsonl'"):
+        built(Scripted(GOOD), tmp_path)
+
+
 def test_an_answer_to_nothing_is_refused(tmp_path: Path) -> None:
     class Wrong(Scripted):
         def write(self, asked: Sequence[Ask]) -> Iterable[Answer]:  # type: ignore[override]
