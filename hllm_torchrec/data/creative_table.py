@@ -241,7 +241,7 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
     Raises:
         ValueError: a table is damaged.
     """
-    found = sum(_forget_answers(file, users, items, dry_run) for file in (root / FOLDER / ANSWERS).glob("*/*.jsonl"))
+    found = sum(_forget_answers(folder, users, items, dry_run) for folder in (root / FOLDER / ANSWERS).glob("*/"))
     for file in sorted((root / FOLDER).glob(f"*/{MANIFEST}")):
         with error_location(file, _REMEDY):
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -270,20 +270,21 @@ def answers_lock(folder: Path) -> AbstractContextManager[None]:
     return hold_lock(folder / ".lock", f"{folder}: another process is building this table")
 
 
-def _forget_answers(file: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
-    """Remove the answers about users and items from a file of answers; return their number."""
-    with answers_lock(file.parent), error_location(file, "remove the file (its answers are then asked for again)"):
-        # An incomplete last line, which a killed build leaves, has no newline and is left out.
-        lines = file.read_bytes().split(b"\n")[:-1]
-        facts = [json.loads(line) for line in lines]
-        kept = [
-            line
-            for line, one in zip(lines, facts, strict=True)
-            if one["user"] not in users and one["item"] not in items
-        ]
-        if len(kept) < len(lines) and not dry_run:
-            replace_file(file, "".join(f"{line.decode()}\n" for line in kept))
-    return len(lines) - len(kept)
+def _forget_answers(folder: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
+    """Remove the answers about users and items from the files in a folder; return their number."""
+    found, forgotten_users, forgotten_items = 0, set(users), set(items)
+    with answers_lock(folder):  # also of a build that has no answer yet
+        for file in sorted(folder.glob("*.jsonl")):
+            with error_location(file, "remove the file (its answers are then asked for again)"):
+                # An incomplete last line, which a killed build leaves, has no newline and is left out.
+                lines = file.read_bytes().split(b"\n")[:-1]
+                facts = [(one["user"], one["item"]) for one in map(json.loads, lines)]
+                gone = [user in forgotten_users or item in forgotten_items for user, item in facts]
+                kept = [f"{line.decode()}\n" for line, is_gone in zip(lines, gone, strict=True) if not is_gone]
+            if any(gone) and not dry_run:
+                replace_file(file, "".join(kept))
+            found += sum(gone)
+    return found
 
 
 def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]) -> None:
