@@ -62,7 +62,9 @@ def add_build_options(build: CommandParser) -> None:
     model.add_argument("--answer-tokens", type=positive, help="tokens of an answer at most (default: 512)")
     model.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default: 0.7)")
     model.add_argument("--seed", type=natural, help="seed of users and of sampling (default: 0)")
-    model.add_argument("--attempts", type=positive, help="sampled answers until one has its JSON (default: 3)")
+    model.add_argument(
+        "--attempts", type=positive, help="sampled answers to a prompt, until one has its JSON (default: 3)"
+    )
     model.add_argument("--judge", metavar="MODEL", help="model of the same writer that must confirm each text twice")
     server = build.add_argument_group("writer openai")
     server.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
