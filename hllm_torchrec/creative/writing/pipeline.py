@@ -207,7 +207,7 @@ def _judge(drafts: Sequence[Draft], stages: _Stages) -> None:
     confirmed: Counter[int] = Counter()
     for title_first in (False, True):
         for draft, answer in stages.ask(JUDGE, drafts, partial(_judge_prompt, title_first=title_first)):
-            confirmed[id(draft)] += answer["verdict"].strip().lower() == "yes"
+            confirmed[id(draft)] += answer["verdict"].strip(" .!").lower() == "yes"
     for draft in drafts:
         if confirmed[id(draft)] < 2:
             draft.reasons = [UNCONFIRMED]
