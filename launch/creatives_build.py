@@ -12,6 +12,7 @@ from hllm_torchrec.launch.entry import CommandParser, natural, positive
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from hllm_torchrec.creative.writing.pipeline import Built
     from hllm_torchrec.creative.writing.text_cosine import TextCosine
     from hllm_torchrec.creative.writing.writer import Writer
     from hllm_torchrec.data.dataset import Dataset
@@ -156,8 +157,6 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
             say(f"{what} and facts of items are sent to {host}", sys.stderr)
     folder = answers_folder(dataset.root, args.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with answers_lock(folder):
-        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
     facts = {
         "writer": writer.name,
         "judge": None if judge is None else judge.name,
@@ -165,16 +164,24 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
         "parameters": vars(parameters),
         "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
         "prompts": prompts_hash(),
-        "left_out": built.left_out,
     }
+    # The lock is held until the table is written: a user who is forgotten in the meantime would be in the table.
+    with answers_lock(folder):
+        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
+        _write_built(args, dataset, built, facts)
+
+
+def _write_built(args: argparse.Namespace, dataset: "Dataset", built: "Built", facts: dict[str, Any]) -> None:
+    """Write the texts of a language model, and print their number and the reasons of those that were left out."""
     if built.errors:
         say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
     reasons = [f"{count:,}: {reason}" for reason, count in built.left_out.items()]
     if not len(built.rows):
+        why = "; ".join(reasons)
         raise ValueError(
-            f"no text is left of {len(wanted):,} ({'; '.join(reasons)}): change --model or filters; answers are kept"
+            f"no text is left of {len(built.dropped):,} ({why}): change --model or filters; answers are kept"
         )
-    counts = _write(args, dataset, built.rows, built.dropped, facts)
+    counts = _write(args, dataset, built.rows, built.dropped, {**facts, "left_out": built.left_out})
     say("\n  ".join([f"{counts}; {len(built.dropped):,} left out", *reasons]))
 
 
