@@ -285,7 +285,8 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
             [[raw_users[n] for n in order], random.integers(titles - 1, size=users), random.random(users)], schema=USERS
         )
         centers = Centers("euclidean", *(np.ones(s, np.float32) for s in (2, 2, (titles - 1, 2), (titles - 1, 2))))
-        facts = {"settings": {"metric": "euclidean"}, "source": {}}
+        facts = {"settings": {"metric": "euclidean", "least": 10}, "source": {}, "mean_distance": 1.0}
+        facts |= {"users": {"path": "", "version": 1}, "fitted": {"mean_distance": 1.0}}
         clusters = write_clusters(folder / "clusters", facts, centers, table, hashes)
         number = items * titles
         columns = {
