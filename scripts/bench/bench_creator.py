@@ -305,7 +305,7 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
         commit(
             folder / "titles",
             pa.table(arrays, schema=SCHEMA),
-            {"clusters": "../clusters", "centers": clusters.fingerprint},
+            {"clusters": "../clusters", "centers": clusters.fingerprint, "origin": {}},
         )
         creatives = Creatives.open(folder / "titles")
         asked = list(zip(random.integers(users, size=20_000).tolist(), random.integers(items, size=20_000).tolist()))
