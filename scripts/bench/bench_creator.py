@@ -111,8 +111,13 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
 
 
 def ratio(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
-    """naive / ours times `scale`, of pairs measured in turn, or why there is none; the first side is the naive one."""
+    """Measure two sides in turn, the naive one first; returns `ratio_of_times`."""
     times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
+    return ratio_of_times(times, scale)
+
+
+def ratio_of_times(times: Mapping[str, list[float]], scale: float = 1.0) -> dict[str, Any]:
+    """Return the median of naive / ours times `scale` over pairs of times, or the reason why there is none."""
     naive, ours = times.values()
     pairs = [scale * a / b for a, b in zip(naive, ours, strict=True)]
     median = statistics.median(pairs)
