@@ -79,7 +79,7 @@ def written_texts(
 
 
 def texts_of_part(experiment: Experiment, vectors: CreativeVectors) -> list[tuple[str, str]]:
-    """Raw item id and greedy text of each creative of the part, with its own user, in the part's order. Collective."""
+    """Raw item id and greedy text for each creative of the part, in the part's order. All ranks must call it."""
     loader = vectors.loader
     experiment.hllm.eval()
     own = np.arange(rank(), len(loader), world_size())

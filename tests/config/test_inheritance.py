@@ -10,7 +10,7 @@ import pytest
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.checking import dotted_fields
 from hllm_torchrec.config.loading import config_from_file, load_config, save_config, to_dict
-from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = "user: {shape: {model_type: llama, hidden_size: 8}}\nitem_llm: {enabled: false}\n"
@@ -37,14 +37,11 @@ def settings_hash(path: Path) -> str:
         for part in name.split("."):
             value, default = getattr(value, part), getattr(default, part)
         if value != default and not hasattr(value, "__dataclass_fields__"):
-            found[name] = [changed(one) for one in value] if name == "stages" else to_dict(value)
+            found[name] = to_dict(value)
+    for stage in found.get("stages", ()):  # a list holds all fields of its entries: new ones are left out by hand
+        if stage["trains"] == "all":
+            del stage["trains"]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def changed(stage: StageConfig) -> dict[str, Any]:
-    """The fields of a stage that are not its defaults."""
-    default = to_dict(StageConfig(""))
-    return {name: value for name, value in to_dict(stage).items() if value != default[name]}
 
 
 def test_every_configuration_resolves_to_what_it_was() -> None:
