@@ -11,8 +11,8 @@ over pairs of measurements that are made one after the other:
                              least 0.9 x 943 / 16 = 53
     batched                  naive: our decoding in batches for 943 users; otherwise the same. Goal: 53
     pruned                   naive: titles for 64 clusters; ours: titles for 8 of them, for 4 items. Goal: 7.2
-    item_kv                  naive: the prompt (230 tokens before {user}) is read again for each of 16 clusters; ours: it
-                             is read once. 12 layers. Goal: 4
+    item_kv                  naive: the prompt (230 tokens before {user}) is read for each of 16 clusters; ours: it is
+                             read once. 12 layers. Goal: 4
     kv_cache                 naive: the whole sequence is read again for each of 32 new tokens; ours: keys and values of
                              the previous tokens are cached. Prompts of 64 tokens. Goal: 8
     train_step               naive: `AutoModelForCausalLM` with labels, forward and backward, for 32 texts of 35 tokens,
@@ -23,8 +23,8 @@ over pairs of measurements that are made one after the other:
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
                              for all. Goal: 4
 
-`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50). A ratio is left out
-if its pairs spread too much: if the quartiles are more than 30% of the median apart.
+`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50). A ratio is left
+out if the quartiles of its pairs are more than 30% of the median apart.
 """
 
 import argparse
