@@ -123,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
         say(f"replaced: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
-    if report.equal_to_null == 1:
+    if report.fallbacks == report.titles:
+        say("caution: no title passes the rules: every title is the item's own text")
+    elif report.equal_to_null == 1:
         say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
     else:
         say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
