@@ -42,6 +42,8 @@ class ExpertOverArch(nn.Module):
     @torch.no_grad()
     def initialize_bias(self, start: Sequence[float]) -> None:
         """Set the last biases [O]: those of a constant prediction."""
-        last = [module for tower in self.towers for module in list(tower.children())[-1:] if isinstance(module, nn.Linear)]
+        last = [
+            module for tower in self.towers for module in list(tower.children())[-1:] if isinstance(module, nn.Linear)
+        ]
         for layer, values in zip(last, torch.tensor(start).split([layer.out_features for layer in last]), strict=True):
             layer.bias.copy_(values)

@@ -37,7 +37,11 @@ def settings(**more: Any) -> dict[str, Any]:
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     """With soft dropout and sampled items; the best checkpoint has the best likelihood."""
     own = settings(
-        evaluation__checkpoint_every=2, evaluation__keep_last=9, optim__ema=0.9, creative__soft__normalize="whiten"
+        evaluation__checkpoint_every=2,
+        evaluation__keep_last=9,
+        optim__ema=0.9,
+        creative__soft__normalize="whiten",
+        creative__soft__text_decay=0.9,
     )
     whole = train(config(tmp_path / "whole", **own))
     steps = lines(tmp_path / "whole", "step")
@@ -122,9 +126,11 @@ def _whole(x: Any) -> torch.Tensor:
     return x if shards is None else torch.cat([shard.tensor for shard in shards])
 
 
-def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path, decay: float) -> None:
     """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
-    trainer = build_trainer(config(tmp_path, **settings()), init_distributed())
+    trainer = build_trainer(config(tmp_path, **settings(creative__soft__text_decay=decay)), init_distributed())
+    measure_user_vectors(trainer.experiment)
     known = creative_vectors(trainer.experiment, "test")
     loader = known.loader
     hllm = trainer.hllm.eval()
