@@ -241,8 +241,23 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
                 f"(weights, or a shape for random ones){without}"
             )
+    if config.item_llm.quantization != "none":
+        yield from _quantization_problems(config)
     if config.item_llm.whiten and config.item_llm.standardise:
         yield "item_llm.standardise: true with item_llm.whiten, which standardises too; leave one of them out"
+
+
+def _quantization_problems(config: "Config") -> Iterator[str]:
+    item, setting = config.item_llm, f"item_llm.quantization: {config.item_llm.quantization}"
+    if item.trainable:
+        yield f"{setting}: quantized weights cannot be trained; set item_llm.trainable to false, or write none"
+    if config.parallel.precision != "fp32" or config.parallel.dense != "ddp":
+        yield (
+            f"{setting}: parallel.precision is {config.parallel.precision}, parallel.dense {config.parallel.dense}: "
+            "int8 products are between float32 numbers of whole weights; write fp32 and ddp, or none"
+        )
+    if item.lora.rank:
+        yield f"{setting}: item_llm.lora.rank is {item.lora.rank}: adapters are not quantized; write 0, or none"
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:

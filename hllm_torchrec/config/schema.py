@@ -203,6 +203,9 @@ class ItemLLMConfig:
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
     flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
     torch's FlexAttention (CUDA), only if set explicitly."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8: the linear layers of a frozen Item LLM multiply int8 numbers (dynamic quantization, on a CPU, float32
+    elsewhere). The log says how much embeddings differ; stores of other quantization do not fit."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters trained instead of the Item LLM's base weights; the [ITEM] vector is trained as well."""
 

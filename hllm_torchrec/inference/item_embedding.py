@@ -6,7 +6,7 @@ encodes only the missing items, so its cost depends on the changes and not on th
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from hllm_torchrec.distributed import coordination
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_encoder import CATALOGUE_TOKENS, length_sorted_chunks
-from hllm_torchrec.models.parallelize import autocast
+from hllm_torchrec.models.parallelize import autocast, compute_dtype
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.store.files import SegmentFacts
 from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes, is_key, raw_keys
@@ -83,9 +83,19 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: K
             vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device), experiment.live_items)
         return raw_ids.take(pa.array(ids - 1)), vectors.float(), marks[ids]
 
-    with merged(model):
+    with merged(model), fast_products(experiment):
         version = write_rounds(store, rounds, encode, "embed items", len(rounds))
     return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+def fast_products(experiment: Experiment) -> AbstractContextManager[None]:
+    """Context in which the Item LLM encodes with fused kernels, if it runs in bfloat16 on a CPU and has them."""
+    dtype, item_llm = compute_dtype(experiment.config), experiment.hllm.item_llm
+    if item_llm is None or dtype is torch.float32 or experiment.device.type != "cpu":
+        return nullcontext()
+    from hllm_torchrec.modules.encoders.fused_inference import can_run_fused, fused_inference  # imports transformers
+
+    return fused_inference(item_llm, dtype) if can_run_fused(item_llm) else nullcontext()
 
 
 def write_rounds(

@@ -169,7 +169,11 @@ def _context(dataset: Dataset, spec: BatchSpec, since: int) -> tuple[RequestCont
 def _text_encoder(
     name: str, section: ItemLLMConfig, tokens: TokenStore, llm: ItemLLM, device: torch.device
 ) -> ItemEncoder:
-    return ItemEncoder(tokens, device, section.share_prefix and llm.shares_prefix, section.items_at_once, name)
+    quantizes = section.quantization == "int8"
+    if quantizes and device.type != "cpu":
+        raise ConfigError(f"{name}.quantization: int8: its kernels run on a CPU, and this is {device.type}; write none")
+    shares_prefix = section.share_prefix and llm.shares_prefix
+    return ItemEncoder(tokens, device, shares_prefix, section.items_at_once, name, quantizes=quantizes)
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:

@@ -26,6 +26,7 @@ def item_facts(experiment: Experiment) -> dict[str, Any]:
         "weights": hash_weights(item_llm),
         "pooling": item_llm.pooling,
         **({"normalize": True} if item_llm.normalize else {}),
+        **({"quantization": "int8"} if encoder.quantizes else {}),
         **{name: encoder.tokens.facts[name] for name in layout},
     }
 

@@ -8,15 +8,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hllm_torchrec.common.errors import configured_by
+from hllm_torchrec.common.errors import ArgumentError, configured_by
 from hllm_torchrec.common.progress import progress
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.collectives import encode_unique_items, global_max, world_size
+from hllm_torchrec.distributed.coordination import rank
 from hllm_torchrec.distributed.preemption import raise_if_preempted
+from hllm_torchrec.modules.encoders.int8 import quantized_copy
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 
 CATALOGUE_TOKENS = 16_384
 """Number of tokens per rank and call when the complete catalogue is encoded."""
+
+
+COMPARED = 64
+"""Items whose quantized and float32 embeddings are compared."""
+LEAST_COSINE = 0.9
+"""Smallest cosine of these that is accepted: below, neighbors are others."""
 
 
 class ItemEncoder:
@@ -33,6 +42,7 @@ class ItemEncoder:
         items_at_once: if above 0, items are encoded in checkpointed groups of about this size: the backward pass
             recomputes the activations of one group at a time.
         section: section of the configuration, for messages.
+        quantizes: encode with a quantized copy of the (frozen) Item LLM.
     """
 
     def __init__(
@@ -42,9 +52,13 @@ class ItemEncoder:
         share_prefix: bool = False,
         items_at_once: int = 0,
         section: str = "item_llm",
+        *,
+        quantizes: bool = False,
     ) -> None:
         self.tokens, self.device, self.items_at_once, self.section = tokens, device, items_at_once, section
         self.share_prefix = share_prefix and len(tokens.prefix) > 0
+        self.quantizes = quantizes
+        self._int8: tuple[list[tuple[int, int]], ItemLLM] | None = None
         self.work = EncodingCounts()
         """Counts of the items, tokens and keys encoded on this rank so far."""
 
@@ -80,6 +94,40 @@ class ItemEncoder:
         return self._encode(item_llm, ids)
 
     def _encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
+        return self._read(self._quantized(item_llm) if self.quantizes else item_llm, ids)
+
+    def _quantized(self, item_llm: ItemLLM) -> ItemLLM:
+        """The quantized copy of the present weights; says how much its embeddings differ when it makes one."""
+        # Loading a checkpoint writes into the weights, which raises their versions.
+        state = [(weight.data_ptr(), weight._version) for weight in item_llm.parameters()]
+        if self._int8 is None or self._int8[0] != state:
+            self._int8 = state, quantized_copy(item_llm)
+            self._say_difference(item_llm, self._int8[1])
+        return self._int8[1]
+
+    @torch.no_grad()
+    def _say_difference(self, item_llm: ItemLLM, quantized: ItemLLM) -> None:
+        """Print the cosines of quantized and float32 embeddings of up to `COMPARED` items.
+
+        Raises:
+            ArgumentError: one of them is below `LEAST_COSINE`.
+        """
+        was_training = item_llm.training
+        ids = torch.linspace(1, len(self.tokens) - 1, min(COMPARED, len(self.tokens) - 1)).long().unique()
+        cosines = torch.cosine_similarity(self._read(item_llm.eval(), ids), self._read(quantized, ids))
+        item_llm.train(was_training)
+        mean, least = cosines.mean().item(), cosines.min().item()
+        if rank() == 0:
+            say(
+                f"{self.section} in int8: cosine with float32 over {len(ids)} items: mean {mean:.5f}, least {least:.5f}"
+            )
+        if not least >= LEAST_COSINE:
+            raise ArgumentError(
+                f"{self.section}.quantization: int8: the least cosine with float32 is {least:.3f}, below "
+                f"{LEAST_COSINE}: embeddings of this model become others; write none"
+            )
+
+    def _read(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
         rows = ids.cpu().numpy()
         with configured_by(self.section, length=f"{self.section}.max_text_length"):
             if not self.share_prefix:

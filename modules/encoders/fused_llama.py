@@ -46,8 +46,11 @@ class FusedLlamaLayer(LlamaDecoderLayer):
             return fused_layer(self, hidden_states[0], cos, sin, plan, torch.bfloat16)[None]
 
     def runs_fused(self, hidden_states: Tensor, plan: Any) -> bool:
-        """Return whether this call runs fused: bfloat16 autocast on a CPU, plain weights, no dropout."""
-        return (
+        """Return whether this call runs fused: bfloat16 autocast on a CPU, plain weights, no dropout.
+
+        Within `fused_inference` every call does.
+        """
+        return "forward" in vars(self) or (
             hidden_states.device.type == "cpu"
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") is torch.bfloat16
@@ -55,15 +58,15 @@ class FusedLlamaLayer(LlamaDecoderLayer):
             and not torch.compiler.is_compiling()
             and not (self.training and self.self_attn.attention_dropout)
             and self.self_attn.config.hidden_act == "silu"
-            and all(type(linear) is nn.Linear and linear.bias is None for linear in _linear_layers(self))
+            and self.has_plain_weights()
         )
 
-
-def _linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
-    """Adapters (LoRA) take the place of linear layers, so this is looked up in every call."""
-    attention, mlp = layer.self_attn, layer.mlp
-    products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return [*products, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    def has_plain_weights(self) -> bool:
+        """Return whether all linear layers are plain, without biases: adapters (LoRA) take their place."""
+        attention, mlp = self.self_attn, self.mlp
+        products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        return all(type(linear) is nn.Linear and linear.bias is None for linear in products)
 
 
 def fused_layer(

@@ -46,7 +46,7 @@ def add_swiglu(
     return added
 
 
-def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalized(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / rms(x) [S, D] in `dtype` and 1 / rms(x) [S, 1] in x's dtype, without the gain."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -75,7 +75,7 @@ def _weight_gradients(of_gained: Tensor, weight: Tensor, gain: Tensor) -> tuple[
 class _ReadNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        h, scale = _normalized(x, eps, dtype)
+        h, scale = normalized(x, eps, dtype)
         packed = torch.cat([_gained(weight, gain, dtype) for weight in weights])
         ctx.save_for_backward(h, scale, packed, gain, *weights)
         return h @ packed.t()
@@ -95,15 +95,15 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        return rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, received: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(received, cos, sin, -1), None, None
+        return rotated(received, cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """x [S, H, d] rotated by the angles of cos and sin [S, 1, d], or back."""
     half = x.shape[-1] // 2
     out, sin = torch.mul(x, cos), sin[..., :half]
@@ -133,7 +133,7 @@ class _AddSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        h, scale = _normalized(x, eps, dtype)
+        h, scale = normalized(x, eps, dtype)
         gained = _gained(gate, gain, dtype), _gained(up, gain, dtype)
         # Two products rather than a packed one: elementwise operations on halves of rows cost twice as much.
         opened, raised = (h @ weight.t() for weight in gained)

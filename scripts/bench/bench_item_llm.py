@@ -61,8 +61,17 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 class Side:
     """The Item LLM on one set of items: forward and backward."""
 
-    def __init__(self, tokens: TokenStore, ids: Tensor, shape: dict[str, Any], share: bool, read: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: TokenStore,
+        ids: Tensor,
+        shape: dict[str, Any],
+        share: bool,
+        read: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(0)
+        self.dtype = dtype
         self.item_llm, self.ids = ItemLLM(build_backbone(None, shape)), ids
         self.item_llm.reads_rows = read
         self.item_llm.backbone.get_input_embeddings().requires_grad_(False)
@@ -71,7 +80,8 @@ class Side:
     def __call__(self) -> Tensor:
         """Run one forward and backward pass; return the embeddings."""
         self.item_llm.zero_grad(set_to_none=True)
-        embeddings = self.encoder.encode(self.item_llm, self.ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            embeddings = self.encoder.encode(self.item_llm, self.ids)
         embeddings.square().sum().backward()
         return embeddings.detach()
 
@@ -105,13 +115,14 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
     d, ff, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     kv = d // heads * shape["num_key_value_heads"]
     maps = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)]
-    layers = [[torch.randn(m, n) for n, m in maps] for _ in range(shape["num_hidden_layers"])]
-    inputs = {n: torch.randn(rows, n) for n in {size for pair in maps for size in pair}}
+    dtype = side.dtype
+    layers = [[torch.randn(m, n, dtype=dtype) for n, m in maps] for _ in range(shape["num_hidden_layers"])]
+    inputs = {n: torch.randn(rows, n, dtype=dtype) for n in {size for pair in maps for size in pair}}
     grids = []
     for bucket in plan.buckets:
         size, keys = bucket.texts * heads, bucket.seen + bucket.longest
-        q, k = torch.randn(size, bucket.longest, d // heads), torch.randn(size, keys, d // heads)
-        grids.append((q, k, torch.randn(size, bucket.longest, keys)))
+        q, k = (torch.randn(size, length, d // heads, dtype=dtype) for length in (bucket.longest, keys))
+        grids.append((q, k, torch.randn(size, bucket.longest, keys, dtype=dtype)))
 
     def forward_and_backward() -> None:
         for layer in layers:
@@ -170,8 +181,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     outputs = {name: side() for name, side in sides.items()}
     for found in outputs.values():
         torch.testing.assert_close(found, outputs["plain"], rtol=1e-3, atol=1e-3)
+    if why_no_bf16() is None:
+        sides["shared_bf16"] = Side(tokens, ids, shape, share=True, dtype=torch.bfloat16)
+        least = torch.cosine_similarity(sides["shared_bf16"](), outputs["plain"]).min()
+        assert least > 0.99, f"the least cosine of bfloat16 and float32 is {least:.4f}"
     clock = time.process_time if options.cpu_time else time.perf_counter
     calls: dict[str, Callable[[], object]] = {**sides, "products": products(sides["shared"], shape)}
+    if "shared_bf16" in sides:
+        calls["products_bf16"] = products(sides["shared_bf16"], shape)
     timed = {name: timed_by(clock, call) for name, call in calls.items()}
     times = alternate(timed, 2 if options.tiny else 5 if options.quick else 15)
     return describe(options, sides, times)
@@ -183,16 +200,19 @@ def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[st
     work = {name: side.work() for name, side in sides.items()}
     flops = {name: 3 * side.item_llm.flops(work[name]) for name, side in sides.items()}
     shape = sides["shared"].item_llm.backbone.config
+    measured = "shared_bf16" in sides
+    share_bf16 = ratio(times["products_bf16"], times["shared_bf16"]) if measured else None
     return {
         "ratios": {
             "item_llm_matmul_share_fp32": ratio(times["products"], times["shared"]),
             "item_llm_matmul_share_fp32_compiled": ratio(times["products"], times["compiled"]),
-            "item_llm_matmul_share_bf16": None,
+            "item_llm_matmul_share_bf16": share_bf16,
+            "bf16_vs_fp32": None if share_bf16 is None else ratio(times["shared"], times["shared_bf16"]),
             "prefix_sharing": ratio(times["plain"], times["shared"]),
             "compile": ratio(times["shared"], times["compiled"]),
             "read_rows_alone": ratio(times["shared"], times["read"]),
         },
-        "bf16": why_no_bf16() or "not measured",
+        "bf16": why_no_bf16(),
         "seconds": seconds,
         "spread": {name: [min(values), max(values)] for name, values in times.items()},
         "clock": "processor seconds of one thread" if options.cpu_time else "wall seconds",

@@ -47,6 +47,17 @@ def test_every_item_has_the_vector_that_the_model_gives_it(tmp_path: Path) -> No
     torch.testing.assert_close(found, experiment.encode_catalogue()[1:], atol=1e-6, rtol=0)
 
 
+def test_in_bfloat16_on_a_cpu_layers_run_fused_and_give_the_same_vectors(tmp_path: Path) -> None:
+    experiment = build(tmp_path, **{"parallel.precision": "bf16"})
+    layer = experiment.hllm.item_llm.blocks()[0]  # type: ignore[union-attr]
+    with item_embedding.fast_products(experiment):
+        assert "forward" in vars(layer)
+    embed_items(experiment, tmp_path / "s", "fp32")
+    assert "forward" not in vars(layer)
+    found, _ = EmbeddingStore.open(tmp_path / "s").snapshot().gather(RAW_IDS)
+    assert torch.cosine_similarity(found, experiment.encode_catalogue()[1:]).min() > 0.999
+
+
 def test_keys_are_numbers_where_the_raw_ids_are(tmp_path: Path) -> None:
     experiment = build(tmp_path)
     with pytest.raises(

@@ -1,11 +1,13 @@
-"""Items encoded in groups, whose activations the backward pass makes again: the same numbers, and less kept."""
+"""Items encoded in groups, whose activations the backward pass makes again, and by a quantized Item LLM."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hllm_torchrec.models import item_encoder
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -89,3 +91,27 @@ def test_ranks_with_different_numbers_of_items_run_as_many_groups(tmp_path: Path
                 torch.testing.assert_close(found[f"{dense}-3"][name], weight, rtol=1e-3, atol=2e-4, msg=name)
     assert losses(tmp_path / "ddp-3") == pytest.approx(losses(tmp_path / "ddp-0"), rel=1e-4)
     assert losses(tmp_path / "fsdp-3") == pytest.approx(losses(tmp_path / "ddp-0"), rel=1e-4)
+
+
+def test_a_quantized_item_llm_says_how_much_it_differs_and_follows_its_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = item_llm().requires_grad_(False), torch.arange(1, 9)
+    plain, quantizing = (ItemEncoder(fixtures.token_store(), CPU, quantizes=value) for value in (False, True))
+    first = quantizing.encode(model, ids)
+    assert re.search(r"item_llm in int8: cosine with float32 over \d+ items: mean 0\.99\d+, least 0\.", told(capsys))
+    assert torch.cosine_similarity(first, plain.encode(model, ids)).min() > 0.99
+    assert torch.equal(quantizing.encode(model, ids), first) and not told(capsys)
+    with torch.no_grad():
+        model.item_token.add_(1)
+    assert not torch.equal(quantizing.encode(model, ids), first) and "cosine" in told(capsys)
+    monkeypatch.setattr(item_encoder, "LEAST_COSINE", 1.0)
+    with torch.no_grad():
+        model.item_token.add_(1)
+    with pytest.raises(ValueError, match="int8: the least cosine with float32 is .* write none"):
+        quantizing.encode(model, ids)
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    return captured.out + captured.err
