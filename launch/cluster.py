@@ -25,9 +25,10 @@ def build_parser() -> CommandParser:
     parser.add_argument("--clusters", type=positive, metavar="K", help="number of clusters of a fit")
     parser.add_argument(
         "--metric",
-        choices=("euclidean", "cosine"),
+        choices=("euclidean", "standardized", "cosine"),
         default="euclidean",
-        help="distance, of vectors minus their mean (default: euclidean)",
+        help="distance between vectors minus their mean (default: euclidean); standardized: after division by the "
+        "standard deviation of each dimension",
     )
     parser.add_argument(
         "--center",

@@ -11,11 +11,11 @@
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
     job           any other job of hllm that runs as ranks
 
-Each accepts its own options and those of `_machine`. Every job can be restarted: `train` continues from its last
-checkpoint, `embed` and `create` with what their stores lack.
+Each component has its options and those of `_machine`. Every job can be restarted: `train` continues from its last
+checkpoint, `embed` and `create` compute what is missing in their stores.
 
-TorchX executes this file inside one of its modules, so nothing of the project is imported here, and its names must
-differ from those of `torchx.specs.finder`.
+TorchX executes this file inside the module `torchx.specs.finder`, so it imports nothing from this project, and its
+names must differ from those of that module.
 """
 
 import inspect
@@ -108,7 +108,7 @@ def serve(
     replicas: int = 1,
     **machine: Any,
 ) -> specs.AppDef:
-    """The service: `hllm serve`, one process per replica, each with a file of events of its own.
+    """The service: `hllm serve`, one process per replica, each with a separate file of events.
 
     Requests must be routed by user, so that each user's requests and events reach one replica.
 
@@ -118,7 +118,7 @@ def serve(
         token_file: file with the bearer token that requests need
         state: folder of the events, on a disk that outlasts the replicas
         port: port of every replica
-        replicas: processes
+        replicas: number of processes
     """
     own_state = f"{state}/events-{specs.macros.replica_id}.sqlite"
     given = ["--run", run_dir, "--host", "0.0.0.0", "--port", str(port), "--token-file", token_file]
@@ -209,7 +209,7 @@ def cluster(*arguments: str, users: str, output: str, clusters: int = 0, **machi
         arguments: further arguments of `hllm cluster`, after `--`, such as --refit
         users: store of users
         output: folder of the clusters
-        clusters: their number; 0: assign users to the clusters that are there
+        clusters: number of clusters; 0: assign users to the existing clusters
     """
     given = ["--users", users, "--output", output, *_option("--clusters", str(clusters or ""))]
     return _one_process("cluster", [*given, *arguments], **machine)
@@ -235,12 +235,12 @@ def create(
 
 @_component
 def nightly(*arguments: str, config: str, night: str = "", **machine: Any) -> specs.AppDef:
-    """The night as one job: `hllm nightly`, on one or more ranks; a restarted job goes on where it stopped.
+    """The night as one job: `hllm nightly`, on one or more ranks; a restarted job continues where it stopped.
 
     Args:
         arguments: further arguments of `hllm nightly`, after `--`, such as --steps train evaluate
         config: a YAML of the night
-        night: its name, instead of the oldest unfinished one or today's date
+        night: name of the night (default: the oldest unfinished one, else today's date)
     """
     return _on_ranks("nightly", ["--config", config, *_option("--night", night), *arguments], **machine)
 
@@ -262,7 +262,7 @@ def three_stages(
         arguments: overrides of both configurations, after `--`, such as --data.dataset data/ml-100k
         one: configuration of stage I
         two: configuration of stage II
-        folder: where runs and stores are written
+        folder: folder for runs and stores
     """
     first, second, items = f"{folder}/one", f"{folder}/two", f"{folder}/items"
     train_two = ["--output", second, "--start_from", first, "--item_llm.store", items]
@@ -313,5 +313,5 @@ def _embed_arguments(run_dir: str, items: str, users: str = "", since: str = "",
 
 
 def _option(name: str, value: str) -> List[str]:  # noqa: UP006
-    """Option with a value; empty without a value."""
+    """Command-line option with its value; empty if the value is empty."""
     return [name, value] if value else []

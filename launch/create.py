@@ -42,12 +42,19 @@ def build_parser() -> CommandParser:
     )
     texts.add_argument("--top-k", type=natural, default=50, help="likeliest tokens that are sampled (default: 50)")
     texts.add_argument("--top-p", type=float, default=0.95, help="their probability together (default: 0.95)")
+    texts.add_argument(
+        "--guidance",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="choose tokens by (1 + G) times their logits with the user minus G times those without (default: 0)",
+    )
     texts.add_argument("--seed", type=natural, default=0, help="of sampled titles (default: 0)")
     texts.add_argument(
         "--retries", type=natural, default=2, help="further draws of a sampled title that breaks a rule (default: 2)"
     )
     texts.add_argument(
-        "--source", default="title", metavar="COLUMN", help="text that stands for a title that breaks a rule: title"
+        "--source", metavar="COLUMN", help="text column that replaces a title that breaks a rule (default: title)"
     )
     texts.add_argument(
         "--support",
@@ -77,13 +84,22 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
     from hllm_torchrec.serving.scorer_loading import in_one_process
 
-    if not (0 <= args.temperature < 100 and 0 < args.top_p <= 1 and 0 <= args.above <= 1 and 0 <= args.support <= 1):
-        raise ValueError("--temperature is at least 0, --top-p above 0 and at most 1, --above and --support 0 to 1")
+    if not (
+        0 <= args.temperature < 100
+        and 0 <= args.guidance < 100
+        and 0 < args.top_p <= 1
+        and 0 <= args.above <= 1
+        and 0 <= args.support <= 1
+    ):
+        raise ValueError(
+            "--temperature and --guidance are 0 to 100, --top-p above 0 and at most 1, --above and --support 0 to 1"
+        )
     options = CreateOptions(
         PairRule(args.match, args.top, args.above),
         args.temperature,
         args.top_k,
         args.top_p,
+        args.guidance,
         args.seed,
         args.retries,
         args.source,
@@ -101,10 +117,10 @@ def run(args: argparse.Namespace) -> None:
         return
     say(
         f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
-        f"{report.fallbacks:,} are the item's {args.source}"
+        f"{report.fallbacks:,} are the item's own text"
     )
     for reason, number in report.reasons.items():
-        say(f"replaced by it: {number:,}: {reason}")
+        say(f"replaced: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
     if report.equal_to_null == 1:

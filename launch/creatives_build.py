@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TEMPLATE = ("feature", "recent", "template")
 _ENDPOINT = ("base_url", "key_from", "at_once", "max_requests", "max_tokens")
 _SELECTION = ("facts", "history", "per_user", "users")
-_PARAMETERS = ("answer_tokens", "temperature", "seed")
+_PARAMETERS = ("answer_tokens", "temperature", "seed", "attempts")
 _RULES = ("longest", "added_words", "support", "alike", "allowed")
 _BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES, "encoder", "least_cosine")
 _OPTIONS = {
@@ -61,6 +61,9 @@ def add_build_options(build: CommandParser) -> None:
     model.add_argument("--answer-tokens", type=positive, help="tokens of an answer at most (default: 512)")
     model.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default: 0.7)")
     model.add_argument("--seed", type=natural, help="seed of users and of sampling (default: 0)")
+    model.add_argument(
+        "--attempts", type=positive, help="sampled answers to a prompt, until one has its JSON (default: 3)"
+    )
     model.add_argument("--judge", metavar="MODEL", help="model of the same writer that must confirm each text twice")
     server = build.add_argument_group("writer openai")
     server.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
@@ -198,7 +201,7 @@ def _checks(args: argparse.Namespace) -> "Checks":
 
 def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
     from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
-    from hllm_torchrec.creative.writing.writer import own_writer
+    from hllm_torchrec.creative.writing.writer import custom_writer
 
     if args.writer == "openai":
         return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
@@ -208,7 +211,7 @@ def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
         if model is None:
             raise ValueError("--model is missing: the directory of a language model")
         return LocalWriter(model)
-    return own_writer(args.writer)
+    return custom_writer(args.writer)
 
 
 def _write(

@@ -64,7 +64,7 @@ def run_import(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is missing: --source {args.source} needs it")
     check_name(args.name)
     check_fractions(args.fractions)
-    (_own_table if args.source == "table" else _with_dataset)(args)
+    (_text_table if args.source == "table" else _with_dataset)(args)
 
 
 def _with_dataset(args: argparse.Namespace) -> None:
@@ -84,19 +84,19 @@ def _with_dataset(args: argparse.Namespace) -> None:
         say(f"caution: {made.conflicts:,} times an item has another title than before; the first one is kept")
 
 
-def _own_table(args: argparse.Namespace) -> None:
+def _text_table(args: argparse.Namespace) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from hllm_torchrec.creative.imports import own_table
+    from hllm_torchrec.creative.imports import text_table
     from hllm_torchrec.data.creative_table import split_by_user, write_table
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.data.split import SPLITS
 
-    dataset, rows = Dataset.open(args.dataset), own_table.read_own_table(args.files)
-    reasons = own_table.reasons_of(rows, dataset)
+    dataset, rows = Dataset.open(args.dataset), text_table.read_text_table(args.files)
+    reasons = text_table.reasons_of(rows, dataset)
     if not args.drop_bad:
-        own_table.check_rows(rows, reasons, dataset)
+        text_table.check_rows(rows, reasons, dataset)
     is_good = np.array([not reason for reason in reasons], bool)
     kept, dropped = rows.filter(pa.array(is_good)), rows.filter(pa.array(~is_good))
     why = pa.array([[reason] for reason in reasons if reason], pa.list_(pa.string()))
@@ -104,13 +104,13 @@ def _own_table(args: argparse.Namespace) -> None:
     if "origin" not in kept.column_names:
         kept = kept.append_column("origin", pa.array(["import:table"] * len(kept)))
     drawn = list(split_by_user(kept["raw_user_id"].to_pylist(), args.fractions))
-    of_row = np.array(own_table.parts_of(kept, drawn))
+    of_row = np.array(text_table.parts_of(kept, drawn))
     parts = {split: kept.filter(pa.array(of_row == split, pa.bool_())) for split in SPLITS}
     left_out = dict(sorted(Counter(reason for reason in reasons if reason).items()))
     facts = {"writer": "import:table", "left_out": left_out, "fractions": list(args.fractions)}
     path = write_table(dataset, args.name, parts, dropped, facts)
     _report(path, {split: len(part) for split, part in parts.items()}, left_out)
-    if unseen := own_table.unseen_rows(kept, dataset):
+    if unseen := text_table.unseen_rows(kept, dataset):
         say(f"caution: {unseen:,} texts are not later than their user's first event: their users count as unknown")
 
 

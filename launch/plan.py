@@ -1,4 +1,4 @@
-"""`hllm plan`: estimated memory, traffic and time per step of a configuration on hardware that need not be available.
+"""`hllm plan`: estimates memory, traffic and time per step of a configuration on hardware that need not be available.
 
     hllm plan --config configs/paper/books_hllm_7b.yaml --nodes 4 --gpus 8 --items 695762 --users 694898
     hllm plan --config configs/ml100k/trained.yaml --nodes 1 --gpus 2 --hardware cpu
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hllm_torchrec.planning.estimate import Estimate, Machine, Workload
 
 UNKNOWN_ROWS = 1000
-"""Assumed number of rows of a categorical feature's table without a dataset."""
+"""Assumed number of rows of a categorical feature's table if there is no dataset."""
 
 
 def build_parser() -> CommandParser:
@@ -66,10 +66,11 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace, options: list[str]) -> int:
-    """Estimate and print; return 0 if it fits, else 1.
+    """Estimate and print; return 0 if the model fits into memory, else 1.
 
     Raises:
-        ValueError: a wrong configuration, a model of unknown shape, or unknown numbers of items and users.
+        ValueError: the configuration is invalid, the shape of a model is unknown, or the numbers of items and users
+            are unknown.
     """
     from hllm_torchrec.common.warning_filters import quiet_libraries
     from hllm_torchrec.config.loading import load_config
@@ -94,7 +95,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     """Workload and rows of the tables, from the dataset or from the options.
 
     Raises:
-        ValueError: neither gives the numbers of items and users.
+        ValueError: neither has the numbers of items and users.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.models.assembly import batch_spec_of
@@ -115,7 +116,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
         if not args.history:
             history, busiest = passes(dataset, config, args.nodes * args.gpus)
         tokens = min(tokens, mean_tokens(dataset.root, config) or tokens)
-        # The dataset's item counts do not apply to another number of items.
+        # With another number of items the dataset's item frequencies do not apply.
         popularity = None if args.items else dataset.training_item_counts()[1:]
     else:
         if not (args.items and args.users):
@@ -127,7 +128,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
 
 
 def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, float]:
-    """Return (mean events per pass, events of an epoch's largest step relative to the mean step) of the planned stage.
+    """Return, for the planned stage, (mean events per pass, events of an epoch's largest step / those of a mean step).
 
     A step of all ranks has n passes; the standard deviation of their total events is sqrt(n) times that of one pass.
     The largest of S such sums is about sqrt(2 ln S) standard deviations above the mean (Gaussian extremes), and at
@@ -151,9 +152,10 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
 
 
 def mean_tokens(root: Path, config: "Config") -> float | None:
-    """Mean tokens per text, by the token store with the configured settings, else by the one with the longest texts.
+    """Mean tokens per text of the dataset's token store with the configured settings, else of the one with the longest
+    texts; None if there is no token store.
 
-    Tokens of a shared prefix are excluded if it is encoded once for all items.
+    Tokens of a shared prefix are not counted if the prefix is encoded once for all items.
     """
     from hllm_torchrec.data.token_store import TokenStore
     from hllm_torchrec.models.text_format import text_format
@@ -166,16 +168,16 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
     form = text_format("item_llm", item if is_here else with_model_configs(config).item_llm)
     for path in root.glob("tokens/*/store.json"):
         store = TokenStore.open(path.parent)
-        asked = (form.prompt, list(item.text_keys), item.separator, item.max_text_length)
-        as_asked = asked == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
+        configured = (form.prompt, list(item.text_keys), item.separator, item.max_text_length)
+        is_same = configured == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
         shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and form.causal else 0.0
-        found.append((as_asked, float(store.lengths.mean() - shared)))
+        found.append((is_same, float(store.lengths.mean() - shared)))
     # True sorts after False: texts tokenized with the configured settings take precedence over longer ones.
     return max(found)[1] if found else None
 
 
 def guessed_tables(config: "Config") -> dict[str, int]:
-    """Tables of a configuration whose dataset is not available; sizes of features are assumed."""
+    """Table -> rows, for a configuration whose dataset is not available; sizes of features are assumed."""
     names = [*config.data.item_features, *config.data.user_features]
     tables = dict.fromkeys(names, UNKNOWN_ROWS)
     if config.features.item_id:
@@ -189,7 +191,7 @@ def rows_of(given: list[str], config: "Config") -> dict[str, int]:
     """Rows of tables given by `--rows`.
 
     Raises:
-        ValueError: not a feature of the configuration, or not a number.
+        ValueError: an entry names a feature that the configuration does not have, or its number is invalid.
     """
     found, known = {}, [*config.data.item_features, *config.data.user_features]
     for entry in given:

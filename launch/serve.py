@@ -105,10 +105,11 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model, then answer until SIGTERM or Ctrl-C, after which what was accepted is still answered.
+    """Load the model, then answer requests until SIGTERM or Ctrl-C; requests that were accepted before are answered.
 
     Raises:
-        ValueError: no such run or checkpoint, a model that cannot score, no token, or a package that is missing.
+        ValueError: the run or checkpoint does not exist, the model cannot score, the token is missing, or a package is
+            not installed.
     """
     token = read_token(args.token_file, args.host)
     uvicorn = import_uvicorn()
@@ -143,13 +144,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def default_state(run: Path) -> Path:
-    """File of the events of a service that names none: in the run's folder.
+    """Default file of a service's events: in the run's folder.
 
-    Of a night's run it is in the folder of the nights: their runs replace each other, and old ones are removed. A file
-    that an earlier version left in the run is moved there.
+    For a run of `hllm nightly` it is in the folder of the nights, because each night has a new run and old runs are
+    removed. If an earlier version has written the file into the run, it is moved.
 
     Raises:
-        ValueError: the run is at a URL, or is not there; another service has a file that is to be moved.
+        ValueError: the run is at a URL or does not exist, or another service uses the file that must be moved.
     """
     if "://" in str(run) or ":/" in str(run):
         raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
@@ -159,30 +160,30 @@ def default_state(run: Path) -> Path:
     if folder != run and (run / name).exists() and not (folder / name).exists():
         from hllm_torchrec.data.event_log import EventLog
 
-        EventLog(run / name).close()  # what is in its write-ahead file is then in the file itself
+        EventLog(run / name).close()  # merges SQLite's write-ahead file into the file
         (folder / name).parent.mkdir(exist_ok=True)
         (run / name).replace(folder / name)
     return folder / name
 
 
 def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # type: ignore[no-untyped-def]
-    """Answer until a signal; print the address when requests are accepted."""
+    """Answer requests until a signal; print the address as soon as requests are accepted."""
     config = uvicorn.Config(app, host=host, port=port, access_log=False, log_level="warning", server_header=False)
     server = uvicorn.Server(config)
     end, start = server.handle_exit, server.startup
 
     def handle_exit(number: int, frame: object) -> None:
-        service.draining = True  # /readyz says so, while what was accepted is answered
+        service.draining = True  # /readyz now answers 503, while accepted requests are still answered
         end(number, frame)
 
     async def startup(sockets: object = None) -> None:
         await start(sockets)
         if server.started:
-            place = server.servers[0].sockets[0].getsockname()
-            say(f"hllm serve: http://{host}:{place[1]}, model {service.engine.mark}")
+            address = server.servers[0].sockets[0].getsockname()
+            say(f"hllm serve: http://{host}:{address[1]}, model {service.engine.mark}")
 
     server.handle_exit, server.startup = handle_exit, startup
-    # uvicorn raises the signal again once it is done: SIGTERM is then no reason for a status of failure.
+    # uvicorn raises the signal again after its shutdown; with this handler SIGTERM does not cause an error status.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
 
@@ -191,7 +192,7 @@ def import_uvicorn():  # type: ignore[no-untyped-def]
     """Import uvicorn and FastAPI.
 
     Raises:
-        ValueError: they are not installed.
+        ValueError: a package is not installed.
     """
     try:
         import fastapi  # noqa: F401

@@ -1,12 +1,12 @@
-"""Bias of where an item was shown (its position on a page), learned beside the logit and left out at serving.
+"""Position bias: a learned term of the logit for where an item was shown (its position on a page), unused at serving.
 
     logit of a click = relevance(user, item, request) + sum_c B_c[value of c]        (training)
     logit of a click = relevance(user, item, request) + level                        (evaluation, serving)
 
-The odds of a click are those of relevance times the odds of examination (Guo et al., PAL, RecSys 2019, there with a
-network). Context of the bias tower therefore cannot explain what the items do, and the served order does not depend on
-it. The level is the constant with which the mean probability is that of the pages that were shown: the mean of the bias
-would give less for rare clicks, because probabilities are convex in the logit there.
+The odds of a click are the odds of relevance times the odds of examination (Guo et al., PAL, RecSys 2019, who use a
+network). The bias is the same for all items, so it cannot learn relevance, and the served order does not depend on it.
+The level is the constant for which the mean probability equals that with the biases of the pages that were shown. The
+mean of the bias would give a lower probability for rare clicks, because the sigmoid is convex at small logits.
 
 Legend: X exposures, C context values, K binary tasks, O outputs of all tasks.
 """
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.02
-"""Share of a Newton step towards the level of a batch that is taken."""
+"""Fraction of the Newton step towards a batch's level by which the level moves."""
 
 
 class PositionBias(nn.Module):
-    """Adds the bias to the outputs of binary tasks: that of the values in training, otherwise its level.
+    """Adds a bias to the outputs of binary tasks: in training the bias of the context values, otherwise the level.
 
     Args:
-        rows: {context: number of ids}, the unknown id 0 included.
-        places: [K], the output of each binary task among the O outputs.
+        rows: {context: number of ids}, including the unknown id 0.
+        places: [K], index of each binary task's output among the O outputs.
     """
 
     def __init__(self, rows: Mapping[str, int], places: Sequence[int]) -> None:
@@ -35,10 +35,10 @@ class PositionBias(nn.Module):
         self.embedding_bags = nn.ModuleDict(tables)
         self.register_buffer("mean", torch.zeros(len(places)))
         self.mean: Tensor
-        """[K], the level; named as in checkpoints."""
+        """[K], the level (not a mean); checkpoints have it under this name."""
         self.places = list(places)
         self.sums: Tensor | None = None
-        """[2, K] of the last forward pass in training, for `follow`."""
+        """[2, K], sums of the last forward pass in training (`_newton`), for `follow`."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,7 +47,7 @@ class PositionBias(nn.Module):
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
 
     def forward(self, outputs: Tensor, ids: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Outputs [X, O] with the bias.
+        """Return outputs [X, O] with the bias added.
 
         ids: [X, C], in training; weights: [X, K], 0 where a task's label is not defined. `follow` must be called after
         each pass in training.
@@ -67,15 +67,16 @@ class PositionBias(nn.Module):
 
     @torch.no_grad()
     def _newton(self, logits: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
-        """[2, K] of Newton's step on the level c with sum of w sigmoid(z + c) = sum of w sigmoid(z + b): what is
-        missing, and the slope."""
+        """Sums [2, K] for a Newton step on the level c in sum w sigmoid(z + c) = sum w sigmoid(z + b): right minus left
+        side at the current level, and the derivative of the left side."""
         served = torch.sigmoid(logits + self.mean)
         missing = (weights * (torch.sigmoid(logits + bias) - served)).sum(0)
         return torch.stack([missing, (weights * served * (1 - served)).sum(0)])
 
     @torch.no_grad()
     def follow(self, sums: Tensor) -> None:
-        """Bring the level closer to that of a batch; sums: `sums`, added up over ranks, which then have one level."""
+        """Move the level towards that of a batch. sums: `self.sums` summed over all ranks, so that their levels are
+        equal."""
         missing, slope = sums
-        # At most 1 of a logit: a step with few rows at the ends of the sigmoid would be arbitrarily long.
+        # Newton steps are clamped to 1: with few rows, all at the flat ends of the sigmoid, they could be huge.
         self.mean += MOMENTUM * torch.where(slope > 0, missing / slope, 0).clamp(-1, 1)

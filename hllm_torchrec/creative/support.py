@@ -1,9 +1,9 @@
-"""Lexical support of a text: whether each number, name and content word of it occurs in the facts of its item.
+"""Lexical support of a text: whether each of its numbers, names and content words occurs in the facts of an item.
 
-Words are compared without case, accents and endings of inflection. So a word that no fact has is found, and a wrong
-combination of words that the facts have (`Tom Hanks` of `Tom Cruise` and `Colin Hanks`) is not. Negations count as
-content words, because `no sugar` says something else than `sugar`. The list of function words is English; for other
-languages more are allowed by the caller. Texts in Chinese and Japanese, which have no spaces, are compared by
+Words are compared without case, accents and endings of inflection. This finds words that no fact contains. It does not
+find a wrong combination of words that the facts contain, such as `Tom Hanks` from `Tom Cruise` and `Colin Hanks`.
+Negations count as content words, because `no sugar` is not supported by `sugar`. The list of function words is English;
+for other languages the caller passes allowed words. Chinese and Japanese texts, which have no spaces, are compared by
 character.
 """
 
@@ -25,13 +25,14 @@ _FUNCTION_WORDS = frozenset(
     "up us very was we were what when where whether which while who whom whose why will with would yet you your yours "
     "fan lover reader viewer listener".split()
 )
-"""English function words, and nouns that address those for whom a text is."""
+"""English function words, and nouns that address the reader of a text."""
 _ENDINGS = ("ing", "ed", "es", "s")
 
 
 @dataclass(frozen=True)
 class Support:
-    """words: number of numbers and content words of a text; missing: those that no fact has, in order, as written."""
+    """words: number of content words of a text, with numbers and names; missing: those that occur in no fact, in the
+    order and spelling of the text."""
 
     words: int
     missing: tuple[str, ...]
@@ -43,27 +44,32 @@ class Support:
 
 
 def support(text: str, facts: Iterable[str], allowed: Iterable[str] = ()) -> Support:
-    """Look for each number, name and content word of `text` in `facts`.
+    """Search the facts for each number, name and content word of `text`.
 
     Args:
-        facts: texts of the item: its title, its description; what a text of it may say.
-        allowed: further words that a text may have.
+        facts: texts of the item, such as its title and description.
+        allowed: further words that the text may contain.
     """
     known = {stem(word) for fact in (*facts, *allowed) for word in words(fact)}
-    content = [word for word in words(text) if stem(word) not in _FUNCTION_STEMS]
+    content = content_words(text)
     return Support(len(content), tuple(word for word in content if stem(word) not in known))
 
 
+def content_words(text: str) -> list[str]:
+    """Words and numbers of a text, except function words, in their order."""
+    return [word for word in words(text) if stem(word) not in _FUNCTION_STEMS]
+
+
 def words(text: str) -> list[str]:
-    """The words and numbers of a text, as written but without accents."""
+    """Words and numbers of a text in their order, without accents."""
     plain = unicodedata.normalize("NFKD", text.replace("’", "'"))
-    # Recomposed, because kana with a voicing mark and syllables of Hangul are decomposed as well.
+    # NFKD also decomposes kana with voicing marks and Hangul syllables, which NFC composes again.
     bare = "".join(c for c in plain if not "\u0300" <= c <= "\u036f")
     return _WORD.findall(unicodedata.normalize("NFC", bare))
 
 
 def stem(word: str) -> str:
-    """A word in lower case without its ending: equal for `Fights`, `fighting` and `fight`; numbers without commas."""
+    """Stem of a word in lower case, which is the same for `Fights`, `fighting` and `fight`; a number without commas."""
     if word[0].isdigit():
         return re.sub(r",(?=\d{3}\b)", "", word)
     found = word.casefold().removesuffix("'s").removesuffix("'")

@@ -34,24 +34,28 @@ CUT = "no end token within the maximum length"
 class CreateOptions:
     """Options of `hllm create`.
 
-    pairs: clusters that each item gets titles for; temperature, top_k, top_p: see `DecodeOptions`; seed: of sampled
-    titles; retries: further samples if a title breaks a rule; source: text column that replaces such a title; rules:
-    limits of `filters.check_text`, None: a title must only have an end token and not be empty.
+    pairs: selection of the clusters that an item gets titles for; temperature, top_k, top_p, guidance: see
+    `DecodeOptions`; seed: of sampled titles; retries: further samples if a title breaks a rule; source: text column
+    that replaces such a title (None: title, or the dataset's first text column if it has no title); rules: limits of
+    `filters.check_text`, None: a title must only have an end token and not be empty.
     """
 
     pairs: PairRule = field(default_factory=PairRule)
     temperature: float = 0.0
     top_k: int = 50
     top_p: float = 0.95
+    guidance: float = 0.0
     seed: int = 0
     retries: int = 2
-    source: str = "title"
+    source: str | None = None
     rules: TextRules | None = field(default_factory=TextRules)
 
     @property
     def of_text(self) -> dict[str, Any]:
         """Options on which the text of a title depends."""
-        names = ("temperature", "top_k", "top_p", "seed", "retries") if self.temperature else ("temperature",)
+        sampled = ("temperature", "top_k", "top_p", "seed", "retries")
+        names: tuple[str, ...] = sampled if self.temperature else ("temperature",)
+        names += ("guidance",) if self.guidance else ()
         return {name: getattr(self, name) for name in names} | {"rules": self.rules and asdict(self.rules)}
 
 
@@ -88,13 +92,19 @@ class TitleWriter:
                 "items: train with a prompt of text columns of the dataset"
             )
         texts = dataset.manifest["text_columns"]
-        if options.source not in texts:
-            raise ValueError(f"--source {options.source}: no text column of {dataset.root}; it has {', '.join(texts)}")
-        self._source = ["", *dataset.text([options.source])[options.source].to_pylist()]
+        source = options.source or ("title" if "title" in texts else texts[0])
+        if source not in texts:
+            raise ValueError(f"--source {source}: no text column of {dataset.root}; it has {', '.join(texts)}")
+        self._source = ["", *dataset.text([source])[source].to_pylist()]
         self._raw_ids = ["", *dataset.items["raw_item_id"].to_pylist()]
         self._instructions = [part for part in PLACEHOLDER.split(section.prompt)[::2] if part.strip()]
         self._decoding = DecodeOptions(
-            self.tokenizer.end, section.max_response_length, options.temperature, options.top_k, options.top_p
+            self.tokenizer.end,
+            section.max_response_length,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.guidance,
         )
         self._of_center = {k: hash_json(center.tobytes().hex()) for k, center in enumerate(centers)}
         self._of_center[NO_CLUSTER] = "null"
@@ -159,9 +169,10 @@ class TitleWriter:
             seeds = (hash_json([self._seed(one.item, one.cluster), attempt])[:15] for one in batch)
             generators = [torch.Generator().manual_seed(int(seed, 16)) for seed in seeds]
         with autocast(self.experiment.config, device):
-            soft = hllm.creative_head.soft_prompt(self.centers[clusters.clamp(min=0)].to(device), is_null)
+            soft_prompt = hllm.creative_head.soft_prompt
+            soft = soft_prompt(self.centers[clusters.clamp(min=0)].to(device), is_null)
             item_of = torch.tensor([items.index(one.item) for one in batch], device=device)
-            return decode(hllm.creative, before, after, soft, self._decoding, generators, item_of)
+            return decode(hllm.creative, before, after, soft, self._decoding, generators, item_of, soft_prompt.null)
 
     def _reasons(self, item: int, text: str, stopped: bool) -> list[str]:
         if not stopped:

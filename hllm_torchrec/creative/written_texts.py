@@ -37,7 +37,6 @@ def written_texts(
     vectors: CreativeVectors,
     conditions: Mapping[str, Tensor],
     most: int,
-    source: str = "title",
 ) -> dict[str, Any]:
     """Generate texts greedily for at most `most` creatives, spread evenly over the split. Collective.
 
@@ -45,7 +44,6 @@ def written_texts(
         vectors: user vectors of the creatives of a split.
         conditions: name -> vectors [N, D] for the users, in addition to "right" and "null".
         most: number of creatives.
-        source: text column with the title of an item.
 
     Returns:
         conditions: for each one the means of `MEASURES`, and the share of texts that equal the null text; right - null:
@@ -62,7 +60,7 @@ def written_texts(
     seconds, tokens = 0.0, 0
     for name, users in {"right": vectors.vectors, "null": vectors.vectors, **conditions}.items():
         is_null = ~vectors.known[own] | (name == "null")
-        writer, asked = _requests(experiment, users[torch.from_numpy(own)], is_null, items, source)
+        writer, asked = _requests(experiment, users[torch.from_numpy(own)], is_null, items)
         began = time.perf_counter()
         texts[name], written = _write(writer, asked, experiment)
         seconds, tokens = seconds + time.perf_counter() - began, tokens + written
@@ -80,14 +78,14 @@ def written_texts(
     return found
 
 
-def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str = "title") -> list[tuple[str, str]]:
-    """Raw item id and greedy text of each creative of the part, with its own user, in the part's order. Collective."""
+def texts_of_part(experiment: Experiment, vectors: CreativeVectors) -> list[tuple[str, str]]:
+    """Raw item id and greedy text for each creative of the part, in the part's order. All ranks must call it."""
     loader = vectors.loader
     experiment.hllm.eval()
     own = np.arange(rank(), len(loader), world_size())
     rows = loader.tokens.rows[own]
     users, is_null = vectors.vectors[torch.from_numpy(own)], ~vectors.known[own]
-    writer, asked = _requests(experiment, users, is_null, loader.part.item_ids[rows], source)
+    writer, asked = _requests(experiment, users, is_null, loader.part.item_ids[rows])
     raw_items = loader.part.rows["raw_item_id"].take(pa.array(rows)).to_pylist()
     texts, _ = _write(writer, asked, experiment)
     found = gather_objects(list(zip(own.tolist(), raw_items, texts, strict=True)))
@@ -95,15 +93,17 @@ def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str 
 
 
 def _requests(
-    experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints, source: str
+    experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints
 ) -> tuple[TitleWriter, list[TitleRequest]]:
-    """Requests for one text for each of n items. users: [n, D]; is_null: bool [n], the learned vector stands for it."""
-    # Each creative is a cluster of its own, whose center is its user's vector.
-    writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
+    """Return a request for one text for each of n items, and the writer.
+
+    users: [n, D] user vectors; is_null: bool [n], the learned vector replaces the user vector.
+    """
+    # Each creative is treated as a cluster with the user's vector as center.
+    writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(rules=None))
     prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
-    return writer, [
-        writer.requests(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts
-    ]
+    clusters = [NO_CLUSTER if null else n for n, null in enumerate(is_null)]
+    return writer, [writer.requests(item, prompt, [clusters[n]])[0] for n, (item, prompt) in prompts]
 
 
 def _write(writer: TitleWriter, asked: list[TitleRequest], experiment: Experiment) -> tuple[list[str], int]:

@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
 source, description, profile: texts of the row (null: the dataset's text columns are all there is); origin: template,
 llm:MODEL, human, import:NAME."""
 CHECKS = pa.field("checks", pa.map_(pa.string(), pa.float32()))
-"""Column that only some tables have: the value of each filter that measures something."""
+"""Optional column with the values of filters by their names."""
 TEXTS = ("source", "description", "profile")
 """Columns of a table that a prompt may name, beside the dataset's text columns."""
 NEEDED = ("raw_user_id", "raw_item_id", "response")
@@ -235,7 +235,8 @@ def write_table(
 def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
     """Write every table below a dataset's folder again without the rows of users and items; returns their number.
 
-    Tokens of the tables, which hold their texts, are removed. So are answers to prompts about a user or an item.
+    The tokens of the tables, which contain the same texts, are removed, and so are a writer's answers about these users
+    and items.
 
     Raises:
         ValueError: a table is damaged.
@@ -270,9 +271,9 @@ def answers_lock(folder: Path) -> AbstractContextManager[None]:
 
 
 def _forget_answers(file: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
-    """Write a file of answers again without those about users and items; returns their number."""
+    """Remove the answers about users and items from a file of answers; return their number."""
     with answers_lock(file.parent), error_location(file, "remove the file (its answers are then asked for again)"):
-        # A line that a killed build did not finish ends without a newline.
+        # An incomplete last line, which a killed build leaves, has no newline and is left out.
         lines = file.read_bytes().split(b"\n")[:-1]
         facts = [json.loads(line) for line in lines]
         kept = [

@@ -136,6 +136,7 @@ class PredictionRows:
             for task in layout.tasks:
                 if found := self._task_columns(model, task):
                     columns += [label_of(task), *found]
+                    numbers += [label_of(task), *found]
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():

@@ -1,4 +1,4 @@
-"""Endpoints of the service (FastAPI): they check, call `Service` and turn errors into one line of JSON.
+"""Endpoints of the service (FastAPI): they validate requests, call `Service`, and answer errors with one line of JSON.
 
 app = create_app(service)       # run it with uvicorn, or with `hllm serve`
 """
@@ -47,7 +47,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "the body cannot be decoded"},
     401: {"model": Problem, "description": "the bearer token is missing or wrong"},
     403: {"model": Problem, "description": "the service was started without a token, which this needs"},
-    409: {"model": Problem, "description": "the model was not reloaded, and the one before stays"},
+    409: {"model": Problem, "description": "the model was not reloaded; the previous one is still in use"},
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body does not match the schema, or names an unknown id"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
@@ -60,8 +60,8 @@ def create_app(
 ) -> FastAPI:
     """Build the application.
 
-    log: prints a line of JSON for each request, without ids and texts; None: no log. reloader: of /v1/reload; None:
-    there is no such endpoint.
+    log: function that prints the line of JSON for each request, which has no ids and texts; None: no log. reloader:
+    for the endpoint /v1/reload; None: no such endpoint.
     """
 
     @asynccontextmanager
@@ -87,7 +87,7 @@ def create_app(
 
 
 def _probes(service: Service) -> APIRouter:
-    """What an orchestrator asks."""
+    """Endpoints for an orchestrator: liveness, readiness, metrics."""
     router = APIRouter()
 
     @router.get("/healthz", summary="200 while the process works")
@@ -107,7 +107,7 @@ def _probes(service: Service) -> APIRouter:
 
 
 def _scores(service: Service) -> APIRouter:
-    """Scores and recommendations."""
+    """Endpoints for scores and recommendations."""
     router = APIRouter()
 
     def moment(given: int | None) -> int:
@@ -145,7 +145,7 @@ def _scores(service: Service) -> APIRouter:
 
 
 def _additions(service: Service) -> APIRouter:
-    """Events and items that are kept."""
+    """Endpoints that store events and new items."""
     router = APIRouter()
 
     @router.post("/v1/events", summary="Keep events of a user")
@@ -210,14 +210,14 @@ def _reloads(reloader: Reloader) -> APIRouter:
 
 
 def _remaining(service: Service, user: str) -> str:
-    """What a service cannot forget: the dataset, and what was made from it."""
+    """Text for the answer: where the user's data remain, and the command that removes them."""
     given = shlex.join(["--dataset", str(service.engine.scorer.experiment.dataset.root), f"--user={user}"])
     command = f"hllm forget {given} --runs RUNS --stores STORES"
     return f"the dataset, runs and stores still contain this user; remove it with: {command}"
 
 
 def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:
-    """Raw ids, texts and features of items as columns; one that an item lacks is empty."""
+    """Raw ids, texts and features of items as columns; a text or feature that an item lacks is empty."""
     texts = {name: [item.text.get(name, "") for item in items] for name in {n for item in items for n in item.text}}
     names = {name for item in items for name in item.features}
     return [item.item for item in items], texts, {n: [item.features.get(n, []) for item in items] for n in names}

@@ -1,4 +1,4 @@
-"""Reload of a service's model while it answers.
+"""Reload of the model of a running service.
 
 The new model is loaded next to the old one, compared with it on recent requests, and swapped in between two batches.
 
@@ -22,13 +22,17 @@ from hllm_torchrec.serving.service import Service
 
 
 class ReloadRefusedError(Exception):
-    """The model in use was kept; the message says why."""
+    """Raised if the model in use was not replaced; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class ReloadReport:
-    """model, previous: marks now and before; equal if nothing had changed. requests: number of compared ones;
-    largest_change, mean_change: of their probabilities."""
+    """Result of a reload.
+
+    model, previous: marks of the model in use now and before, equal if the published model had not changed. requests:
+    number of recent requests on which both models were compared; largest_change, mean_change: of the probabilities of
+    their candidates.
+    """
 
     model: str
     previous: str
@@ -38,18 +42,21 @@ class ReloadReport:
 
 
 class Reloader:
-    """Reloads the model of a service. load: builds the engine of what is published now; max_change: bound of the
-    largest change of a probability."""
+    """Reloads the model of a service.
+
+    load: function that builds the engine of the currently published model; max_change: largest accepted change of a
+    probability.
+    """
 
     def __init__(self, service: Service, load: Callable[[], Engine], max_change: float = 0.5) -> None:
         self._service, self._load, self._max_change = service, load, max_change
         self._lock = threading.Lock()
 
     def reload(self) -> ReloadReport:
-        """Load, compare and swap. Takes as long as a start.
+        """Load the published model, compare it with the one in use, and replace that one. Takes as long as a start.
 
         Raises:
-            ReloadRefusedError: the model could not be loaded, its scores differ too much, or a reload is under way.
+            ReloadRefusedError: the model could not be loaded, its scores differ too much, or a reload is running.
         """
         if not self._lock.acquire(blocking=False):
             raise ReloadRefusedError("a reload is under way: wait for it")
@@ -69,13 +76,13 @@ class Reloader:
             if self._service.titles is not None:
                 self._service.titles.refresh()
         except (ValueError, OSError) as error:
-            say(f"hllm serve: the titles stay: {error}")  # the model is loaded all the same
+            say(f"hllm serve: the titles stay: {error}")  # the model is reloaded nevertheless
 
     def _reload(self) -> ReloadReport:
         old = self._service.engine
         try:
             new = self._load()
-        except Exception as error:  # whatever it is, the model in use stays
+        except Exception as error:  # after any error the model in use is kept
             raise ReloadRefusedError(f"{type(error).__name__}: {error}") from error
         if new.mark == old.mark:
             new.close()
@@ -90,10 +97,10 @@ class Reloader:
         return report
 
     def _compared(self, old: Engine, new: Engine) -> ReloadReport:
-        """Both models' probabilities of the recent requests; this also warms the new one.
+        """Compare both models' probabilities for the recent requests; this is also a warm-up of the new model.
 
         Raises:
-            ReloadRefusedError: a change above the bound, or a score that is no number.
+            ReloadRefusedError: a change is above the bound, or a score is NaN.
         """
         sample = list(self._service.recent)
         before = self._service.batches.between_batches(lambda: old.score(sample)).result()
@@ -113,7 +120,7 @@ class Reloader:
 def probability_changes(
     before: Sequence[Scores | Exception], after: Sequence[Scores | Exception]
 ) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """|p - p'| of all candidates that both models scored."""
+    """Absolute changes |p - p'| of the probabilities of all candidates that both models scored."""
     parts = [np.empty(0)]
     for one, other in zip(before, after, strict=True):
         if isinstance(one, Scores) and isinstance(other, Scores):
@@ -122,7 +129,7 @@ def probability_changes(
 
 
 def published(run: Path, which: str, dataset: Path | None) -> tuple[str, int, RunCalibration | None]:
-    """Fingerprint of the weights, version of the dataset and calibration that a service of the run would load now.
+    """Weights (fingerprint), dataset version and calibration that a service of the run would load now.
 
     Raises:
         ValueError: as `load_run`.
@@ -140,15 +147,15 @@ def watch(
     stop: threading.Event,
     say: Callable[[object], None],
 ) -> None:
-    """Reload whenever `state` has changed, until `stop`.
+    """Call `state` every `every` seconds until `stop`, and reload if its value has changed.
 
-    A refused reload is printed, and tried again when `state` changes next.
+    If a reload is refused, the reason is printed, and the next reload is tried when `state` changes again.
     """
     known = state()
     while not stop.wait(every):
         try:
             found = state()
-        except (ValueError, OSError) as error:  # a release that is being published
+        except (ValueError, OSError) as error:  # such as while a release is being published
             say(f"hllm serve: {error}")
             continue
         if found == known:

@@ -1,6 +1,6 @@
-"""Bodies of the service's requests and answers, with their limits: what the OpenAPI document shows.
+"""Bodies of the service's requests and answers, with their limits, from which the OpenAPI document is generated.
 
-Ids are raw ids (texts, as in the source of the dataset), times are seconds UTC.
+Ids are raw ids (strings, as in the source of the dataset), times are seconds UTC.
 """
 
 from typing import Annotated
@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from hllm_torchrec.data.bad_rows import MAX_SECOND
 
 MAX_CANDIDATES, MAX_EVENTS = 10_000, 10_000
-"""Candidates, and events, of one request."""
+"""Largest numbers of candidates and of events in one request."""
 MAX_BODY = 4 << 20
-"""Bytes of the body of a request."""
+"""Largest size of the body of a request, in bytes."""
 
 RawId = Annotated[str, Field(min_length=1, max_length=256, examples=["242"])]
 Second = Annotated[int, Field(ge=0, le=MAX_SECOND, description="seconds UTC", examples=[893_286_638])]
@@ -29,7 +29,7 @@ Context = dict[str, str | float | None] | None
 
 
 class _Body(BaseModel):
-    """Body of a request: a key that is not known is refused."""
+    """Body of a request; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -46,7 +46,7 @@ class Event(_Body):
 
 
 class ScoreBody(_Body):
-    """Candidates to score for a user, or for the events of the request."""
+    """Candidates to score for a user, or for the history in the request."""
 
     user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
     candidates: list[RawId] = Field(min_length=1, max_length=MAX_CANDIDATES)
@@ -54,35 +54,39 @@ class ScoreBody(_Body):
         None, description="time of the request: only events of earlier seconds count; null: now"
     )
     history: list[Event] | None = Field(
-        None, max_length=MAX_EVENTS, description="scored instead of the user's events, and not kept; null: the user's"
+        None,
+        max_length=MAX_EVENTS,
+        description="events to use instead of the user's known events, and not stored; null: the user's known events",
     )
     context: Context = Field(
-        None, description="name -> value of all that the model reads of a request (`data.context`); null: unknown"
+        None, description="name -> value for every context column that the model reads (`data.context`); null: unknown"
     )
 
 
 class ScoreAnswer(BaseModel):
-    """Scores in the order of the candidates. model: mark of the weights and the dataset that gave them."""
+    """Scores in the order of the candidates. model: mark of the weights and the dataset version."""
 
     scores: list[float] = Field(description="logits of the first label: the `score` of `hllm evaluate`")
-    probabilities: list[float] = Field(description="of the first label, calibrated if the run is")
+    probabilities: list[float] = Field(description="probabilities of the first label, calibrated if the run is")
     tasks: dict[str, list[float]] = Field(
         description="predictions of each task, by name; empty for a model with a single task"
     )
-    events: int = Field(description="events of the history that the scores were computed from")
+    events: int = Field(description="number of events in the history from which the scores were computed")
     model: str
 
 
 class RecommendBody(_Body):
-    """The best items of the catalogue for a user, or for the events of the request."""
+    """Request for the best items of the catalogue for a user, or for the history in the request."""
 
     user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
     top: int = Field(10, ge=1, le=1000)
-    time: Second | None = Field(None, description="of the request: only earlier events count; null: now")
+    time: Second | None = Field(
+        None, description="time of the request: only events of earlier seconds count; null: now"
+    )
     history: list[Event] | None = Field(None, max_length=MAX_EVENTS, description="as in /v1/score")
     context: Context = Field(None, description="as in /v1/score")
-    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="items that are retrieved, then ranked")
-    seen_too: bool = Field(False, description="whether items of the history are recommended")
+    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="number of items that are retrieved, then ranked")
+    seen_too: bool = Field(False, description="whether items of the history may be recommended")
     filters: dict[str, list[str]] = Field(
         {},
         max_length=16,
@@ -91,7 +95,7 @@ class RecommendBody(_Body):
 
 
 class RecommendedAnswer(BaseModel):
-    """A recommended item. text: its text columns, joined."""
+    """A recommended item. text: the item's text columns, joined."""
 
     item: str
     text: str
@@ -103,7 +107,7 @@ class RecommendedAnswer(BaseModel):
 
 
 class RecommendAnswer(BaseModel):
-    """Items, the best first; fewer than asked for if no more are allowed."""
+    """Items, the best first; fewer than `top` if the filters and exclusions allow no more."""
 
     items: list[RecommendedAnswer]
     events: int
@@ -111,20 +115,20 @@ class RecommendAnswer(BaseModel):
 
 
 class EventsBody(_Body):
-    """Events of a user, which are kept."""
+    """Events of a user to store."""
 
     user: RawId
     events: list[Event] = Field(min_length=1, max_length=MAX_EVENTS)
 
 
 class EventsAnswer(BaseModel):
-    """The events are on the disk; requests of later seconds see them."""
+    """The events are stored on the disk; requests of later seconds see them. kept: number of events."""
 
     kept: int
 
 
 class NewItemBody(_Body):
-    """An item that came after the dataset was prepared."""
+    """An item that is not in the prepared dataset."""
 
     item: RawId
     text: dict[str, Annotated[str, Field(max_length=10_000)]] = Field(description="text column -> text")
@@ -144,14 +148,15 @@ class ItemsAnswer(BaseModel):
 
 
 class ForgottenAnswer(BaseModel):
-    """The service reads and keeps nothing of the user any more; files that it does not own are as they were."""
+    """The service no longer has or reads data of the user; the dataset and other files are not changed."""
 
     events: int = Field(description="number of the user's events that were deleted here")
     remaining: str = Field(description="where the user's data may still be, and the command that removes it")
 
 
 class ReloadAnswer(BaseModel):
-    """Models before and now, equal if nothing new is published; changes of the probabilities of recent requests."""
+    """Marks of the models now and before (equal if no new model is published), and the changes of the probabilities of
+    recent requests."""
 
     model: str
     previous: str
@@ -161,7 +166,7 @@ class ReloadAnswer(BaseModel):
 
 
 class PastEvent(BaseModel):
-    """An event of a user's history. text: of the item."""
+    """An event of a user's history. text: the item's text."""
 
     item: str
     text: str
@@ -170,13 +175,13 @@ class PastEvent(BaseModel):
 
 
 class HistoryAnswer(BaseModel):
-    """The latest events of a user, the newest first, of `total`."""
+    """The latest events of a user, the newest first. total: number of all events of the user."""
 
     events: list[PastEvent]
     total: int
 
 
 class Problem(BaseModel):
-    """Answer of a request that was refused."""
+    """Answer to a request that was refused. error: the reason."""
 
     error: str

@@ -1,4 +1,4 @@
-"""The service around an engine: its thread and queue, its metrics, and whether it is ready."""
+"""`Service`: an engine with its queue, thread and metrics; the HTTP endpoints call it."""
 
 import asyncio
 import time as clock
@@ -12,15 +12,16 @@ from hllm_torchrec.serving.served_titles import ServedTitles
 from hllm_torchrec.serving.service_metrics import ServiceMetrics
 
 RECENT = 64
-"""Requests that are kept in memory to compare a new model on."""
+"""Number of recent requests that are kept in memory to compare the scores of a new model with."""
 
 
 @dataclass
 class Service:
-    """What the endpoints call.
+    """Methods of the endpoints.
 
-    now: seconds UTC; token: the bearer token that requests must send; None: they need none, and deleting and reloading
-    are refused. titles: personalized titles of items; None: there are none.
+    now: returns the time in seconds UTC; token: the bearer token that requests must send; None: requests need no token,
+    and deleting and reloading are refused. draining: True if the service shuts down. titles: personalized titles of
+    items; None: there are none.
     """
 
     engine: Engine
@@ -32,7 +33,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.recent: deque[ScoreRequest] = deque(maxlen=RECENT)
-        """Latest requests of scores, which a new model is compared on."""
+        """Latest score requests; a reload compares the scores of old and new model for them."""
         self.metrics = ServiceMetrics(lambda: self.engine, lambda: self.batches.waiting)
         self.batches: MicroBatcher[AnyRequest, Scores] = MicroBatcher(
             lambda requests: self.engine.score(requests), self.limits, self.metrics.observe_batch
@@ -44,12 +45,12 @@ class Service:
         return not self.draining and self.batches.alive
 
     async def score(self, request: AnyRequest) -> tuple[Scores, list[float]]:
-        """Result of a request, from its micro-batch, and the probabilities of its first label.
+        """Compute a request in a micro-batch; return its scores and the probabilities of the first label.
 
         Raises:
-            ValueError: ids or times that are not known.
-            QueueFull: too many requests wait.
-            DeadlineMissed: no answer within the deadline.
+            ValueError: an id is unknown, or a time is invalid.
+            QueueFull: too many requests are waiting.
+            DeadlineMissed: the request has no answer within the deadline.
         """
         answer = asyncio.wrap_future(self.batches.submit(request))
         try:
@@ -70,7 +71,7 @@ class Service:
         return self.titles.of(None if is_unknown else user, items)
 
     async def forget(self, user: str) -> int:
-        """Forget a user: events and state; returns the number of events.
+        """Delete the events, state and recent requests of a user; return the number of deleted events.
 
         The user's events in the dataset are ignored from then on.
         """
@@ -86,7 +87,7 @@ class Service:
         self.recent.extend(kept)
 
     def close(self) -> None:
-        """Answer what waits, and end the thread."""
+        """Answer the waiting requests, and end the thread."""
         self.draining = True
         self.batches.close()
         self.engine.close()

@@ -1,4 +1,4 @@
-"""Loss of a step over all ranks and micro-batches, and its statistics for the log."""
+"""Loss of a step over all ranks and micro-batches, and statistics of the step for the log."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,10 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of the loss; tasks: weight of each task within the classification loss, by name.
+    """Weights of the parts of the loss.
 
-    write, match, recon, align: weights of the losses of creatives.
+    tasks: task name -> weight within the classification loss; write, match, recon, align: weights of the losses of
+    creatives.
     """
 
     generative: float
@@ -57,13 +58,14 @@ class StepStats:
     """Statistics of a step, summed over micro-batches and then over ranks in one all-reduce."""
 
     classification: float = 0.0
-    """Shares of the mean losses (local sum / global count): their sum is the mean over the complete step."""
+    """Classification loss: local sum / global count, so that the sum over micro-batches and ranks is the mean of the
+    step. `generative` and `value` likewise."""
     generative: float = 0.0
     value: float = 0.0
     effective_negatives: float = 0.0
     gen_accuracy: float = 0.0
     item_similarity: float = 0.0
-    """Sum over micro-batches of the mean cosine similarity of item embeddings, where it was measured."""
+    """Mean cosine similarity of item embeddings, summed over the micro-batches in which it was measured."""
     similarities: float = 0.0
     """Number of micro-batches in which `item_similarity` was measured."""
     asked_to_stop: float = 0.0
@@ -71,7 +73,7 @@ class StepStats:
     failed_saves: float = 0.0
     """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
     write: float = 0.0
-    """Shares of the mean creative losses, like those above."""
+    """Creative loss as local sum / global count, like `classification`; `match`, `recon` and `align` likewise."""
     match: float = 0.0
     user_similarity: float = 0.0
     """Like `item_similarity`, for the user vectors of creatives."""
@@ -79,9 +81,9 @@ class StepStats:
     recon: float = 0.0
     align: float = 0.0
     align_negatives: float = 0.0
-    """Mean number of other users' rows that a creative is told apart from."""
+    """Mean number of negatives of a creative in the align loss: rows of other users."""
     tasks: tuple[float, ...] = ()
-    """Shares of the mean loss of each task, if there are several."""
+    """Loss of each task as local sum / global count, like `classification`; empty for a single task."""
 
     def __add__(self, other: "StepStats") -> "StepStats":
         tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
@@ -89,16 +91,16 @@ class StepStats:
 
     @classmethod
     def _of(cls, numbers: Sequence[float], tasks: Sequence[float]) -> Self:
-        """Build from the fields' values without `tasks`, in their order, and the values of `tasks`."""
+        """Build from the values of all fields except `tasks`, in order, and the values of `tasks`."""
         named: dict[str, Any] = {field.name: value for field, value in zip(fields(cls), numbers, strict=False)}
         return cls(**named, tasks=tuple(tasks))
 
     def _numbers(self) -> tuple[float, ...]:
-        """The values without `tasks`, in the order of the fields."""
+        """Values of all fields except `tasks`, in order."""
         return astuple(self)[:-1]
 
     def to_tensor(self) -> Tensor:
-        """The values as float64, in the order of the fields."""
+        """Values of all fields as a float64 tensor, in order; those of `tasks` last."""
         return torch.tensor([*self._numbers(), *self.tasks], dtype=torch.float64)
 
     @classmethod
@@ -114,10 +116,11 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
-    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives.
+    """Divisors of the losses of a step, summed over all ranks and micro-batches; each is above 0.
 
-    labelled: whether the exposures of a task have a weight at all; its divisor is 1 otherwise.
+    tasks: weight of the exposures, for each task; targets: number of generative targets; tokens: weighted tokens of
+    responses; pairs: user-item pairs of the match loss; profile_tokens: weighted tokens of profiles; creatives: number
+    of creatives. labelled: for each task, whether the weight of its exposures is above 0; its divisor is 1 otherwise.
     """
 
     tasks: tuple[float, ...]
@@ -131,7 +134,8 @@ class StepCounts:
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
     """The counts of a step, summed over its micro-batches and all ranks. Collective."""
-    # Global counts, not this rank's: ranks and micro-batches hold different numbers of samples, and each counts once.
+    # Global counts, because ranks and micro-batches have different numbers of samples, and all samples have the same
+    # weight.
     local = []
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
@@ -152,12 +156,13 @@ def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:
 def micro_batch_loss(
     output: HLLMOutput, counts: StepCounts, weights: LossWeights, encodes_items: bool
 ) -> tuple[Tensor, StepStats]:
-    """This rank's and micro-batch's share of HLLM's Eq. (3): local sums over global counts, so that shares add up.
+    """Compute the part of HLLM's Eq. (3) of this rank's micro-batch: local sums / global counts.
 
-    encodes_items: True if the item embeddings were computed with the current weights.
+    The sum of these parts over micro-batches and ranks is the loss of the step. encodes_items: True if the item
+    embeddings were computed with the current weights.
 
     Returns:
-        The share [], with gradient, and the statistics of this micro-batch for `describe_step`.
+        The part of the loss [], with gradient, and the statistics of this micro-batch for `describe_step`.
     """
     means = {name: loss.trained / count for (name, loss), count in zip(output.tasks.items(), counts.tasks, strict=True)}
     terms = [mean if (weight := weights.tasks.get(name, 1.0)) == 1.0 else weight * mean for name, mean in means.items()]
@@ -206,12 +211,11 @@ def micro_batch_loss(
 def describe_step(
     stats: StepStats, norm: float, config: Config, alarm: bool, task_names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Losses and statistics of a step for the log; `stats`: over all ranks.
+    """Losses and statistics of a step for the log.
 
-    norm: gradient norm, NaN or infinite if a gradient is.
-    alarm: True if collapsed items are an error. A model from scratch starts with nearly equal embeddings for all
-    items, which the first steps separate.
-    task_names: names of the tasks in `stats.tasks`, in order.
+    stats: sums over all ranks. norm: gradient norm, NaN or infinite if a gradient is. alarm: True if collapsed item
+    embeddings are an error (not in the first steps: a model from scratch starts with nearly equal embeddings for all
+    items). task_names: names of the tasks in `stats.tasks`, in order.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
@@ -220,7 +224,7 @@ def describe_step(
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
-        # Where the mean of all users is subtracted, what they have in common does no harm.
+        # If the mean user vector is subtracted (normalize), a large common part of the user vectors does no harm.
         alarm = alarm and config.creative.soft.normalize == "none"
         return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
@@ -244,7 +248,7 @@ def describe_step(
 
 
 def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, collapse_above: float) -> dict[str, float]:
-    """Losses and statistics of a step of creatives, which has no other losses; raises as `describe_step`."""
+    """Losses and statistics of a step with creatives, which has no other losses; raises like `describe_step`."""
     found = {"loss": weights.write * stats.write + weights.match * stats.match, "loss_write": stats.write}
     if weights.match > 0:
         found["loss_match"] = stats.match
@@ -257,7 +261,7 @@ def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, col
     _check_finite(found["loss"], norm)
     if weights.align > 0 and not stats.align_negatives:
         raise FloatingPointError(
-            "creative.losses.align: all creatives of the step are of one user, who has nobody to be told apart from; "
+            "creative.losses.align: all creatives of the step are of one user, so there are no negatives; "
             "raise creative.per_batch, or write align: 0"
         )
     if stats.user_similarities:

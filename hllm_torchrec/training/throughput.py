@@ -1,4 +1,4 @@
-"""Throughput, MFU and weight changes of training: the figures of the log's throughput and weight lines."""
+"""Throughput, model FLOPs utilization and weight changes of training, for the log."""
 
 import functools
 import time
@@ -24,20 +24,20 @@ PEAK_SHAPES = {
     "cpu": ((512, 512, 512), (1024, 512, 512)),
     "cuda": ((8192, 8192, 8192), (16384, 4096, 4096)),
 }
-"""Matrix products just large enough for the full speed of a core or a GPU: larger ones would take long on CPUs that
-emulate bfloat16."""
+"""Device -> shapes of the matrix products with which the peak is measured. They are just large enough for the full
+speed of a core or a GPU: larger ones would take long on CPUs that emulate bfloat16."""
 
 
 class StepMeter:
     """Measures seconds, rates and model FLOPs utilization (MFU) of each step, over all ranks.
 
-    With Stochastic Length also `history_kept`, the share of history tokens that were read. Model FLOPs are the matrix
-    products of the Item LLM and the user encoder for real tokens (padding and recomputation do not count), 3 times
-    the forward pass for trained weights.
+    With Stochastic Length it also measures `history_kept`, the share of history tokens that were read. Model FLOPs are
+    those of the matrix products of the LLMs and the user encoder for real tokens (padding and recomputation do not
+    count): 3 times the forward pass for trained weights.
 
     Args:
         model: the model whose Item LLM and user encoder are counted.
-        text_encoders: item encoders by name in `named_backbones`; they count the tokens of LLMs that read text.
+        text_encoders: name in `named_backbones` -> item encoder, which counts the tokens of this LLM.
         peak_flops: FLOP/s of all ranks together, from `global_matmul_peak`.
     """
 
@@ -46,7 +46,7 @@ class StepMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Start measuring from now on; ignores time and work since the last tick (evaluation, checkpoints)."""
+        """Start measuring now; time and work since the last tick (evaluation, checkpoints) are ignored."""
         self._time = time.perf_counter()
         self._encoded = {name: encoder.work for name, encoder in self.text_encoders.items()}
 
@@ -58,7 +58,7 @@ class StepMeter:
         user_tokens, user_keys = map(sum, zip(*work, strict=True))
         flops = 0.0
         for part in self.model.named_backbones():
-            # Items are counted by the rank that encodes them, whichever rank has them in its batch.
+            # An item is counted by the rank that encodes it, which need not be the rank whose batch has the item.
             module = part.module
             if isinstance(module, ItemLLM):
                 of_part = module.flops(encoded[part.name])
@@ -88,7 +88,7 @@ class StepMeter:
 def user_token_counts(batch: HybridBatch, queries: bool) -> tuple[int, int]:
     """(number of tokens, total number of keys that they attend to) of the user encoder's forward pass over a batch.
 
-    queries: True if it also reads query tokens.
+    queries: True if the user encoder also reads query tokens.
     """
     lengths = batch.seq_offsets.diff()
     # Causal: position i of a history sees i + 1 keys. A query sees its visible positions and itself.
@@ -104,7 +104,7 @@ def creative_token_counts(batches: Sequence[HybridBatch]) -> tuple[int, int]:
     for batch in batches:
         if batch.creative is None or not batch.creative.rows.numel():
             continue
-        # Profiles are read for one loss or for two; they are counted once.
+        # Profiles are counted once, also if two losses read them.
         for texts in filter(None, (batch.creative.texts, batch.creative.profiles)):
             prefix, lengths = texts.prefix_ids.numel(), texts.cu_seqlens.diff()
             tokens += prefix + int(lengths.sum())
@@ -115,9 +115,9 @@ def creative_token_counts(batches: Sequence[HybridBatch]) -> tuple[int, int]:
 def forward_passes(module: ItemLLM | UserEncoder | CreativeLLM) -> int:
     """Cost of a module in a training step, in units of its forward pass.
 
-    Trained: 3 (forward, gradients of inputs, gradients of weights). Frozen: 1 if it reads text, because nothing before
-    it is trained; otherwise 2, because gradients pass through to its inputs. With adapters (LoRA): 2, because the
-    gradients of the base weights are not computed.
+    A trained module: 3 (forward, gradients of inputs, gradients of weights). A frozen module: 1 if it reads text,
+    because its inputs need no gradients; otherwise 2, because gradients of its inputs are computed. A module with
+    adapters (LoRA): 2, because gradients of the base weights are not computed.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return 1 if module.reads_text else 2
@@ -125,7 +125,7 @@ def forward_passes(module: ItemLLM | UserEncoder | CreativeLLM) -> int:
 
 
 def global_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of all ranks together, measured at the same time because ranks may share cores. Collective."""
+    """Sum of the FLOP/s of all ranks, which measure at the same time because they may share cores. Collective."""
     global_sum(torch.zeros(1))  # a barrier: all ranks start measuring together
     return float(global_sum(torch.tensor([_local_peak(device, dtype)], dtype=torch.float64)))
 
@@ -141,12 +141,12 @@ SAMPLED_ITEMS = 256
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """Copies of one matrix of each part: enough to show whether a part was trained."""
+    """Copies of one matrix of each part of the model, from which one can see whether a part was trained."""
 
     matrices: dict[str, Tensor]
 
     def relative_change_since(self, earlier: "WeightSnapshot") -> dict[str, float]:
-        """Relative change ||now - then|| / ||then|| by part (0: identical bit for bit)."""
+        """Part -> relative change ||now - earlier|| / ||earlier|| (0: bitwise identical)."""
         norm = torch.linalg.vector_norm
         return {
             part: float(norm(now - earlier.matrices[part]) / norm(earlier.matrices[part]))
@@ -156,9 +156,10 @@ class WeightSnapshot:
 
 @torch.no_grad()
 def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> WeightSnapshot:
-    """Copy the first layer's first trained matrix of each part of `named_backbones` (this rank's shard of it).
+    """Copy the first trained matrix in the layers of each part of `named_backbones` (this rank's shard of it).
 
-    With an encoder also the embeddings of the first SAMPLED_ITEMS items, as "item_embeddings"; then collective.
+    With `item_encoder`, also compute the embeddings of the first SAMPLED_ITEMS items, as "item_embeddings"; the call is
+    then collective.
     """
     matrices = {}
     for part in model.named_backbones():
@@ -175,7 +176,7 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
 
 
 def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) -> list[str]:
-    """A caution for each of the model's tasks that no step had a label for; labelled: the numbers of the others."""
+    """Warnings about the tasks for which no step had a label. labelled: indices of the tasks that had labels."""
     objective = config.objective
     if not objective.has_head or not objective.classification_weight or config.creative.enabled:
         return []
@@ -187,7 +188,8 @@ def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) ->
 
 
 def summary_line(steps: int, live: int, moved: dict[str, float]) -> str:
-    """Summary of a training: steps, those in which the Item LLM learned, and relative changes of the weights."""
+    """Summary line of a training: number of steps, number of steps in which the Item LLM was trained (`live`), and
+    relative changes of the weights (`moved`)."""
     shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
     share = live / max(steps, 1)
     return f"trained {steps} steps, {live} of them ({share:.0%}) end to end through the Item LLM; moved: {shown}"

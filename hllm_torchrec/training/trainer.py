@@ -100,10 +100,10 @@ class Trainer:
         self.validation = experiment.loader("valid", self.config.evaluation.batch_users)
         self.loaders: dict[StageConfig, Loader | CreativeLoader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
-        self.labelled: set[int] = set()  # numbers of the tasks that some step had labels for
-        self.creative_alone = False  # True in a stage that trains nothing else
+        self.labelled: set[int] = set()  # indices of the tasks for which some step had labels
+        self.creative_alone = False  # True in a stage that trains only the creative parts
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
-        self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
+        self.earlier_steps = 0  # steps of earlier runs whose optimizer state this run continues
         self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
         self.guard = StepGuard(self.config, self.rank, self.output)
         # True if the evaluation of the current step has not been done yet
@@ -193,10 +193,12 @@ class Trainer:
             self.table_prefetcher.finish()
 
     def train_step(self, batches: list[HybridBatch], next_batches: list[HybridBatch] | None = None) -> dict[str, float]:
-        """Forward and backward of every micro-batch, then the dense optimizer's step; returns the log's statistics.
+        """Run forward and backward of every micro-batch, then the dense optimizer's step. Collective.
 
-        They are empty if the step is skipped: see `StepGuard`. Collective.
-        next_batches: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
+        next_batches: micro-batches of the next step, on the device; the ids of the first one may be exchanged ahead.
+
+        Returns:
+            Statistics for the log; empty if the step was skipped (`StepGuard`).
         """
         self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
@@ -213,12 +215,13 @@ class Trainer:
                 if self.table_prefetcher is not None:
                     self.table_prefetcher.send()
                 stats += of_batch
-                # All ranks agree, so that none enters the collectives of a backward pass that others skip.
+                # All ranks make the same decision, so that no rank waits in a backward pass that others skip.
                 if refused := self.guard.rejects_loss(loss):
                     break
                 if (bias := self.hllm.position_bias) is not None and bias.sums is not None:
                     bias.follow(global_sum(bias.sums))
-                # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
+                # DDP, FSDP2 and the tables average gradients over ranks, but the loss is divided by global counts, so
+                # its gradients must be summed over ranks.
                 (loss * self.world_size).backward()
         # Refused: a nan norm makes `_describe` record a failure and clear the gradients of earlier micro-batches.
         norm = math.nan if refused else dense_step(self.dense_optim, self.config.optim.clip_norm)
@@ -231,7 +234,8 @@ class Trainer:
         return numbers | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
 
     def _describe(self, stats: StepStats, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
-        """Statistics of a step for the log; also exchanges the ranks' preemption and save-failure flags. Collective."""
+        """Return the statistics of a step for the log, and exchange the flags of preemption and failed saves between
+        the ranks. Collective."""
         stop, failed = float(self.preemption.requested), float(self.checkpoints.pending_save_failed)
         totals = replace(stats, asked_to_stop=stop, failed_saves=failed).over_ranks()
         self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
@@ -239,7 +243,7 @@ class Trainer:
             names = [task.name for task in self.hllm.tasks] if totals.tasks else ()
             found = describe_step(totals, norm, self.config, self.step > self.schedule.warmup_steps, names)
         except FloatingPointError as error:
-            # A refused step still holds the gradients of its earlier micro-batches.
+            # After a refused step the gradients of its earlier micro-batches still exist.
             self.dense_optim.zero_grad(set_to_none=True)
             self.guard.record_failure(self.step, batches, str(error), may_skip=not math.isfinite(norm))
             return {}
@@ -250,7 +254,8 @@ class Trainer:
         return found
 
     def _no_sync(self) -> AbstractContextManager[None]:
-        """Context without gradient communication (DDP). FSDP2 communicates every micro-batch, which costs only time."""
+        """Context manager without gradient communication (DDP). FSDP2 has no such context: it communicates in every
+        micro-batch, which gives the same gradients and takes longer."""
         inner = self.model._dmp_wrapped_module
         context: AbstractContextManager[None] = inner.no_sync() if hasattr(inner, "no_sync") else nullcontext()
         return context
@@ -284,10 +289,10 @@ class Trainer:
                 yield [batch.to(self.device, non_blocking=True) for batch in islice(batches, accumulate)]
 
     def _begin_segment(self, segment: EpochSegment) -> None:
-        """Set the item source of the stage: live, or a cache filled with the current weights. Collective.
+        """Set the item source of the stage: the Item LLM, or a cache filled with the current weights. Collective.
 
-        A run resumed within a cached stage fills the cache again. It is the same as before, because the Item LLM is
-        not trained in such a stage.
+        A run that is resumed within a cached stage fills the cache again, with the same embeddings as before, because
+        the Item LLM is not trained in such a stage.
         """
         self.creative_alone = segment.stage.trains == "creative"
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
@@ -310,7 +315,7 @@ class Trainer:
     def _part_rates(self) -> dict[str, float]:
         optim, parts = self.config.optim, self.hllm.named_backbones()
         rates = {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
-        if any(stage.trains == "creative" for stage in self.config.stages):  # parameter groups of their own
+        if any(stage.trains == "creative" for stage in self.config.stages):  # they need separate parameter groups
             rates = {"creative": optim.lr, "creative_head": optim.lr} | rates
         return rates
 
@@ -334,12 +339,12 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation and checkpoints
 
     def _after_step(self) -> None:
-        """Raise, evaluate or save, as due after the current step. Collective."""
+        """Raise for a failed save or a preemption, or evaluate or save if due after the current step. Collective."""
         every = self.config.evaluation.checkpoint_every
         self.evaluation_pending = self.step in self.schedule.evaluation_steps
         if self.save_failed:
             self.checkpoints.finish_pending_save(self.log)
-        if self.should_stop:  # before an evaluation, which may outlast the grace period; it stays pending
+        if self.should_stop:  # before an evaluation, which may take longer than the grace period: it remains pending
             raise Preempted
         if self.evaluation_pending:
             self._evaluate_and_save()
@@ -372,7 +377,7 @@ class Trainer:
         return self.metrics
 
     def evaluate(self) -> dict[str, Any]:
-        """Validation metrics with the averaged weights, if there are any. Collective."""
+        """Compute validation metrics, with the averaged weights if the run has them. Collective."""
         with self.ema.swapped() if self.ema is not None else nullcontext(), self.experiment.evaluation_items():
             metrics: dict[str, Any] = {}
             if self.hllm.fusion.has_queries:
@@ -389,7 +394,7 @@ class Trainer:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """All tensors of a checkpoint: loading into them in place restores the trainer's. Collective."""
+        """All tensors of a checkpoint (not copies): loading into them in place restores the trainer. Collective."""
         materialize_state(self.dense_optim)
         state: dict[str, Any] = {
             "model": self.experiment.model_state(),
@@ -399,8 +404,8 @@ class Trainer:
         return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _save(self, score: float | None) -> None:
-        # Names of version 0.1 stay, so that its checkpoints resume: "owed" is a pending evaluation, "leg_steps" the
-        # segments' steps.
+        # Keys of version 0.1, so that its checkpoints can be resumed: "owed" is a pending evaluation, "leg_steps" the
+        # steps of the segments.
         extra = {
             "best": self.early_stopping.best if math.isfinite(self.early_stopping.best) else None,
             "stale": self.early_stopping.stale,
@@ -432,5 +437,5 @@ class Trainer:
     def set_earlier_steps(self, steps: int) -> None:
         """Count `steps` optimizer steps before the first one of this run, for bias corrections and averages."""
         self.earlier_steps = steps
-        # The tables are updated in every micro-batch, the dense weights once a step.
+        # The tables are updated in every micro-batch, the dense weights once per step.
         self.table_optim.set_step((steps + self.step) * self.config.optim.accumulate)

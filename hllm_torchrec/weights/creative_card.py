@@ -1,4 +1,4 @@
-"""Section of a model card about the Creative LLM: the texts that it was trained on, its soft tokens, how to read it."""
+"""Section of a model card about the Creative LLM: its training texts, its soft tokens, and code that uses it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,9 @@
 """Softmax attention over short sequences as plain batched products, with an explicit backward pass.
 
-On a CPU in bfloat16 the backward pass of SDPA's flash kernel takes several times as long as its products, because it
-works on one small (sequence, head) pair after the other. Item texts are short, so training takes this path there.
-Scores are rounded to bfloat16 by the product and the softmax is in float32, as in transformers' eager attention.
+On a CPU in bfloat16 the backward pass of SDPA's flash kernel takes several times as long as its matrix products,
+because it processes one small (sequence, head) pair after the other. Item texts are short, so bfloat16 training on a
+CPU uses this module instead. The product rounds the scores to bfloat16, and the softmax is in float32, as in
+transformers' eager attention.
 
 Legend: b sequences, N queries and M keys of each, H heads, G key-value heads, D width of a head, n = b * G blocks.
 """
@@ -16,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hllm_torchrec.modules.precision import widen
 
 LONGEST = 128
-"""Most keys of a sequence; from about twice as many on SDPA is faster, and it never needs memory for the scores."""
+"""Largest number of keys of a sequence. From about twice this number on SDPA is faster; it also needs no memory for the
+scores."""
 
 
 def attention(
@@ -24,8 +26,8 @@ def attention(
 ) -> Tensor:
     """Attention of q [b, H, N, D] over k and v [b, G, M, D] -> [b, H, N, D]; G divides H.
 
-    Short sequences in a bfloat16 training pass on a CPU take `dense_attention`, all others SDPA. The arguments are
-    those of SDPA: mask is bool, True where a query sees a key, [N, M] or [b, 1, N or 1, M].
+    `dense_attention` computes short sequences of a bfloat16 training pass on a CPU without dropout, SDPA all others.
+    The arguments are those of SDPA: mask is bool, True where a query sees a key, [N, M] or [b, 1, N or 1, M].
     """
     trains_on_cpu = v.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0
     if trains_on_cpu and k.shape[2] <= LONGEST and _product_dtype(v) is torch.bfloat16:
@@ -37,17 +39,17 @@ def attention(
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which SDPA would compute: autocast's, if it is on."""
+    """Dtype in which SDPA would compute: that of autocast if it is enabled, else that of x."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
-    """Attention as in `attention`, in the dtype of q, k and v."""
+    """Attention with the arguments of `attention`, in the dtype of q, k and v."""
     texts, heads, queries, width = q.shape
     groups, keys = k.shape[1:3]
     if causal:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
-    # Query heads that share a key head are queries of the same block, so that its keys are read once.
+    # The query heads that share a key head are rows of the same block, so that its keys are read once.
     blocks = q.reshape(texts * groups, heads // groups * queries, width)
     k, v = (x.reshape(texts * groups, keys, width) for x in (k, v))
     bias = None
@@ -80,6 +82,6 @@ class _DenseAttention(torch.autograd.Function):
         received = received.contiguous()
         of_v = torch.bmm(weights.transpose(1, 2), received)
         of_weights, weights = widen(torch.bmm(received, v.transpose(1, 2))), widen(weights)
-        # Of the softmax: w * (g - sum(g * w)).
+        # Gradient of the softmax: w * (g - sum(g * w)).
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling).to(q.dtype)
         return torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_v, None, None

@@ -1,10 +1,11 @@
-"""Runs the last layer of a decoder only for the rows whose output is read: one of each text, that of [ITEM].
+"""Computes the last layer of a decoder only for the rows whose output is read: the last row of each text ([ITEM]).
 
 The last layer needs keys and values of every row, but queries, the output projection and the feed-forward block (most
 of a layer) only of the rows that are read. Values and gradients are those of the complete layer.
 
-A forward pre-hook does it, so no modeling code is copied: it runs the layer's own attention block once to capture keys
-and values, and then lets the layer run over the read rows alone, which attend to the captured keys and values.
+This is implemented by a forward pre-hook, so no modeling code is copied: the hook runs the layer's own attention block
+once to capture keys and values. Then the layer runs over the read rows alone, and these rows attend to the captured
+keys and values.
 """
 
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class LastLayerRows:
 
 @dataclass(frozen=True)
 class ReadRows:
-    """The plan of a fused last layer, which by itself computes outputs of `rows` [U] only (`encoders.fused_llama`)."""
+    """Plan of a fused last layer (`encoders.fused_llama`), which computes only the outputs of `rows` [U] by itself."""
 
     plan: WholeTextPlan
     rows: Tensor
@@ -51,7 +52,7 @@ class ReadRows:
 
 @dataclass
 class _CaptureKeysValues:
-    """A `TextPlan` that captures keys and values, and computes no attention."""
+    """A `TextPlan` that captures keys and values and does not compute attention."""
 
     longest: int
     captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -61,12 +62,12 @@ class _CaptureKeysValues:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         self.captured.append((key, value))
-        return query.detach()  # the block needs some output; it is discarded, so it carries no gradient
+        return query.detach()  # the block needs an output of this shape; it is discarded
 
 
 @dataclass(frozen=True)
 class _AttendToCaptured:
-    """A `TextPlan` by which the read rows attend to the captured keys and values of all rows."""
+    """A `TextPlan` with which the read rows attend to the captured keys and values of all rows."""
 
     plan: WholeTextPlan
     key: Tensor
@@ -92,7 +93,7 @@ def supports_last_layer_rows(backbone: nn.Module) -> bool:
 
 
 def enable_last_layer_rows(backbone: nn.Module) -> None:
-    """Make the last layer honor `LastLayerRows`; any other plan runs unchanged."""
+    """Make the last layer compute only the rows of a `LastLayerRows`; other plans run unchanged."""
     backbone.layers[-1].register_forward_pre_hook(_last_layer_hook, with_kwargs=True)  # type: ignore[index, union-attr]
 
 
@@ -105,13 +106,13 @@ def _last_layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if runs_fused is not None and runs_fused(hidden, plan):
         return args, kwargs | {"hllm_plan": ReadRows(plan.plan, plan.rows)}
     keep = _CaptureKeysValues(plan.longest)
-    # The layer will repeat the norm for the read rows; here it feeds the key and value projections of all rows.
+    # The key and value projections need the norm of all rows; the layer then repeats the norm for the read rows.
     normed = layer.get_submodule("input_layernorm")(hidden)
     layer.get_submodule("self_attn")(hidden_states=normed, **(kwargs | {"hllm_plan": keep}))
     ((key, value),) = keep.captured
     cos, sin = kwargs["position_embeddings"]
-    # From here on the packed row consists of the read rows alone, so their rotary angles must be selected with them.
-    # The captured keys are rotated already.
+    # The layer's input consists of the read rows alone, so their rotary angles must be selected, too. The captured keys
+    # are already rotated.
     own = {
         "hllm_plan": _AttendToCaptured(plan.plan, key, value),
         "position_embeddings": (cos.index_select(1, plan.rows), sin.index_select(1, plan.rows)),

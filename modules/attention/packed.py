@@ -1,14 +1,14 @@
-"""Attention over packed sequences with query tokens, plugged into stock Hugging Face models.
+"""Attention over packed sequences with query tokens, for unmodified Hugging Face models.
 
-A packed batch is one row of T history positions followed by Q query tokens (T + Q = S):
+A packed batch is one sequence of T history positions followed by Q query tokens (T + Q = S):
 
 - a history position sees the positions of its own sequence up to itself (causal) or all of them (BERT);
 - a query sees the first `query_visible` positions of its sequence and itself; no other row sees a query.
 
-So one pass over a user's sequence serves all of the user's exposures (O(N^2) instead of O(N^3)).
-The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword argument of its forward;
-transformers passes it on to the function registered here, so no modeling code is copied. Sequences of similar
-length share a padded bucket inside the kernel only: a T x T mask of the batch never exists.
+So one pass over a user's sequence computes all of the user's exposures (O(N^2) instead of O(N^3)).
+The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword argument of its forward pass;
+transformers passes it to the function registered here, so no modeling code is copied. Only within the attention
+function, sequences of similar length share a padded bucket; a T x T mask of the batch never exists.
 
 Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries,
 H heads, D width of a head.
@@ -50,12 +50,12 @@ class QueryBucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The attention mask of one packed batch, in buckets; built once per batch, used by every layer.
+    """Attention mask of a packed batch, in buckets; built once per batch and used by every layer.
 
     history: buckets of the sequences; queries: the queries of each bucket (None: that bucket has none);
     without_history: [l] int64 packed rows of queries whose sequence is empty (they see only themselves);
-    restore: [S] int64, from the order in which buckets emit rows to the packed order;
-    position_ids: [1, S] int64 (a query's is the number of positions it sees).
+    restore: [S] int64, index of each packed row in the concatenated outputs of the buckets;
+    position_ids: [1, S] int64 (a query's position is the number of positions that it sees).
     """
 
     history: list[Bucket]
@@ -88,8 +88,8 @@ class AttentionPlan:
                 query_outputs.append(_packed(out, queries.valid))
         rows = self.without_history
         lonely = _own_attention(query[rows], key[rows], value[rows], scaling)
-        # The order must be that of `emitted` in `plan_attention`: all histories, all queries, then queries without
-        # history.
+        # This order must equal that of `emitted` in `plan_attention`: all histories, all queries, then the queries
+        # without history.
         return torch.cat([*outputs, *query_outputs, lonely])[self.restore]
 
 
@@ -102,11 +102,11 @@ def plan_attention(
     causal: bool = True,
     most_scores: int = MOST_SCORES,
 ) -> AttentionPlan:
-    """Plan for sequences `seq_offsets` [B+1] over `total` = T positions, and optionally Q queries.
+    """Plan the attention of sequences with `seq_offsets` [B+1] over T = `total` positions, and optionally Q queries.
 
     query_offsets: [B+1] int64, the queries of each sequence; query_visible: [Q] int64, number of positions of its
     sequence (from its start) that each query sees, 0 <= visible <= length. causal: True for decoders, False for
-    encoders. most_scores: see `length_buckets`; it bounds memory and changes no value.
+    encoders. most_scores: see `length_buckets`; it limits memory and does not change values.
     """
     history = length_buckets(seq_offsets, most_scores=most_scores)
     positions = position_in_sequence(seq_offsets, total)
@@ -153,7 +153,7 @@ def _queries_of_empty_sequences(seq_offsets: Tensor, query_offsets: Tensor) -> T
     return torch.nonzero(torch.repeat_interleave(empty, counts)).flatten()
 
 
-@torch.compiler.disable  # shapes differ in every batch: traced, it would be recompiled for each
+@torch.compiler.disable  # shapes differ in every batch, so a compiled function would be recompiled for each batch
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -181,7 +181,10 @@ def packed_attention(
 
 
 def _within_limits(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> AttentionPlan | TextPlan:
-    """The plan with the limits of the layer; what would be ignored is refused, as results would be others."""
+    """The plan with the limits of the layer.
+
+    Raises ValueError for a limit that the plan does not support, because ignoring it would change the results.
+    """
     if options.get("s_aux") is not None:
         raise ValueError("the backbone has attention sinks, which packed attention lacks: choose another model")
     window, softcap = options.get("sliding_window"), options.get("softcap")
@@ -231,8 +234,8 @@ def _query_attention(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """Softmax over the visible history and the query itself; its own key is one extra column of scores."""
-    # Written out, as no kernel of SDPA lets each row see keys of a shared block and one key of its own.
+    """Softmax over the visible history and the query itself, whose key is one additional column of scores."""
+    # Written out, because SDPA has no kernel for rows that see the keys of a shared block and one separate key each.
     history = (q @ k.transpose(-1, -2) * scaling).masked_fill(hidden[:, None], float("-inf"))
     own = (q * own_k).sum(-1, keepdim=True) * scaling
     # The own column is never hidden, so no row is all -inf and the softmax has no NaN.

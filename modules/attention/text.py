@@ -1,13 +1,13 @@
 """Attention of the Item LLM over packed texts that may share a prefix.
 
-One packed row holds P prefix rows (the prompt, once) and then the rows of U texts. A position of a text sees the
-prefix, if its text begins with it, and its own text up to itself. (Without causality: all of its text, and there is
-no prefix.) The prefix comes first and sees only itself, so its hidden states are the same for all texts: one copy
-serves all of them and receives the gradients of all.
+A packed sequence has P prefix rows (the prompt, once) and then the rows of U texts. A position of a text sees the
+prefix, if the text begins with it, and the positions of its text up to itself. (Without a causal mask it sees the
+complete text, and there is no prefix.) The prefix comes first and sees only itself, so its hidden states are the same
+for all texts: all texts use one copy, whose gradient is the sum over the texts.
 
-Texts are sorted (see `TextLayout`), so those that share a padded bucket are contiguous: a bucket is a view of the
-packed row, or one gather if something is padded. `hllm_torchrec.modules.attention.text_backends` has the kernels
-that need no padding.
+Texts are sorted (see `TextLayout`), so the texts of a padded bucket are contiguous: a bucket is a view of the packed
+rows or, if it has padding, one gather. `hllm_torchrec.modules.attention.text_backends` has kernels that need no
+padding.
 
 Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded length, H heads, G key-value heads,
 D width of a head.
@@ -24,16 +24,16 @@ from hllm_torchrec.modules.attention.dense_attention import attention
 from hllm_torchrec.modules.jagged import bucket_bounds
 
 WASTE = {"cpu": (0.06, 4), "cuda": (0.25, 16)}
-"""Device -> (`waste`, `floor`) of `length_buckets`: on a CPU a launch is cheap and padded cells are expensive."""
+"""Device -> (`waste`, `floor`) of `length_buckets`: on a CPU, kernel launches are cheap and padded cells expensive."""
 
 
 @dataclass(frozen=True)
 class TextLayout:
-    """The rows of each text within a packed row.
+    """Arrangement of the texts in a packed sequence.
 
-    lengths: number of rows of each text, without the prefix, on the host; 0 is allowed. The first
-    `num_without_prefix` texts do not begin with the prefix; among these, and among the others, longer ones come
-    first. prefix: P. causal: True for decoders, False for encoders (then there is no prefix).
+    lengths: number of rows of each text, without the prefix, on the host; 0 is allowed. num_without_prefix: number of
+    texts that do not begin with the prefix; they come first. Within this group, and within the group of the other
+    texts, longer texts come first. prefix: P. causal: True for decoders, False for encoders (then there is no prefix).
     """
 
     lengths: list[int]
@@ -46,7 +46,7 @@ class TextLayout:
         assert all(group == sorted(group, reverse=True) for group in self.groups()), "longer texts come first"
 
     def groups(self) -> tuple[list[int], list[int]]:
-        """Lengths of the texts without and of those with the prefix."""
+        """Lengths of the texts without the prefix, and of the texts with the prefix."""
         return self.lengths[: self.num_without_prefix], self.lengths[self.num_without_prefix :]
 
     def seen(self) -> tuple[int, int]:
@@ -55,7 +55,7 @@ class TextLayout:
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Lengths of the prefix and of each text, and the number of prefix rows that each sees: both [1 + U] int64."""
-        # The prefix is a sequence of its own, the first one; it sees no prefix before it.
+        # The prefix is the first sequence; it sees no other prefix rows.
         seen = [0] * (self.num_without_prefix + 1) + [self.prefix] * (len(self.lengths) - self.num_without_prefix)
         return torch.tensor([self.prefix, *self.lengths]), torch.tensor(seen)
 
@@ -75,9 +75,10 @@ class TextLayout:
 
 @dataclass(frozen=True)
 class ScoreLimits:
-    """Limits of a layer's attention that its model adds to the mask.
+    """Limits of a layer's attention, in addition to the mask.
 
-    window: a row sees keys at a distance below this; None: at any. softcap: c of c * tanh(score / c); None: no cap.
+    window: a row sees only keys at a distance below this; None: no limit. softcap: c of c * tanh(score / c); None: no
+    cap.
     """
 
     window: int | None = None
@@ -85,7 +86,7 @@ class ScoreLimits:
 
 
 class TextPlan(Protocol):
-    """The attention mask of a batch, prepared for a kernel: built once per batch, used by every layer."""
+    """Attention mask of a batch, prepared for a kernel: built once per batch and used by every layer."""
 
     @property
     def position_ids(self) -> Tensor:
@@ -108,13 +109,13 @@ class LimitedPlan(Protocol):
 
 
 class WholeTextPlan(TextPlan, Protocol):
-    """A `TextPlan` that can also compute attention for the last position of each text only."""
+    """A `TextPlan` that can also compute attention only for the last position of each text."""
 
     def limited(self, limits: ScoreLimits) -> "WholeTextPlan":
         """See `LimitedPlan`."""
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """Attend for the last position of each text: query [U, H, D], key and value [S, G, D] of all rows -> [U, H, D].
+        """Attention of each text's last position: query [U, H, D], key and value [S, G, D] of all rows -> [U, H, D].
 
         Queries are in the layout's order, and no text may be empty.
         """
@@ -124,11 +125,12 @@ class WholeTextPlan(TextPlan, Protocol):
 class TextBucket:
     """Contiguous texts of similar length.
 
-    texts, longest: b and N. count: number of their rows without padding. cells: [b * N] int64, the row of each cell,
-    counted from the bucket's first (padding repeats the text's last row); kept: [count] int64, the cells that are not
-    padding; both None if nothing is padded. seen: number of prefix rows before the own keys. mask: bool, True where a
-    position sees a key, [N, seen + N] or [b, 1, 1, N]; None: causal without a prefix, or nothing is hidden.
-    last_mask: [b, 1, 1, seen + N], the same for each text's last position; None: it sees all keys.
+    texts, longest: b and N. count: number of rows without padding. cells: [b * N] int64, the row of each cell, counted
+    from the bucket's first row (a padding cell repeats the text's last row); kept: [count] int64, the cells that are
+    not padding; both are None if the bucket has no padding. seen: number of prefix rows, whose keys precede those of
+    the text. mask: bool, True where a position sees a key, [N, seen + N] or [b, 1, 1, N]; None: the mask is causal
+    without a prefix, or all keys are seen. last_mask: [b, 1, 1, seen + N], the mask of each text's last position; None:
+    it sees all keys.
     """
 
     texts: int
@@ -143,7 +145,7 @@ class TextBucket:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """A `TextPlan` in length-sorted padded buckets, each one call of SDPA; any device and dtype.
+    """A `TextPlan` of length-sorted padded buckets, with one call of SDPA per bucket, for any device and dtype.
 
     has_prefix: whether the first bucket is the prefix.
     """
@@ -170,8 +172,8 @@ class BucketPlan:
             q, k, v = (padded_rows(part, bucket) for part in parts)
             k, v = _behind(prefix, k, v, bucket)
             mask = _mask_within(bucket, self.causal, self.limits.window, q.device)
-            # is_causal of SDPA aligns queries and keys at the top left, which is wrong behind a prefix: there the mask
-            # is explicit.
+            # SDPA's is_causal aligns queries and keys at the top left, which is wrong after a prefix: such buckets have
+            # an explicit mask.
             is_causal = self.causal and mask is None
             out = grouped_attention(q, k, v, mask, is_causal, scaling, dropout, self.limits.softcap)
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
@@ -182,9 +184,9 @@ class BucketPlan:
         keys, values = (x.split([bucket.count for bucket in self.buckets]) for x in (key, value))
         # The prefix is not a text: none of its positions is read.
         first = int(self.has_prefix)
-        asked = query.split([bucket.texts for bucket in self.buckets[first:]])
+        queries = query.split([bucket.texts for bucket in self.buckets[first:]])
         outputs = []
-        for bucket, q, k, v in zip(self.buckets[first:], asked, keys[first:], values[first:], strict=True):
+        for bucket, q, k, v in zip(self.buckets[first:], queries, keys[first:], values[first:], strict=True):
             k, v = _behind((keys[0], values[0]), padded_rows(k, bucket), padded_rows(v, bucket), bucket)
             # One query per text, which sees its complete text: not causal, only padding is hidden.
             mask = _last_mask_within(bucket, self.limits.window, q.device)
@@ -236,12 +238,12 @@ def _mask_within(bucket: TextBucket, causal: bool, window: int | None, device: t
     near = (row - column).abs() < window
     if causal:
         return near & (column <= row)
-    # Padding rows may have no valid key in their window: they see themselves, as a row without keys would be NaN.
+    # A padding row may have no valid key in its window. It sees itself, because a row without keys would be NaN.
     return near if bucket.mask is None else near & bucket.mask | (row == column)
 
 
 def _last_mask_within(bucket: TextBucket, window: int | None, device: torch.device) -> Tensor | None:
-    """`last_mask`, restricted to the last `window` keys of each text."""
+    """The bucket's `last_mask`, restricted to the last `window` keys of each text."""
     longest = bucket.seen + bucket.longest
     if window is None or longest <= window:
         return bucket.last_mask
@@ -279,7 +281,7 @@ def grouped_attention(
     """Attend with q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H, and causal means M = N."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    # On CUDA not every kernel of SDPA has grouped queries.
+    # On CUDA not every kernel of SDPA supports grouped queries.
     if groups > 1 and (q.device.type != "cpu" or softcap is not None):
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is not None:

@@ -20,13 +20,15 @@ from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 @dataclass(frozen=True)
 class DecodeOptions:
     """stop: id of the end token; most: maximum number of tokens with it; temperature: 0 for the likeliest token, else
-    sampling; top_k: of the likeliest tokens (0: all); top_p: of the fewest that have this probability together."""
+    sampling; top_k: of the likeliest tokens (0: all); top_p: of the fewest that have this probability together;
+    guidance: g of (1 + g) logits(user) - g logits(null), from which tokens are chosen."""
 
     stop: int
     most: int
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def decode(
     options: DecodeOptions,
     generators: list[torch.Generator] | None = None,
     item_of: Tensor | None = None,
+    null: Tensor | None = None,
 ) -> Decoded:
     """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
 
@@ -87,14 +90,20 @@ def decode(
         soft: [B, k, C].
         generators: one for each user, on the CPU; needed for sampling.
         item_of: int64 [B] item of each user; None: there is one item.
+        null: [k, C] soft tokens of an unknown user, which guidance needs.
 
     Raises:
-        ValueError: sampling without generators.
+        ValueError: sampling without generators, or guidance without `null`.
     """
     number, device = soft.shape[0], soft.device
     if options.temperature > 0 and (generators is None or len(generators) != number):
         raise ValueError(f"sampling for {number} users needs a generator for each")
     of = torch.zeros(number, dtype=torch.int64, device=device) if item_of is None else item_of
+    if options.guidance:
+        if null is None:
+            raise ValueError("guidance needs the soft tokens of an unknown user")
+        # The second half of the rows reads the same tokens as the first one, without the user.
+        soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
     cached: list[KeysValues] = []
     if before.shape[1]:
@@ -107,13 +116,19 @@ def decode(
     stopped = torch.zeros(number, dtype=torch.bool, device=device)
     for step in range(options.most):
         log_p = (hidden[:, -1] @ llm.head_weight.to(hidden.dtype).T).float().log_softmax(-1)
-        token = _choose(log_p, options, generators)
+        guided = log_p
+        if options.guidance:
+            log_p, of_null = log_p.chunk(2)
+            guided = ((1 + options.guidance) * log_p - options.guidance * of_null).log_softmax(-1)
+        token = _choose(guided, options, generators)
         log_prob += torch.where(stopped, 0.0, log_p.gather(1, token[:, None])[:, 0])
         ends = token == options.stop
         written.append(torch.where(stopped | ends, -1, token))
         stopped |= ends
         if bool(stopped.all()) or step + 1 == options.most:
             break
+        if options.guidance:
+            token = token.repeat(2)
         hidden, cached = _run(llm, llm.embed(token)[:, None], cached)
     return Decoded(torch.stack(written, 1), log_prob, stopped)
 

@@ -17,10 +17,12 @@ class SoftPrompt(nn.Module):
 
     Tokens are RMS-normalized and multiplied by a learned gain, which starts at `scale`, the RMS of the model's word
     vectors: without this, torch's default initialization makes them several times as large as a word vector, and with
-    trained user vectors their size is arbitrary. User vectors of a trained encoder are nearly parallel (a mean cosine
-    of 0.7 on MovieLens), so that normalized tokens of all users would be nearly the same: `normalize` subtracts what is
-    common to them first, by statistics that are measured once, before training. It is affine: a mean of users becomes
-    the mean of what they become.
+    trained user vectors their size is arbitrary.
+
+    User vectors of a trained encoder are nearly parallel (a mean cosine of 0.7 on MovieLens), so that tokens of all
+    users would be nearly the same. With `normalize` what is common to them is subtracted, and a token is the unknown
+    user's plus what is special about this one, of the same size on average: a user like all others is as an unknown
+    one. (RMS-normalized, a small difference would be as large as a large one, and its gradient without bounds.)
 
     Args:
         user_width, width: D and C.
@@ -54,7 +56,10 @@ class SoftPrompt(nn.Module):
     def forward(self, users: Tensor, is_null: Tensor) -> Tensor:
         """users [N, D], is_null [N] bool (an unknown user: `users` is not read) -> [N, k, C]."""
         if self.normalize is not None:
-            users = self.normalize(users)
+            # |y| is about 1, and torch initializes the weights of a layer with a variance of 1 / (3 D).
+            size = 1.0 if self.gain is None else self.gain * (3 * users.shape[-1]) ** 0.5
+            special = self.project(self.normalize(users)).unflatten(-1, (self.tokens, self.width)) * size
+            return self.null.to(special.dtype) + special.masked_fill(is_null[:, None, None], 0.0)
         soft = self.project(users).unflatten(-1, (self.tokens, self.width))
         if self.gain is not None:
             soft = F.rms_norm(soft.float(), (self.width,), eps=1e-6) * self.gain

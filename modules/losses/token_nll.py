@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens against a vocabulary, in chunks: logits of all rows never exist at a time.
+"""Cross-entropy of tokens over a vocabulary, computed in chunks of rows: the logits of all rows never exist at once.
 
 Legend: Y rows, C width, V words.
 """
@@ -16,16 +16,16 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk_size: int | N
     """-log softmax(hidden @ head^T)[target] of each row: [Y] float32, or float64 of float64 inputs.
 
     Memory beyond the inputs and their gradients is O(chunk_size V). The gradient of `hidden` is computed in the
-    forward pass, while the logits exist; only a trained head has them computed again in the backward pass.
+    forward pass, while the logits exist. If `head` needs a gradient, the backward pass computes the logits again.
 
     Args:
         hidden: [Y, C] last hidden states; Y = 0 is allowed.
         head: [V, C] weight of the vocabulary head.
         targets: int64 [Y].
-        chunk_size: rows per chunk, >= 1; None: the most that `MOST_LOGITS` allows.
+        chunk_size: rows per chunk, >= 1; None: as many as `MOST_LOGITS` logits allow.
 
     Raises:
-        ValueError: a chunk size below 1.
+        ValueError: the chunk size is below 1.
     """
     if chunk_size is None:
         chunk_size = max(1, MOST_LOGITS // head.shape[0])
@@ -50,7 +50,7 @@ class _TokenNll(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         losses, slopes = [], []
-        cast = head.to(hidden.dtype)  # once, not per chunk: the largest weight of a small model
+        cast = head.to(hidden.dtype)  # once for all chunks: it may be the largest weight of the model
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             nll, slope = _probabilities(h, cast, t)
             losses.append(nll)

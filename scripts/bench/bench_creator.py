@@ -67,7 +67,7 @@ class Models:
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        self.plain = AutoModelForCausalLM.from_config(backbone_config(None, shape)).eval()
+        self.plain = AutoModelForCausalLM.from_config(backbone_config(None, shape), trust_remote_code=False).eval()
         backbone = build_backbone(None, shape)
         backbone.load_state_dict(self.plain.model.state_dict())
         self.ours = CreativeLLM(backbone).eval()
@@ -284,7 +284,7 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
         table = pa.table(
             [[raw_users[n] for n in order], random.integers(titles - 1, size=users), random.random(users)], schema=USERS
         )
-        centers = Centers("euclidean", *(np.zeros(s, np.float32) for s in (2, (titles - 1, 2), (titles - 1, 2))))
+        centers = Centers("euclidean", *(np.ones(s, np.float32) for s in (2, 2, (titles - 1, 2), (titles - 1, 2))))
         facts = {"settings": {"metric": "euclidean"}, "source": {}}
         clusters = write_clusters(folder / "clusters", facts, centers, table, hashes)
         number = items * titles
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(measure(options.measure, options.tiny))
         return {}
     torch.manual_seed(0)
-    models, rounds = Models(TINY if options.tiny else SHAPE), 2 if options.tiny else 5 if options.quick else 9
+    models, rounds = Models(TINY if options.tiny else SHAPE), 2 if options.tiny else 5 if options.quick else 7
     parts = training(models, options, rounds)
     say("training steps measured")
     parts |= decoding(models, options, rounds)

@@ -1,13 +1,13 @@
-"""What `hllm plan` says a rank's memory will be, against what training really takes.
+"""Compares the memory of a rank that `hllm plan` estimates with the memory that training uses.
 
     python scripts/bench/bench_plan.py [--quick] [--out FILE]
 
-Each case trains a few steps in fresh processes, one per rank, in fp32 on the CPU. Measured is the kernel's high-water
-mark of resident memory (VmHWM) within the steps, reset before each, the largest of all steps and ranks, less what was
-resident before the model was built: by then the same configuration has taken one step at a small size and been
-dropped, so that libraries, threads and the process group are there. glibc gives blocks from 64 KiB on back to the
-system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in use; that is slow, and
-no time is reported. A ratio is estimated / measured: 1 is right, below 1 too little was estimated.
+Each case trains a few steps in new processes, one per rank, in fp32 on the CPU. The measured memory is the peak
+resident memory (VmHWM, reset before each step), the largest value of all steps and ranks, minus the resident memory
+before the model was built. Before that, the same configuration has been trained for a step at a small size and
+deleted, so that the memory of libraries, threads and the process group is subtracted. glibc is set to return blocks of
+at least 64 KiB to the system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in
+use; this is slow, so no times are reported. A ratio is estimated / measured; below 1 the estimate is too small.
 """
 
 import argparse
@@ -38,7 +38,10 @@ ITEMS, TINY_ITEMS = 600_000, 300
 
 
 def cases(tables: Path) -> dict[str, dict[str, Any]]:
-    """Name -> configuration, options, ranks, and whether `--quick` runs it. tables: a dataset of many items."""
+    """Name -> configuration, options, number of ranks, and whether `--quick` runs it.
+
+    tables: folder of the dataset with many items.
+    """
     return {
         "trained": {"config": "configs/ml100k/trained.yaml", "options": [], "ranks": 1, "quick": True},
         "trained, 2 ranks": {"config": "configs/ml100k/trained.yaml", "options": [], "ranks": 2, "quick": False},
@@ -63,7 +66,7 @@ def cases(tables: Path) -> dict[str, dict[str, Any]]:
 
 
 def resident(what: str) -> int:
-    """Bytes: VmRSS now, or VmHWM since it was reset."""
+    """Bytes of a field of /proc/self/status: VmRSS (resident now) or VmHWM (peak since the last reset)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what + ":"):
             return int(line.split()[1]) * 1024
@@ -71,19 +74,22 @@ def resident(what: str) -> int:
 
 
 def reset_high_water_mark() -> None:
-    """VmHWM becomes VmRSS."""
+    """Set VmHWM to VmRSS."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def settle() -> int:
-    """Drop what is unused; the bytes that stay."""
+    """Free unused memory; return the resident bytes that remain."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return resident("VmRSS")
 
 
 def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
-    """On one rank of those that the environment names: bytes of each of three steps, the fullest among them."""
+    """Train up to three steps, one of them the one with the most events; return the bytes and sizes of each.
+
+    Called on each rank; the environment has rank and world size.
+    """
     from hllm_torchrec.config.loading import load_config
     from hllm_torchrec.distributed.process_group import init_distributed
     from hllm_torchrec.training.trainer_setup import build_trainer
@@ -97,7 +103,7 @@ def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
         train_step = trainer.train_step
 
         def measured(batches: Any, following: Any = None) -> dict[str, float]:
-            """A step, with its high-water mark noted."""
+            """Train a step; record its peak memory and the sizes of its batch."""
             reset_high_water_mark()
             found: dict[str, float] = train_step(batches, following)
             marks.append(resident("VmHWM"))
@@ -119,7 +125,8 @@ def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
 
 
 def fullest_step(trainer: Any) -> tuple[int, int]:
-    """The step of the planned stage in which a rank has most events, and the stage's first epoch's end."""
+    """Return the step of the first epoch of the planned stage in which a rank has the most events, and the step at
+    which this epoch ends."""
     from hllm_torchrec.planning.estimate import planned_stage
 
     segment = next(segment for segment in trainer.schedule.segments if segment.stage == planned_stage(trainer.config))
@@ -135,11 +142,11 @@ def fullest_step(trainer: Any) -> tuple[int, int]:
     return segment.first_step + int(np.argmax(events)), segment.first_step + segment.steps
 
 
-# ---------------------------------------------------------------------- all of a case
+# ---------------------------------------------------------------------- all ranks of a case
 
 
 def estimated(case: dict[str, Any]) -> Any:
-    """What `hllm plan` says of it: an `Estimate`."""
+    """The `Estimate` of `hllm plan` for a case."""
     from hllm_torchrec.config.loading import load_config
     from hllm_torchrec.launch.plan import build_parser, workload
     from hllm_torchrec.planning.estimate import HARDWARE, Machine, estimate
@@ -152,7 +159,7 @@ def estimated(case: dict[str, Any]) -> Any:
 
 
 def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each rank."""
+    """Results of `measure` of each rank, run in new processes."""
     from tests.helpers.processes import environment, free_port
 
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +183,7 @@ def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) -> Path:
-    """A prepared dataset of so many items, with so many events of each user."""
+    """Prepare a dataset of random events; return its folder. events: number of events of each user."""
     from hllm_torchrec.data.prepare import prepare
     from hllm_torchrec.data.sources.table_mapping import table
 
@@ -199,7 +206,7 @@ def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) ->
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Each case's estimate by part, measured bytes by step, and their ratio."""
+    """Estimates by part, measured bytes by step, and their ratio, for each case."""
     ratios: dict[str, float] = {}
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

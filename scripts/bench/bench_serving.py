@@ -1,15 +1,16 @@
-"""Requests of many users: the service's engine against `Scorer`, without HTTP.
+"""Compares the speed of the service's engine with that of `Scorer`, for requests of many users and without HTTP.
 
     python scripts/bench/bench_serving.py --fusion late [--quick] [--out FILE]
     python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
 
-Without a run the model of configs/ml100k/early.yaml with random weights is served, on a stand-in (`serving_stand_in`).
-Each side scores the same requests; histories are in the cache (warm), and one thread computes. `scorer`: one request
-after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate,
-ratios are those of medians of CPU time (other processes count less), and the bench stops where the scores differ.
+Without `--run` the model is that of configs/ml100k/early.yaml with random weights, on a generated dataset
+(`serving_stand_in`). Both programs score the same requests with one thread; the histories are already in the cache.
+`scorer` scores one request after the other, with dense ids; `engine` scores batches of `--batch` requests with raw ids;
+`engine_one` scores batches of one. The programs alternate, and ratios are those of the median CPU times, which other
+processes influence less than wall times. The benchmark stops if the scores differ.
 
-`outside` is the share of a side's CPU time that is not in the user encoder, the head or the projections (measured by
-timers around their calls, in a pass of its own).
+`outside_model` is the share of a program's CPU time that is not spent in the user encoder, the head or the projections.
+It is measured by timers around the calls of these modules, in a separate pass.
 """
 
 import time
@@ -37,11 +38,11 @@ USERS = 64
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the bench."""
+    """Run the benchmark."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=Path, help="a run of yours")
-    parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-serving", help="of the stand-in")
-    parser.add_argument("--fusion", choices=("early", "late"), default="late", help="of the stand-in")
+    parser.add_argument("--run", type=Path, help="run to measure (default: a generated one)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-serving", help="of the generated run")
+    parser.add_argument("--fusion", choices=("early", "late"), default="late", help="of the generated run")
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Requests per second of both sides, and their shares outside of the model."""
+    """Requests per CPU second of the programs, and their shares of CPU time outside of the model."""
     dataset, rng = plain.experiment.dataset, np.random.default_rng(0)
     users = rng.permutation(dataset.num_users - 1)[:USERS] + 1
     raw_users, raw_items = dataset.users["raw_user_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist()
@@ -107,14 +108,14 @@ def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats:
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:
-    """CPU time of `work`."""
+    """CPU seconds of a call of `work`."""
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
 def outside(side: Scorer, work: Callable[[], Any]) -> float:
-    """Share of the CPU time outside of encoder, head and projections."""
+    """Share of the CPU time of `work` that is not spent in the encoder, the head or the projections of `side`."""
     spent = [0.0]
     with timed_model(side, spent):
         started = time.process_time()
@@ -125,7 +126,7 @@ def outside(side: Scorer, work: Callable[[], Any]) -> float:
 
 @contextmanager
 def timed_model(side: Scorer, spent: list[float]) -> Iterator[None]:
-    """Add the CPU time of the model's arithmetic to `spent`: encoder with its cache, head, projections."""
+    """Within the context, add the CPU seconds of the encoder (with its cache), head and projections to `spent[0]`."""
     depth = [0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:

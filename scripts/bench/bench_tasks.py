@@ -6,6 +6,9 @@ The bench times `Trainer.train_step` on the same pages of a synthetic shop (late
 layers, item IDs only), alternately for one, three and eight binary tasks on a shared bottom, and for eight tasks with
 MMoE. `tasks_three`, `tasks_eight` and `tasks_mmoe` are the times of a step divided by those with one task: medians of
 the quotients of the same round.
+
+`evaluate_eight` is the CPU time of evaluating predictions of eight label columns at once, divided by that of eight
+evaluations of one column each, on the same files, alternately.
 """
 
 import statistics
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 import torch
 import yaml
 from benchmarking import arguments, matmul_peak, report, say
@@ -33,6 +37,9 @@ from hllm_torchrec.config.schema import (
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.model_comparison import evaluate_files
+from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, describe_predictions
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
@@ -79,6 +86,49 @@ def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int, mixed:
     return build_trainer(config, torch.device("cpu"))
 
 
+def write_predictions(folder: Path, rows: int) -> Path:
+    """Predictions of eight binary labels, of 25 exposures a user."""
+    rng = np.random.default_rng(0)
+    columns: dict[str, Any] = {"user_id": np.arange(rows) // 25, "item_id": rng.integers(1, 50_000, rows)}
+    for place, task in enumerate(LABELS):
+        name = f"_{task}" if place else ""
+        label = (rng.random(rows) < 0.2).astype(np.float32)
+        score = rng.standard_normal(rows, dtype=np.float32) + label - 2
+        columns |= {f"label{name}": label, f"score{name}": score, f"probability{name}": 1 / (1 + np.exp(-score))}
+    folder.mkdir()
+    pa.parquet.write_table(pa.table(columns), folder / "part-0.parquet")
+    return folder
+
+
+def evaluate_all(folder: Path) -> None:
+    """All label columns in one reading of the rows."""
+    models, layout = describe_predictions({"model": folder})
+    assert len(layout.tasks) == len(LABELS) - 1
+    evaluate_files(models, layout, EvaluationSettings(), paired=False)
+
+
+def evaluate_each(folder: Path) -> None:
+    """An evaluation for each label column."""
+    for place, task in enumerate(LABELS):
+        name = f"_{task}" if place else ""
+        model = PredictionModel("model", (folder,), f"score{name}", f"probability{name}")
+        layout = ColumnLayout(f"label{name}", user="user_id", item="item_id")
+        evaluate_files([model], layout, EvaluationSettings(), paired=False)
+
+
+def evaluation_times(folder: Path, rows: int, rounds: int) -> tuple[list[float], list[float]]:
+    """CPU seconds of `evaluate_all` and of `evaluate_each`, alternately."""
+    predictions = write_predictions(folder, rows)
+    found: tuple[list[float], list[float]] = [], []
+    for turn in range(rounds + 1):
+        for side, job in enumerate((evaluate_all, evaluate_each)):
+            start = time.process_time()
+            job(predictions)
+            if turn:  # after warming up
+                found[side].append(time.process_time() - start)
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     options = arguments(__doc__).parse_args(argv)
@@ -100,13 +150,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 if turn >= 2:  # the first two rounds are a warm-up
                     seconds[side].append(time.perf_counter() - start)
         exposures = batches["one"].num_exposures
+        rows = 2_000 if options.tiny else 200_000 if options.quick else 1_000_000
+        at_once, each = evaluation_times(folder / "predictions", rows, 1 if options.tiny else 5)
     destroy_distributed()
     ratios = {
         f"tasks_{side}": statistics.median(a / b for a, b in zip(seconds[side], seconds["one"], strict=True))
         for side in ("three", "eight", "mmoe")
     }
+    ratios["evaluate_eight"] = statistics.median(a / b for a, b in zip(at_once, each, strict=True))
+    seconds |= {"evaluate_at_once": at_once, "evaluate_each": each}
     say(f"steps of {exposures} exposures: {ratios}")
-    shapes = {"exposures": exposures, "users": users, "rounds": rounds}
+    shapes = {"exposures": exposures, "users": users, "rounds": rounds, "rows": rows}
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     found = {"ratios": ratios, "seconds": medians, "shapes": shapes, "matmul_peak": matmul_peak(seconds=0.1)}
     return report("tasks", options, found | {"matmul_share": None})

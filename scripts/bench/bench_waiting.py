@@ -1,13 +1,14 @@
-"""What a step of several ranks waits for: the next batch, and the exchange of table rows.
+"""Measures the times that a training step of several ranks waits: for the next batch, and for table rows.
 
     torchrun --nproc_per_node 2 scripts/bench/bench_waiting.py [--quick] [--out FILE] [--config FILE]
 
-Trains the last stage of a configuration (configs/ml100k/early.yaml: cached items, so that the rest of a step is as
-short as it gets) for some steps and adds up, on every rank, the seconds until the loader's thread hands over a batch,
-and those of the forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one another.
-Shares are of the steps' seconds, means over ranks: what overlapping them with compute could save at most (the tables'
-share holds their lookups too; `--nproc_per_node 1` measures those alone). Then blocks of steps with and without
-`parallel.overlap_tables` take turns: `overlap` is the median step without / with it.
+Trains some steps of the last stage of a configuration (default: configs/ml100k/early.yaml, whose item embeddings are
+cached, so that the rest of a step is short). On every rank it sums the seconds until the loader's thread delivers a
+batch, and the seconds of the forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one
+another. The reported shares are these seconds / the seconds of the steps, as means over ranks: overlapping them with
+computation could save at most this share. The share of the tables also contains their lookups, which
+`--nproc_per_node 1` measures alone. Then blocks of steps with and without `parallel.overlap_tables` alternate:
+`overlap` is the median seconds of a step without / with it.
 """
 
 import tempfile
@@ -31,11 +32,11 @@ from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 BLOCK = 10
-"""Steps in a row with, or without, overlap."""
+"""Number of consecutive steps with, or without, overlap."""
 
 
 class Stopwatch:
-    """Adds up the seconds of a module's forward pass."""
+    """Sums the seconds of a module's forward passes."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.seconds = 0.0
@@ -51,13 +52,13 @@ class Stopwatch:
 
 
 def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
-    """Mean seconds over ranks, of all counted steps together: step, batch, table_forward; and the ratio overlap."""
+    """Seconds of all counted steps together (means over ranks of step, batch, table_forward), and the ratio overlap."""
     trainer = build_trainer(config, init_distributed())
     segment = trainer.schedule.segments[0]
     if segment.stage.item_embeddings == "cached":
         trainer.experiment.use_cached_items()
     tables = trainer.hllm.features.tables
-    assert tables is not None, "a model without tables exchanges no rows"
+    assert tables is not None, "the model has no tables, so no rows are exchanged"
     watch, batches = Stopwatch(tables), all_batches(trainer)
     spent = torch.zeros(3, dtype=torch.float64)
     for number in range(skipped + steps):
@@ -73,13 +74,13 @@ def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
 
 
 def all_batches(trainer: Trainer) -> Iterator[list[HybridBatch]]:
-    """The batches of all epochs, one after the other."""
+    """Yield the micro-batches of each step, of all epochs."""
     for segment in trainer.schedule.segments:
         yield from trainer._micro_batches(segment)
 
 
 def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps: int) -> float:
-    """Median seconds of a step without the ids exchanged ahead / with; blocks of ten steps take turns."""
+    """Median seconds of a step without / with the exchange of ids ahead of the step; blocks of steps alternate."""
     assert trainer.table_prefetcher is not None
     seconds: dict[bool, list[float]] = {False: [], True: []}
     coming = next(batches)
@@ -95,14 +96,14 @@ def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    """Run the bench; the result on rank 0."""
+    """Run the benchmark; return the result on rank 0."""
     parser = arguments(__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml100k" / "early.yaml")
     options = parser.parse_args(argv)
     config = config_from_file(options.config)
     steps = 2 if options.tiny else 40 if options.quick else 200
     with tempfile.TemporaryDirectory() as folder:
-        last = replace(config.stages[-1], epochs=1000)  # batches enough for any number of steps
+        last = replace(config.stages[-1], epochs=1000)  # enough batches for any number of steps
         config = replace(config, output=folder, stages=(last,), max_steps=0, resume=False)
         config = replace(config, parallel=replace(config.parallel, overlap_tables=True))
         found = run(config, steps, skipped=0 if options.tiny else 10)

@@ -1,12 +1,12 @@
-"""A dataset of any size and runs on it with random weights, in the shape of MovieLens-100k, for the serving benches.
+"""Generates datasets like MovieLens-100k of any size, and runs with random weights, for the serving benchmarks.
 
     dataset = stand_in_dataset(folder / "data", Sizes())
     run = stand_in_run(folder / "late", dataset, "late")
 
-Users have log-normal numbers of events of Zipf-distributed items, five actions, labels, three features; items have
-titles and genres. The model is that of configs/ml100k/early.yaml; with `texts` a small Item LLM of random weights
-stands for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same
-weights.
+Users have a log-normal number of events, five actions, labels and three features; popular items have more events than
+others; items have titles and genres. The model is similar to that of configs/ml100k/early.yaml. With a `width` above 0
+it has a small Item LLM with random weights. The speed does not depend on the values of the weights, and scores are only
+compared between programs with the same weights.
 """
 
 from contextlib import suppress
@@ -35,7 +35,7 @@ from hllm_torchrec.data.split import Split
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 START = 1_700_000_000
-"""Second of the first events."""
+"""Earliest second of an event."""
 YEAR = 31_536_000
 ACTIONS = ("1", "2", "3", "4", "5")
 WORDS = tuple(f"word{number}" for number in range(2000))
@@ -51,12 +51,15 @@ USER: dict[str, Any] = {
     "vocab_size": 8,
 }
 ITEM: dict[str, Any] = {**USER, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-"""Item LLM of `texts`; its width is `Sizes.width`."""
+"""Shape of the Item LLM; `stand_in_config` replaces its width."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a stand-in, by default those of MovieLens-100k. events: median of a user's; width: of item texts."""
+    """Sizes of a generated dataset; the defaults are those of MovieLens-100k.
+
+    events: median number of events of a user; width: width of item embeddings.
+    """
 
     users: int = 943
     items: int = 1682
@@ -66,7 +69,7 @@ class Sizes:
 
 
 def stand_in_dataset(folder: Path, sizes: Sizes) -> Path:
-    """Make the dataset, unless it is there."""
+    """Generate the dataset, unless it exists; return its folder."""
     if (folder / "data" / "manifest.json").is_file():
         return folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ def stand_in_dataset(folder: Path, sizes: Sizes) -> Path:
     }
     mapping["events"] |= {"action": "action", "actions": list(ACTIONS)}  # type: ignore[operator]
     (folder / "tables.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
-    share = min(0.01, 2000 / (sizes.users * sizes.events))  # what a run evaluates says nothing here
+    share = min(0.01, 2000 / (sizes.users * sizes.events))  # small: the evaluation results of random runs are not used
     split = Split(fractions=(1 - 2 * share, share, share))
     return Path(prepare(table(folder / "tables.yaml"), folder / "data", split=split))
 
@@ -123,7 +126,7 @@ def _events(rng: np.random.Generator, sizes: Sizes) -> pa.Table:
 
 
 def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0, seed: int = 0) -> Config:
-    """Configuration of a run. width: of the embeddings of its Item LLM; 0: without one."""
+    """Configuration of a run. width: width of the Item LLM; 0: the model has no Item LLM."""
     item_llm: dict[str, Any] = {"enabled": False}
     if width:
         shape = {**ITEM, "hidden_size": width, "intermediate_size": width, "vocab_size": len(WORDS) + 8}
@@ -153,9 +156,10 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0, se
 
 
 def stand_in_run(folder: Path, dataset: Path, fusion: str, device: torch.device, width: int = 0, seed: int = 0) -> Path:
-    """Make a run of `fusion` early or late with the weights after one step, unless it is there.
+    """Make a run by training one step, unless it exists; return its folder. fusion: early or late.
 
-    With an Item LLM it ends without an evaluation, which would encode the catalogue: it has no best checkpoint.
+    A run with an Item LLM (width > 0) is not evaluated, because this would encode the catalogue; it has no best
+    checkpoint.
     """
     if not (folder / "checkpoints").is_dir():
         trainer = build_trainer(stand_in_config(folder, dataset, fusion, width, seed), device)
@@ -173,6 +177,6 @@ def _write_tokenizer(folder: Path) -> Path:
 
 
 def raw_ids(dataset: Path) -> tuple[list[str], list[str]]:
-    """Raw ids of the users and the items."""
+    """Raw ids of the users, and of the items."""
     opened = Dataset.open(dataset)
     return opened.users["raw_user_id"].to_pylist(), opened.items["raw_item_id"].to_pylist()

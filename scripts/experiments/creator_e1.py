@@ -80,6 +80,8 @@ WRITERS: dict[str, list[str]] = {
 the cost of a step."""
 TABLE, FEATURE = "genres", "genres"
 AT_ONCE = 96
+AMONG = ", among the film's genres"
+"""Of nats: given that the text is one of the film's genres."""
 
 
 def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -176,6 +178,11 @@ class Choices:
         found[order] = torch.cat(score_vectors(experiment, steps, vectors[owner], is_null[owner], texts)).numpy()
         return found
 
+    def choice_nats(self, nll: Doubles) -> Doubles:
+        """[n] nats of each text among the candidates of its item: what remains if the writer chooses among them."""
+        share = np.exp(-nll)
+        return -np.log(share / np.bincount(self.owner, share)[self.owner])[self.is_right]
+
     def accuracy(self, nll: Doubles) -> Doubles:
         """[n] 1 where the creative's own text is the most likely candidate; ties count as their share."""
         best = np.full(self.items.size, np.inf)
@@ -253,6 +260,7 @@ def score(
         nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}
         nats = {name: values[choices.is_right] for name, values in nll.items()}
         hits = {name: choices.accuracy(values) for name, values in nll.items()}
+        nats |= {f"{name}{AMONG}": choices.choice_nats(values) for name, values in nll.items()}
         nats["count table"], hits["count table"] = count_table(experiment.creatives.table.part("train"), choices)
     if arguments.clusters and arm not in WITHOUT_USER:
         trained_on = creative_vectors(experiment, "train").vectors
@@ -291,9 +299,13 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
     if "right" not in nats:
         return {}
     found = {}
-    for name in (name for name in nats if name != "right"):
-        values = nats[name] - nats["right"]
-        found[f"{name} - right"] = [float(values.mean()), *user_mean_interval(values, users)]
+    for name in (name for name in nats if not name.startswith("right")):
+        rights = [f"right{AMONG}"] if name.endswith(AMONG) else ["right"]
+        if name == "count table":  # it chooses among the film's, too
+            rights.append(f"right{AMONG}")
+        for right in (right for right in rights if right in nats):
+            values = nats[name] - nats[right]
+            found[f"{name} - {right}"] = [float(values.mean()), *user_mean_interval(values, users)]
     return found
 
 

@@ -10,7 +10,7 @@ The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, 
     bias           joint with the position bias tower, which is left out at serving
     rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
     rate_25_raw, rate_5_raw   the same without it
-    rate_5_long, rate_5_slow   a twentieth, with twice the epochs, and with a third of the learning rate
+    rate_5_long, rate_5_slow   a twentieth, with twice the epochs; and with a third of the learning rate as well
     rate_5_equal   a twentieth, with four times the epochs: as many exposures as `joint` reads
     rate_5_file    a twentieth, the same one in all epochs: as in a file that was thinned out before
 
@@ -20,7 +20,7 @@ the comparison: metrics of each arm on the test day, and paired differences from
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from scipy.stats import kendalltau
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.predictions import save_predictions
@@ -47,7 +48,6 @@ from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings
 from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.evaluation.scoring import score_split
-from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 FULL = shop.Shop(
@@ -89,7 +89,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate_5_equal": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
     "rate_5_file": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
 }
-LONGER = {"rate_5_long": 2, "rate_5_equal": 4}
+LONGER = {"rate_5_long": 2, "rate_5_slow": 2, "rate_5_equal": 4}
 """Factor on the epochs of an arm."""
 
 
@@ -128,10 +128,10 @@ def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) ->
     options = [f"--{n}={value if isinstance(value, str) else json.dumps(value)}" for n, value in settings.items()]
     with distributed_device() as device:
         trainer = build_trainer(load_config(options), device)
-        if arm.endswith("_raw"):
-            _leave_correction_out(trainer)
-        if arm.endswith("_file"):
-            _draw_once(trainer)
+        for end, change in CHANGES.items():
+            if arm.endswith(end):
+                loader = trainer._loader(trainer.config.stages[0])
+                loader.collator = ChangedCollator(loader.collator, change)
         metrics = trainer.run()
         _score(run, "test", device)
         if arm == "joint":
@@ -147,24 +147,34 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _leave_correction_out(trainer: Trainer) -> None:
-    """Train on what is left as if it were whole traffic."""
-    loader = trainer._loader(trainer.config.stages[0])
-    collate = loader.collator
+class ChangedCollator:
+    """The loader's collator, with batches changed by `change`."""
 
-    def without(pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
-        batch = collate(pieces, epoch, step, rank)
-        batch.logit_offset = None
-        return batch
+    def __init__(self, collator: Collator, change: Callable[..., HybridBatch]) -> None:
+        self._collator, self._change = collator, change
 
-    loader.collator = without  # type: ignore[assignment]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collator, name)
+
+    def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
+        """The changed batch of the pieces."""
+        return self._change(self._collator, pieces, epoch, step, rank)
 
 
-def _draw_once(trainer: Trainer) -> None:
-    """Train on the negatives of the first epoch in all epochs: nothing else of a batch depends on the epoch here."""
-    loader = trainer._loader(trainer.config.stages[0])
-    collate = loader.collator
-    loader.collator = lambda pieces, epoch, step, rank=0: collate(pieces, 0, step, rank)  # type: ignore[assignment]
+def _without_correction(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
+    """A batch that passes for whole traffic."""
+    batch = collate(pieces, epoch, step, rank)
+    batch.logit_offset = None
+    return batch
+
+
+def _of_first_draw(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
+    """A batch with the negatives of the first epoch; nothing else of it depends on the epoch here."""
+    return collate(pieces, 0, step, rank)
+
+
+CHANGES = {"_raw": _without_correction, "_file": _of_first_draw}
+"""End of an arm's name -> how its batches are built."""
 
 
 def _score(run: Path, name: str, device: Any) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Mutation test: breaks the code in thirty-two places, one at a time, and checks that a test fails.
+"""Mutation test: breaks the code in thirty-five places, one at a time, and checks that a test fails.
 
     python scripts/reliability/breaks.py                     # all breaks, about a quarter of an hour
     python scripts/reliability/breaks.py attention gate      # the breaks whose names contain one of the words
@@ -239,6 +239,25 @@ BREAKS = (
         "if start != user.start or user.cache.length < self.hllm.user.context_prefix:",
         "if user.cache.length < self.hllm.user.context_prefix:",
         ("tests/serving/test_scorer.py",),
+    ),
+    # creative
+    Break(
+        "creatives: a writer sees a like of the same second",
+        "seen = liked.item_ids[max(0, before - selection.history) : before].tolist()",
+        "seen = liked.item_ids[max(0, before + 1 - selection.history) : before + 1].tolist()",
+        ("tests/creative/writing/test_pipeline.py",),
+    ),
+    Break(
+        "creatives: the key of an answer leaves out the model",
+        "[self.stage, writer, self.system, self.prompt, self.max_tokens, self.temperature, self.seed]",
+        "[self.stage, self.system, self.prompt, self.max_tokens, self.temperature, self.seed]",
+        ("tests/creative/writing/test_pipeline.py",),
+    ),
+    Break(
+        "creatives: instructions in a description count as facts",
+        "return [one for one in _SENTENCE_END.split(description) if not _TO_A_MODEL.search(one)]",
+        "return _SENTENCE_END.split(description)",
+        ("tests/creative/test_filters.py",),
     ),
 )
 

@@ -1,14 +1,15 @@
-"""Fuzzes the readers of files, the metrics and the models, with new inputs every time unless --seed says which.
+"""Fuzzes the readers of files, the metrics and the models, with new random inputs in each run unless --seed is given.
 
     python scripts/reliability/fuzz.py --seconds 60                     # all readers, one after the other
     python scripts/reliability/fuzz.py --seconds 600 --reader store
-    python scripts/reliability/fuzz.py --inputs 20000 --reader tables --log fuzz.jsonl    # goes on where it was stopped
+    python scripts/reliability/fuzz.py --inputs 20000 --reader tables --log fuzz.jsonl    # continues an interrupted run
 
-Prints a JSON line for each reader: inputs tried, distinct failures, and where. Exit status 1 if there is a failure.
-Inputs come in rounds of ROUND, one round per seed; with --log a line of the file has the result of each round, and
-rounds that it has are not repeated. Each reader runs in a process of its own, so that a crash of a decoder counts as a
-failure and ends nothing else. What is done to the files, and what is demanded of the readers, is in tests/fuzz/
-(hypothesis); values are compared with those of other programs: DuckDB, scikit-learn and plain transformers.
+Prints a JSON line for each reader: number of inputs, and the distinct failures with their positions. Exit status 1 if
+there is a failure. Inputs are drawn in rounds of at most ROUND, with one seed per round. With --log the result of each
+round is a line of the file, and rounds that the file has are not repeated. Each reader runs in a separate process, so
+that a crash of a decoder counts as a failure and does not end the others. tests/fuzz/ defines how the files are changed
+and what the readers must do (hypothesis); values are compared with those of other programs: DuckDB, scikit-learn and
+plain transformers.
 """
 
 import argparse
@@ -30,19 +31,19 @@ READERS = (
     "checkpoint", "models", "names", "creatives", "titles",
 )  # fmt: skip
 ROUND = 200
-"""Inputs of a round, at most."""
+"""Largest number of inputs in a round."""
 GRACE = 120
-"""Seconds that a reader's process may take to start, and to end with its last input."""
+"""Seconds that a reader's process may take in addition to the limit, to start and to finish its last input."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns 0, or 1 if a reader failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each reader (default: 60)")
-    parser.add_argument("--inputs", type=int, default=0, help="for each reader, instead of --seconds")
-    parser.add_argument("--reader", choices=READERS, action="append", help="may be given several times; default: all")
-    parser.add_argument("--seed", type=int, help="of the first round (default: the time; with --log: 0)")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="JSON lines of all rounds; those in it are kept")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds for each reader (default: 60)")
+    parser.add_argument("--inputs", type=int, default=0, help="number of inputs for each reader, instead of --seconds")
+    parser.add_argument("--reader", choices=READERS, action="append", help="reader (repeatable; default: all)")
+    parser.add_argument("--seed", type=int, help="seed of the first round (default: the time; with --log: 0)")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="JSON lines of the rounds; existing ones are reused")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.seed is None:
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Limits(NamedTuple):
-    """When a reader's fuzzing ends (after `seconds`, or with `inputs` above 0 after so many), its seed and its log."""
+    """Limits of a reader's fuzzing. seconds: time limit; inputs: number of inputs, which replaces `seconds` if above 0;
+    seed: of the first round; log: see `--log`."""
 
     seconds: float = 60.0
     inputs: int = 0
@@ -66,7 +68,7 @@ class Limits(NamedTuple):
 
 
 def run_apart(name: str, limits: Limits) -> dict[str, object]:
-    """`fuzz` in a process of its own; one that dies or does not end is a failure."""
+    """Run `fuzz` in a separate process; a process that crashes or does not end is a failure."""
     command = [sys.executable, str(Path(__file__).resolve()), "--in-process", f"--reader={name}"]
     command += [f"--seconds={limits.seconds}", f"--inputs={limits.inputs}", f"--seed={limits.seed}"]
     command += [f"--log={limits.log}"] if limits.log else []
@@ -86,7 +88,7 @@ def run_apart(name: str, limits: Limits) -> dict[str, object]:
 def fuzz(name: str, limits: Limits, target: Any = None) -> dict[str, object]:
     """Draw inputs and check them until a limit is reached; each distinct failure is shown once on stderr.
 
-    target: a `tests.fuzz.mutations.Target`; None: the reader's own.
+    target: a `tests.fuzz.mutations.Target`; None: the target of the reader's tests.
     """
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -145,7 +147,7 @@ def _round(target: Any, seed: int, stop: float, shown: Counter[str]) -> dict[str
         inputs += 1
         try:
             target.check(mutation)
-        except BaseException as error:  # whatever it is, it is what is looked for
+        except BaseException as error:  # every error except Ctrl-C is a failure of the reader
             if isinstance(error, KeyboardInterrupt):
                 raise
             key = _place(error)
@@ -159,7 +161,7 @@ def _round(target: Any, seed: int, stop: float, shown: Counter[str]) -> dict[str
 
 
 def _place(error: BaseException) -> str:
-    """Which failure it is: the kind of error, and the last line of the library's own that it went through."""
+    """Key of a failure: the type of the error, and the last line of the library in its traceback."""
     first = error.__context__ if isinstance(error, AssertionError) and error.__context__ else error
     frames = [f for f in traceback.extract_tb(first.__traceback__) if str(ROOT) in f.filename]
     own = [f for f in frames if "/tests/" not in f.filename and f.filename != __file__] or frames

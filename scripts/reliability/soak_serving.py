@@ -1,18 +1,19 @@
-"""`hllm serve` under load with kills, reloads, new items and appends; afterwards every score is replayed by evaluation.
+"""Runs `hllm serve` under load with kills, reloads, new items and appends, and compares its scores with evaluation.
 
     python scripts/reliability/soak_serving.py --minutes 30 --rate 20 [--folder DIR] [--out FILE]
 
-Users ask for scores and then say what they did, at seconds of their own, as a Poisson process of `--rate` requests a
-second. Meanwhile the service is killed (SIGKILL) every `--kill` seconds and started again, the published run changes
-every `--reload` seconds between two, new items come, and what was acknowledged is appended to the dataset every
-`--append` seconds. At the end all events are appended as a test part, `hllm evaluate`'s scores of both runs are
-compared with those that were served, and the service's file must have every event that it acknowledged. (The last
-append makes ID rows for the items that came during the soak, so their scores and those of users who have rated them
-cannot be compared: every second user is asked about the other items only.)
+Visits of users arrive as a Poisson process of `--rate` visits per second. In a visit a user requests scores of
+candidates and then sends an event; all visits of a user have different seconds. Meanwhile the service is killed
+(SIGKILL) every `--kill` seconds and started again, the published run alternates between two runs every `--reload`
+seconds, new items are added, and the acknowledged events are appended to the dataset every `--append` seconds. At the
+end all events are appended as a test part, the scores that `hllm evaluate` computes with both runs are compared with
+the served scores, and the service's file must have every acknowledged event. The last append assigns ID rows to the
+items that were added during the soak, so the scores of these items, and of users who have rated them, cannot be
+compared: half of the users therefore request scores of the other items only.
 
-Prints JSON; exit status 1 if a score differs, none was compared, an event is lost, or a status is 5xx while the service
-was not being killed.
-Give it half of the capacity that scripts/bench/bench_load.py measures here. Needs a checkout and Linux.
+Prints JSON. The exit status is 1 if a score differs, no score was compared, an event is lost, or a request that no kill
+interrupted has a status 5xx or no answer. `--rate` should be half of the capacity that scripts/bench/bench_load.py
+measures on this machine. Requires a checkout and Linux.
 """
 
 import argparse
@@ -55,12 +56,12 @@ from hllm_torchrec.serving.load_test import HttpClient  # noqa: E402
 
 TOKEN, PORT, SIZES, WIDTH = "a secret of this soak", 8431, Sizes(users=300, items=400, events=40, seed=3), 32
 TOLERANCE = 1e-3
-"""Largest difference of a logit: rounding of batches."""
+"""Largest accepted difference of a logit, due to rounding in batches."""
 
 
 @dataclass
 class Served:
-    """A score that was served and whose event was acknowledged."""
+    """A score that was served. second: of the request; model: mark of the model."""
 
     user: str
     item: str
@@ -75,7 +76,11 @@ Event = tuple[str, str, int, float, str]
 
 @dataclass
 class Tally:
-    """What happened. statuses: of requests while the service was up, and at a kill."""
+    """Counts and records of a soak.
+
+    up: status -> number of requests while the service was running; at_a_kill: the same for requests that a kill may
+    have interrupted; items: raw ids of the added items.
+    """
 
     up: Counter[int] = field(default_factory=Counter)
     at_a_kill: Counter[int] = field(default_factory=Counter)
@@ -85,22 +90,22 @@ class Tally:
     appends: int = 0
     items: list[str] = field(default_factory=list)
     memory: list[list[int]] = field(default_factory=list)
-    """Bytes in memory of each process, every ten seconds."""
+    """Resident bytes of each process of the service, every ten seconds."""
 
 
 class Service:
-    """`hllm serve` of what `folder`/current names."""
+    """`hllm serve` for the run to which `folder`/current points."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.url, self.ready = folder, f"http://127.0.0.1:{PORT}", False
         self.changed = time.monotonic()
-        """When it was last killed or became ready."""
+        """Time at which the service was last killed or became ready, on the monotonic clock."""
 
     async def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the service, and wait until it is ready."""
         given = ["--run", "current", "--dataset", "data", "--checkpoint", "latest", "--port", str(PORT), "--quiet"]
         given += ["--state", "events.sqlite", "--token-file", "token", "--watch", "1", "--max-change", "1"]
-        given += ["--deadline", "10000"]  # a reload computes beside the answers
+        given += ["--deadline", "10000"]  # a reload computes at the same time as the requests
         command = [sys.executable, "-m", "hllm_torchrec.launch.cli", "serve", *given, "--cache", "64"]
         with (self.folder / "serve.log").open("a") as log:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -112,7 +117,7 @@ class Service:
         self.ready, self.changed = True, time.monotonic()
 
     async def status(self) -> int:
-        """Of /readyz; 0 without an answer."""
+        """HTTP status of /readyz; 0 without an answer."""
         client = HttpClient(self.url)
         try:
             return (await client.request("GET", "/readyz"))[0]
@@ -122,14 +127,14 @@ class Service:
             client.close()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the service by SIGKILL."""
         self.ready, self.changed = False, time.monotonic()
         self.job.kill()
         self.job.wait()
 
 
 class Soak:
-    """Users, and what is done to the service."""
+    """The users, and the disturbances of the service."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options, self.tally, self.service = folder, options, Tally(), Service(folder)
@@ -139,7 +144,7 @@ class Soak:
         self.busy: set[str] = set()
 
     async def run(self) -> None:
-        """Load and disturb for the given minutes."""
+        """Send requests to the service and disturb it for `--minutes`."""
         await self.service.start()
         every = self.options
         work: list[tuple[float, Callable[[], Awaitable[None]]]] = [
@@ -163,13 +168,13 @@ class Soak:
         assert self.service.job.wait(60) == 0, "the service did not end with status 0"
 
     async def repeat(self, seconds: float, step: Callable[[], Awaitable[None]], ends: float) -> None:
-        """Call `step` every so many seconds, the last time before the end."""
+        """Call `step` every `seconds` seconds until `ends`, on the monotonic clock."""
         while time.monotonic() + seconds < ends:
             await asyncio.sleep(seconds)
             await step()
 
     async def visit(self, user: str, items: int) -> None:
-        """A user asks for scores of candidates among the first `items` items, and then acts on the first candidate."""
+        """Request scores of candidates among the first `items` items, then send an event of the first candidate."""
         self.busy.add(user)
         try:
             second = self.last[user] = max(self.last[user] + 1, int(time.time()))
@@ -188,7 +193,7 @@ class Soak:
             self.busy.discard(user)
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status (0: no answer) and answer, counted."""
+        """Send a request and count its status; return the status (0: no answer) and the answer."""
         client, began, was_ready = HttpClient(self.service.url, TOKEN), time.monotonic(), self.service.ready
         status, content = 0, b"null"
         with suppress(OSError, EOFError, h11.RemoteProtocolError):
@@ -206,13 +211,13 @@ class Soak:
         await self.service.start()
 
     async def publish_other(self) -> None:
-        """Let `current` name the other run; the service looks every second."""
+        """Let `current` point to the other run; the service checks it every second."""
         other = "b" if (self.folder / "current").resolve().name == "a" else "a"
         (self.folder / "next").symlink_to(other)
         (self.folder / "next").replace(self.folder / "current")
 
     async def new_item(self) -> None:
-        """Add an item by text."""
+        """Add an item with a text to the service."""
         name = f"new{len(self.tally.items)}"
         item = {"item": name, "text": {"title": "word1 word2"}, "features": {"genres": ["genre3"]}}
         if (await self.post("/v1/items", {"items": [item]}))[0] == 200:
@@ -220,12 +225,12 @@ class Soak:
             self.known.append(name)
 
     async def append(self) -> None:
-        """Append what was acknowledged to the dataset, which the service then loads."""
+        """Append the acknowledged events to the dataset; the service then loads the new version."""
         await asyncio.to_thread(self.append_now, f"append{self.tally.appends}", list(self.tally.acknowledged))
         self.tally.appends += 1
 
     def append_now(self, name: str, events: list[Event], split: Split | None = None) -> None:
-        """Append events to the dataset; those of earlier appends are there already."""
+        """Append events to the dataset, which ignores the events of earlier appends."""
         names = ("user", "item", "second", "label", "action")
         columns = dict(zip(names, zip(*events, strict=True), strict=True))
         pq.write_table(
@@ -242,7 +247,7 @@ class Soak:
         append_events(table(self.folder / f"{name}.yaml"), self.folder / "data", split=split)
 
     async def measure(self) -> None:
-        """Note the memory of the service."""
+        """Record the resident memory of the service."""
         if not self.service.ready:
             return
         with suppress(OSError):
@@ -251,14 +256,15 @@ class Soak:
 
 
 def logged(file: Path) -> list[Event]:
-    """The events in the service's file."""
+    """Events in the service's file."""
     with closing(sqlite3.connect(file)) as connection:
         found: list[Event] = connection.execute("SELECT user, item, timestamp, label, action FROM events").fetchall()
     return found
 
 
 def replayed(soak: Soak, device: torch.device) -> dict[str, Any]:
-    """Compare what was served with what evaluation gives for the same exposures, and the file with the answers."""
+    """Compare the served scores with the scores of evaluation for the same exposures, and the acknowledged events with
+    the service's file."""
     tally, folder = soak.tally, soak.folder
     events = logged(folder / "events.sqlite")
     lost = sorted(set(tally.acknowledged) - set(events))
@@ -274,7 +280,8 @@ def replayed(soak: Soak, device: torch.device) -> dict[str, Any]:
         for name, scores in by_run.items():
             difference = abs(scores[one.user, one.item, one.second] - one.score)
             errors.setdefault(one.model, {}).setdefault(name, []).append(difference)
-    # A model's mark is that of a run and a version of the dataset: all of its scores are those of one run.
+    # A mark identifies a run and a version of the dataset, so all scores with the same mark are of one run: the one
+    # whose scores differ least.
     worst = {mark: min(max(values) for values in by.values()) for mark, by in errors.items()}
     compared = sum(len(by["a"]) for by in errors.values())
     largest = max(worst.values(), default=0.0)
@@ -282,7 +289,7 @@ def replayed(soak: Soak, device: torch.device) -> dict[str, Any]:
 
 
 def evaluated(run: Path, dataset: Path, device: torch.device) -> dict[tuple[str, str, int], float]:
-    """Scores of a run's test part by raw user, raw item and second."""
+    """(Raw user, raw item, second) -> score of the run, for the exposures of the test part."""
     predictions = score_run(run, "test", "latest", device, dataset).predictions
     assert predictions is not None
     opened, rows = Dataset.open(dataset), pq.read_table(predictions).to_pydict()

@@ -38,12 +38,14 @@ def fit(folder: Path, vectors: np.ndarray, **more: Any) -> ClusterReport:
     return cluster_users(store(folder / "users", vectors), folder / "clusters", settings)
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("metric", ["euclidean", "standardized", "cosine"])
 def test_a_user_belongs_to_the_nearest_center_in_the_space_of_the_fit(tmp_path: Path, metric: Any) -> None:
     vectors = blobs()
     found = fit(tmp_path, vectors, metric=metric).clusters
     centers = found.centers
     x = vectors.astype(np.float32).astype(np.float64) - centers.mean
+    if metric == "standardized":
+        x /= vectors.std(0)
     if metric == "cosine":
         x /= np.linalg.norm(x, axis=1, keepdims=True)
     distances = np.linalg.norm(x[:, None] - centers.fitted[None], axis=2)  # one by one

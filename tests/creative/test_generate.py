@@ -95,7 +95,12 @@ def test_a_key_changes_with_all_that_a_title_depends_on_and_nothing_else() -> No
     (own,) = asked(writer(of), item)[1:2]
     same = [writer(of, pairs=PairRule(top=1)), writer(of, seed=5)]  # greedy: the seed draws nothing
     assert all(asked(one, item)[1].key == own.key for one in same)
-    others = [writer(of, rules=TextRules()), writer(of, temperature=1.0), writer(of, temperature=1.0, seed=5)]
+    others = [
+        writer(of, guidance=1.0),
+        writer(of, rules=TextRules()),
+        writer(of, temperature=1.0),
+        writer(of, temperature=1.0, seed=5),
+    ]
     others += [writer(of, source="brand"), TitleWriter(of.experiment, "w", clusters().centers.centers, same[0].options)]
     others += [TitleWriter(of.experiment, of.fingerprint, clusters().centers.centers + 1, same[0].options)]
     keys = [asked(one, item)[1].key for one in others] + [one.key for one in asked(same[0], np.array([3, 4]))]

@@ -15,7 +15,7 @@ from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings
 from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 from hllm_torchrec.metrics.number_metrics import number_metrics
 from tests.helpers.distributed import run_ranks
-from tests.helpers.prediction_rows import ROWS, columns, write_parquet
+from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 BINARY = tuple(f"t{number}" for number in range(5))
 NUMBERS = ("watch", "price")
@@ -177,6 +177,15 @@ def test_labels_of_a_task_differ_between_models(folders: dict[str, Path], tmp_pa
     paths = {"a": folders["a"], "b": write_parquet(other, tmp_path / "b")}
     with pytest.raises(ValueError, match="column 'label_watch' is 4; it differs from the files of 'a'"):
         evaluate(paths, True)
+
+
+def test_tasks_of_a_csv_file_are_those_of_parquet(tmp_path: Path) -> None:
+    rows = {name: values for name, values in predictions(0).items() if "_t" not in name or "t0" in name}
+    empty = {name: pa.array(np.where(np.isnan(v), None, v)) for name, v in rows.items() if name.startswith("label_")}
+    written = write_csv(rows | {name: values.cast(pa.float64()) for name, values in empty.items()}, tmp_path / "a.csv")
+    found, expected = (evaluate({"a": path}, False)["tasks"] for path in (written, write_parquet(rows, tmp_path / "a")))
+    assert found["t0"]["models"]["a"]["auc"] == expected["t0"]["models"]["a"]["auc"]
+    assert found["watch"]["models"]["a"] == pytest.approx(expected["watch"]["models"]["a"], rel=1e-6)
 
 
 def test_labels_that_are_booleans_with_gaps_are_defined_where_they_are_known(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.creative.imports.hllm_creator import read_hllm_creator
 from hllm_torchrec.creative.imports.lamp import read_lamp
-from hllm_torchrec.creative.imports.own_table import read_own_table, reasons_of
+from hllm_torchrec.creative.imports.text_table import read_text_table, reasons_of
 from hllm_torchrec.creative.writing.answers import AnswerFile
 from hllm_torchrec.data.creative_table import CreativeTable, forget_in_tables
 from hllm_torchrec.data.dataset import Dataset
@@ -65,7 +65,7 @@ def check(mutation: Any) -> None:
             file = path / "mutated.parquet"
             file.write_bytes(change_bytes((path / "published.parquet").read_bytes(), of_bytes))
             check_reader(lambda: list(read_hllm_creator([file])), [str(file)])
-            check_reader(lambda: reasons_of(read_own_table([file]), dataset), [str(file)])
+            check_reader(lambda: reasons_of(read_text_table([file]), dataset), [str(file)])
             return
         case ("lamp", name, changes, of_bytes):
             asked, golds = path / "lamp_questions.json", path / "lamp_outputs.json"

@@ -30,7 +30,7 @@ def good() -> tuple[Path, dict[str, bytes]]:
     root, random = fixtures.folder() / "fuzz-titles", np.random.default_rng(0)
     hashes, order = hash_order([f"u{n}" for n in range(20)])
     users = pa.table([[f"u{n}" for n in order], order % 3, random.random(20)], schema=USERS)
-    arrays = (random.normal(size=shape).astype(np.float32) for shape in (4, (3, 4), (3, 4)))
+    arrays = (random.random(shape).astype(np.float32) for shape in (4, 4, (3, 4), (3, 4)))
     facts = {
         "source": {"part": "users", "weights": "w"},
         "settings": {"clusters": 3, "metric": "cosine", "center": "mean", "least": 2, "seed": 0},

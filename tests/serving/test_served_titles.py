@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from hllm_torchrec.creative.forgotten_titles import forget_items, forget_users
 from hllm_torchrec.creative.titles import Creatives
 from hllm_torchrec.data.event_log import EventLog
 from hllm_torchrec.distributed.process_group import destroy_distributed
@@ -86,6 +87,23 @@ def test_titles_are_watched(tmp_path: Path) -> None:
     assert reported.wait(30)
     watching.join()
     assert "the titles stay" in said[0] and "120 titles of" in said[1]
+
+
+def test_a_link_is_an_alias_of_titles_with_clusters_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    titles, again = copied("titles", tmp_path), copied("titles", tmp_path / "second")
+    folders = [copied("clusters", tmp_path), copied("clusters", tmp_path / "second")]
+    link = tmp_path / "current"
+    link.symlink_to("titles")
+    served = ServedTitles(link)
+    person = Creatives.open(titles).clusters.users["raw_user_id"][0].as_py()
+    forget_users(folders[1], [person])
+    forget_items(again, ["s1"])
+    assert not served.refresh() and served.of(person, ["s1"]) != [None]
+    link.unlink()
+    link.symlink_to("second/titles")
+    assert served.refresh() and served.of(person, ["s1"]) == [None]
+    assert Creatives.open(link).clusters.path == folders[1]
 
 
 def test_serve_without_titles_in_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,7 +245,7 @@ def test_profiles_that_are_read_must_exist_and_have_somebody_to_be_told_apart_fr
     own = settings(creative__losses__match="0", creative__losses__align="1")
     with pytest.raises(ConfigError, match=r"recon and align read profiles, and \d+ training rows of .* have none"):
         build_trainer(config(tmp_path / "a", **own | {"creative__data": "countries"}), init_distributed())
-    with pytest.raises(FloatingPointError, match="of one user, who has nobody to be told apart from; raise"):
+    with pytest.raises(FloatingPointError, match="of one user, so there are no negatives; raise"):
         build_trainer(config(tmp_path / "b", **own | {"creative__per_batch": 1}), init_distributed()).run()
 
 

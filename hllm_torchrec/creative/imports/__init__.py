@@ -1,1 +1,1 @@
-"""Tables of personalized texts made elsewhere: the published HLLM-Creator format, LaMP, and tables of your own."""
+"""Import of tables of personalized texts: HLLM-Creator's format, LaMP, and tables of users."""

@@ -1,10 +1,10 @@
-"""Reader of the published table of HLLM-Creator (Parquet): a row has a user's titles and a personalized title.
+"""Reader of HLLM-Creator's training tables (Parquet). A row has a user's history, an item and a personalized title.
 
     item_id_list, title_list    the history, oldest first: lists, or JSON text of lists
     original_title, original_description, response, user_profile
 
-The prompts of the published table (prompt1, prompt2) are not read: a run has its own (`creative.prompt`). The item that
-a title is for has no id there; it gets the hash of its texts.
+The prompts in these tables (prompt1, prompt2) are not read, because a run has its own prompt (`creative.prompt`). The
+tables have no id of the item, so its id is a hash of its texts.
 """
 
 import json
@@ -24,7 +24,7 @@ _REMEDY = "give Parquet files in the format of HLLM-Creator's training table"
 
 
 def read_hllm_creator(paths: Sequence[Path]) -> Iterator[Sample]:
-    """Yield the rows of files, in order.
+    """Yield a sample for each row of the files, in their order.
 
     Raises:
         ValueError: a file is damaged or has other columns, or the lists of a row differ in length.

@@ -3,9 +3,9 @@
     *_questions.json   [{"id", "input", "profile": [{"id", "title", "text" (LaMP-5: "abstract"), "date"}]}]
     *_outputs.json     {"task": "LaMP_4", "golds": [{"id", "output"}]}
 
-A profile is the user's history: title and text of what the user wrote. The item is the article or abstract of `input`,
-without a title, which is what is to be written; the instruction before it is left out. Its id is `lamp-`, the number of
-the file and the question's id.
+A question's profile is the user's history: titles and texts that the user wrote. The item is the article or abstract
+in `input`, without the instruction before it. The item has no title, because the title is the text to write. Its id is
+`lamp-`, the number of the file, `-` and the question's id.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from hllm_torchrec.creative.imports.samples import Item, Sample, text_of
 
 TASKS = {"LaMP-4": "text", "LaMP-5": "abstract"}
-"""Task -> field of a profile's text."""
+"""Task -> field with the texts of a profile."""
 ID_PREFIX = "lamp-"
 _INSTRUCTION = "Generate a "
 """Beginning of the instruction in an input, which ends with a colon."""
@@ -24,7 +24,7 @@ _REMEDY = "give the benchmark's files"
 
 
 def read_lamp(task: str, questions: Sequence[Path], outputs: Sequence[Path]) -> Iterator[Sample]:
-    """Yield the samples of pairs of files; of two pairs or more, the last is the part test.
+    """Yield a sample for each question of pairs of files. If there are several pairs, the last one is the test part.
 
     Raises:
         ValueError: a file is damaged or of another task, or a question has no output.
@@ -38,7 +38,11 @@ def read_lamp(task: str, questions: Sequence[Path], outputs: Sequence[Path]) -> 
 
 
 def predictions(origin: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Predictions in the benchmark's form. origin: writer of the table; texts: raw item id and text of each question.
+    """Predictions in the form of the benchmark's outputs.
+
+    Args:
+        origin: writer of the table that the run was trained on.
+        texts: raw item id and predicted text of each question.
 
     Raises:
         ValueError: the table was not imported from LaMP.

@@ -1,7 +1,7 @@
-"""`import_samples`: personalized texts that bring their users' histories become a dataset with a table of creatives.
+"""`import_samples`: a dataset with a table of creatives, from personalized texts that come with the users' histories.
 
-The dataset is made by `prepare`, from tables of events and items that are written for it: an event for each item of a
-history, in its order, and an item for each one that a text was written for. So everything that reads datasets reads it.
+Tables of events and items are written, from which `prepare` makes the dataset. The events are the items of the
+histories in their order. The items are those of the histories, and those that the texts were written for.
 """
 
 import tempfile
@@ -30,13 +30,13 @@ NO_HISTORY, NO_RESPONSE, NO_TEXT = "no history", "no text", "the item has no tex
 
 
 def text_of(value: Any) -> str:
-    """A JSON value as text; "" for null. Lone surrogates, which JSON can spell and no file can hold, become "?"."""
+    """A JSON value as text, "" for null; "?" replaces lone surrogates, which JSON can spell and UTF-8 cannot."""
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
 class Item:
-    """An item of a history, or one that a text is for."""
+    """An item of a history, or the item that a text was written for."""
 
     id: str
     title: str
@@ -45,7 +45,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text for a user and an item. history: oldest first; part: train, valid or test, or None to draw it by user."""
+    """A personalized text for a user and an item.
+
+    history: items of the user, oldest first; profile: text about the user's interests; part: train, valid or test, or
+    None if the part is drawn by the user.
+    """
 
     history: tuple[Item, ...]
     item: Item
@@ -55,7 +59,7 @@ class Sample:
 
     @property
     def user(self) -> str:
-        """Id of the user: a hash of the history's items, as these formats have no other."""
+        """Id of the user, which is a hash of the history's items because the formats have no user ids."""
         return f"u-{hash_texts(item.id for item in self.history)[:20]}"
 
     def problems(self) -> list[str]:
@@ -70,8 +74,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Imported:
-    """path: of the table; counts: rows of each part; left_out: samples by reason; conflicts: times that an item has
-    another title than the first one, which is kept."""
+    """Result of an import.
+
+    path: folder of the table; counts: number of rows of each part; left_out: number of samples by reason; conflicts:
+    number of occurrences of an item whose title differs from the first one, which the dataset has.
+    """
 
     path: Path
     counts: dict[str, int]
@@ -85,16 +92,16 @@ def import_samples(
     """Make the dataset `root` and its table `name`.
 
     Args:
-        split: rule by which the dataset's events are divided (`prepare`); the table is divided by user.
-        fractions: shares of the users in train, valid and test, for samples without a part of their own; if others
-            have the part test, those of train and valid.
+        split: rule by which `prepare` divides the events of the dataset. The table is divided by user.
+        fractions: shares of the users in train, valid and test, for samples without a part. If some samples have the
+            part test, only the ratio of train and valid counts.
+        origin: column `origin` of the table.
 
     Raises:
-        ValueError: a sample is damaged, none is left, or `root` holds something else.
+        ValueError: a sample is damaged, no sample is left, or `root` has another dataset.
     """
     left_out: Counter[str] = Counter()
     root.parent.mkdir(parents=True, exist_ok=True)
-    # The same name at each call, because the manifest of the dataset refers to the files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-import-", dir=root.parent) as scratch:
         source = _Source(Path(scratch))
         rows = list(source.write(samples, left_out))
@@ -117,17 +124,17 @@ def import_samples(
 
 
 class _Source:
-    """Tables of events and items for `prepare`, in a folder."""
+    """Writer of tables of events and items, from which `prepare` makes a dataset."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._users: set[str] = set()
         self._titles: dict[str, int] = {}
         self.conflicts = 0
-        """Times that an item had another title than at first."""
+        """Number of occurrences of an item whose title differs from the first one."""
 
     def write(self, samples: Iterable[Sample], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-        """Write events and items of the samples that are kept; yield the rows of their texts."""
+        """Write the events and items of the valid samples, and yield their rows of the table of creatives."""
         with (
             pq.ParquetWriter(self.folder / "events.parquet", _EVENTS) as events,
             pq.ParquetWriter(self.folder / "items.parquet", _ITEMS) as items,
@@ -156,7 +163,7 @@ class _Source:
                 yield {"item": item.id, "title": item.title, "description": item.description}
 
     def mapping(self, name: str) -> Path:
-        """The mapping of these tables for `prepare`: the order of the rows is their time, every event is positive."""
+        """Write the mapping of the tables: the order of the rows is their time, and every event is positive."""
         path = self.folder / "mapping.yaml"
         facts = {
             "name": name,
@@ -180,7 +187,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def _parts(rows: list[dict[str, Any]], fractions: tuple[float, float, float], origin: str) -> dict[str, pa.Table]:
-    if any(row["part"] for row in rows):  # test comes from files of its own
+    if any(row["part"] for row in rows):  # the test part is given
         both = fractions[0] + fractions[1]
         fractions = (fractions[0] / both, fractions[1] / both, 0.0)
     drawn = split_by_user([row["raw_user_id"] for row in rows], fractions)

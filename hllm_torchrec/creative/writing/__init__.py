@@ -1,1 +1,1 @@
-"""Tables of personalized texts by a language model: writers, their prompts, the file of answers, the pipeline."""
+"""Personalized texts by a language model: interfaces to models, prompts, files of answers, the stages of a build."""

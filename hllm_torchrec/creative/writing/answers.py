@@ -1,9 +1,10 @@
-"""`AnswerFile`: the answers of a stage as JSON lines, appended and synced one by one: nothing is paid for twice.
+"""`AnswerFile`: answers of one stage as JSON lines, so that a build which runs again asks for no answer twice.
 
     <dataset>/creatives/.answers/<name>/{profile,propose,judge}.jsonl
 
-A line is {"key", "user", "item", "text"}; its key is the hash of the prompt, the writer and its parameters. A line that
-a killed build did not finish is removed.
+A line is {"key", "user", "item", "text"}. Its key is the hash of the prompt, the writer's name and the parameters. Each
+line is appended and synced to the disk before the next answer is read. An incomplete last line, which a killed build
+leaves, is removed when the file is opened.
 """
 
 import json
@@ -25,7 +26,7 @@ def answers_folder(root: Path, name: str) -> Path:
 
 
 class AnswerFile:
-    """Opens the file, or makes it; one process at a time (the caller holds a lock).
+    """Reads the file if it exists. Only one process may use the file at a time: the caller holds `answers_lock`.
 
     Raises:
         ValueError: a line is damaged.
@@ -45,18 +46,19 @@ class AnswerFile:
         for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
             yield _parsed(line, f"{self.path}, line {number}")
 
-    def ask(self, asked: Sequence[Ask], writer: Writer) -> tuple[list[str | None], dict[int, str]]:
-        """Text for each ask: from the file, or by the writer; and, for those without one, the reason by index.
+    def ask(self, asks: Sequence[Ask], writer: Writer) -> tuple[list[str | None], dict[int, str]]:
+        """Look up the answer to each prompt, and let the writer answer the prompts that are not in the file.
+
+        Returns:
+            The text of each answer, None where there is none; and the reason of each missing answer, by its position.
 
         Raises:
-            ValueError: the writer gives no answer at all, or one to something else.
-            Preempted: the writer has reached a limit; answers so far are in the file.
+            ValueError: the writer cannot answer any prompt, or refers to a prompt that it was not given.
+            Preempted: the writer has reached a limit. The answers before it are in the file.
         """
-        keys = [ask.key(writer.name) for ask in asked]
-        wanted = {key: ask for key, ask in zip(keys, asked, strict=True) if key not in self.texts}
-        missing, failed = list(wanted), dict[str, str]()
-        if missing:
-            self._write([wanted[key] for key in missing], missing, writer, failed)
+        keys = [ask.key(writer.name) for ask in asks]
+        missing = {key: ask for key, ask in zip(keys, asks, strict=True) if key not in self.texts}
+        failed = self._write(list(missing.values()), list(missing), writer) if missing else {}
         texts = [self.texts.get(key) for key in keys]
         reasons = {
             i: failed.get(key, "the writer gave none")
@@ -65,16 +67,17 @@ class AnswerFile:
         }
         return texts, reasons
 
-    def _write(self, asked: Sequence[Ask], keys: Sequence[str], writer: Writer, failed: dict[str, str]) -> None:
-        """Append the answers to `asked` as they come; failures go into `failed`, by key."""
+    def _write(self, asks: Sequence[Ask], keys: Sequence[str], writer: Writer) -> dict[str, str]:
+        """Append the writer's answers; return the reason for each prompt without one, by its key."""
+        failed: dict[str, str] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for answer in writer.write(asked):
-                if not 0 <= answer.index < len(asked):
+            for answer in writer.write(asks):
+                if not 0 <= answer.index < len(asks):
                     raise ValueError(
-                        f"{writer.name} answers prompt {answer.index}, but must answer 0 to {len(asked) - 1}"
+                        f"{writer.name} answers prompt {answer.index}, but must answer 0 to {len(asks) - 1}"
                     )
-                ask, key = asked[answer.index], keys[answer.index]
+                ask, key = asks[answer.index], keys[answer.index]
                 if answer.text is None:
                     failed[key] = answer.error
                     continue
@@ -84,6 +87,7 @@ class AnswerFile:
                     file.flush()
                     os.fsync(file.fileno())
                 self.texts[key] = answer.text
+        return failed
 
 
 def _parsed(line: bytes, where: str) -> tuple[str, str]:

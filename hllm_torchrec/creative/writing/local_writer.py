@@ -1,9 +1,10 @@
-"""`LocalWriter`: asks a causal language model in a Hugging Face directory, on this machine, one prompt after the other.
+"""`LocalWriter`: answers of a causal language model in a Hugging Face directory, computed on this machine.
 
-The conversation is laid out by the model's chat template. Prompts hold texts of items, which may spell the template's
-special tokens: the template is filled with marks, and what replaces them is tokenized as plain text.
+The model's chat template lays out the conversation. A prompt contains texts of items, which may spell the template's
+special tokens. Therefore the template is filled with marks, and the messages that replace the marks are tokenized as
+plain text.
 
-For many texts a server is faster (`openai` writer): it batches prompts of different lengths.
+Prompts are decoded one after the other. A server is faster (writer `openai`), because it batches prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,10 @@ from hllm_torchrec.modules.creative.decode import DecodeOptions, decode
 
 
 class LocalWriter:
-    """Answers prompts by the model in `directory`.
+    """Answers prompts with the model in `directory`.
 
     Raises:
-        ValueError: the directory holds no decoder with a tokenizer and an end token, or is damaged.
+        ValueError: the directory is damaged, or has no decoder, no tokenizer or no end token.
     """
 
     leaves_machine = ""
@@ -51,9 +52,9 @@ class LocalWriter:
         self.llm.to(self.device)
         self._positions = getattr(backbone.config, "max_position_embeddings", None)
 
-    def write(self, asked: Sequence[Ask]) -> Iterator[Answer]:
-        """Yield the answers in order."""
-        for index, ask in enumerate(asked):
+    def write(self, asks: Sequence[Ask]) -> Iterator[Answer]:
+        """Yield the answers in the order of the prompts."""
+        for index, ask in enumerate(asks):
             ids = self.prompt_ids(ask)
             if self._positions is not None and len(ids) + ask.max_tokens > self._positions:
                 error = f"{len(ids)} tokens and --answer-tokens {ask.max_tokens} exceed {self._positions} positions"
@@ -64,7 +65,7 @@ class LocalWriter:
             yield Answer(index, text, tokens=(len(ids), len(tokens)))
 
     def prompt_ids(self, ask: Ask) -> list[int]:
-        """Tokens of a conversation up to the place of the answer."""
+        """Token ids of the conversation before the answer."""
         parts = (("system", ask.system), ("user", ask.prompt))
         contents = {hash_texts([name, text])[:20]: text for name, text in parts}
         system, user = contents
@@ -73,7 +74,7 @@ class LocalWriter:
             return [*begin, *self._plain_ids(f"{ask.system}\n\n{ask.prompt}\n\n")]
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         laid_out = self._template(messages)
-        if system not in laid_out:  # a template without a system message
+        if system not in laid_out:  # the template ignores system messages
             laid_out = self._template([{"role": "user", "content": f"{system}\n\n{user}"}])
         ids: list[int] = []
         rest = laid_out
@@ -83,7 +84,7 @@ class LocalWriter:
         return [*ids, *self.tokenizer(rest, add_special_tokens=False)["input_ids"]]
 
     def _template(self, messages: list[dict[str, str]]) -> str:
-        # enable_thinking: Qwen3's template would let the model reason first; others ignore it.
+        # By default Qwen3's template lets the model reason before it answers. Other templates ignore the option.
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return str(self.tokenizer.apply_chat_template(messages, **options))
 
@@ -96,7 +97,7 @@ class LocalWriter:
         width = self.llm.backbone.get_input_embeddings().weight.shape[1]
         soft = torch.empty(1, 0, width, device=self.device)
         options = DecodeOptions(int(self.tokenizer.eos_token_id), ask.max_tokens, ask.temperature)
-        # The draws of a prompt depend on nothing else, so that a build that goes on writes the same texts.
+        # The seed depends on the prompt alone, so a resumed build writes the same texts.
         seed = int(ask.key(self.name)[:15], 16)
         found = decode(self.llm, before, after, soft, options, [torch.Generator().manual_seed(seed)])
         tokens: list[int] = found.tokens[0].tolist()

@@ -1,10 +1,10 @@
-"""`OpenAIWriter`: asks a server with the interface of OpenAI's chat completions (vLLM, llama.cpp, Ollama, providers).
+"""`OpenAIWriter`: answers of a server with OpenAI's chat completions interface (vLLM, llama.cpp, Ollama, providers).
 
     POST {base_url}/chat/completions    {"model", "messages", "max_tokens", "temperature", "seed"}
 
-The key is read from an environment variable and is written nowhere. Status 429, 5xx, timeouts and answers that are no
-completion are tried again with increasing pauses. Other errors are not, because the next try would fail as well: 401,
-403 and 404 end the build.
+The key is read from an environment variable and is not written to any file or message. A request is repeated, after
+increasing pauses, if the status is 429 or 5xx, if no answer comes in time, or if the answer is no completion. Other
+errors are not repeated, because the next request would fail as well; status 401, 403 and 404 end the build.
 """
 
 import json
@@ -27,10 +27,10 @@ from hllm_torchrec.creative.writing.writer import Answer, Ask
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LARGEST = 4 << 20
-"""Bytes of an answer that are read at most."""
+"""Largest size of an answer in bytes."""
 _LONGEST_PAUSE = 60.0
 _FAILURES = 8
-"""Failures one after the other that end a build; before the first answer a single one does."""
+"""Number of consecutive failures that end a build. Before the first answer, one failure ends it."""
 _WRONG_REQUEST = {
     401: "the key is refused",
     403: "access is refused",
@@ -40,11 +40,13 @@ _WRONG_REQUEST = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and what it may cost.
+    """Address of a server, and limits of its use.
 
-    base_url: up to and with its version, such as https://host/v1; model: its name for the model; key_from: environment
-    variable that holds the key (none: no key is sent); at_once: requests at the same time; max_requests, max_tokens:
-    limits of this process, tokens of prompts and answers together (none: no limit); timeout, pause: seconds.
+    base_url: address with the version, such as https://host/v1; model: the server's name of the model; key_from: name
+    of the environment variable with the key (None: no key is sent); at_once: number of concurrent requests;
+    max_requests: largest number of requests of this process; max_tokens: largest number of tokens of its prompts and
+    answers together (None: no limit); timeout: seconds without data after which a request is given up; tries: largest
+    number of requests for a prompt; pause: seconds before the second one.
     """
 
     base_url: str
@@ -82,14 +84,17 @@ def _is_key(text: str) -> bool:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirection would carry the key and the histories to another server."""
+    """Refuses redirections, because they would send the key and the histories to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class _Failed(Exception):
-    """A request failed. again: another try may succeed; ends: no other request can."""
+    """Failure of a request.
+
+    again: the same request may succeed later, `after` seconds at the earliest; ends: all other requests will fail too.
+    """
 
     def __init__(self, message: str, *, again: bool = False, ends: bool = False, after: float = 0.0) -> None:
         super().__init__(message)
@@ -97,10 +102,10 @@ class _Failed(Exception):
 
 
 class OpenAIWriter:
-    """Answers prompts by a server; see the module docstring.
+    """Sends prompts to a server; see the module docstring.
 
     Raises:
-        ValueError: a setting is not usable.
+        ValueError: a setting is not valid.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -118,16 +123,16 @@ class OpenAIWriter:
         self._answered, self._failed_in_a_row = False, 0
         self._ended_by: Exception | None = None
 
-    def write(self, asked: Sequence[Ask]) -> Iterator[Answer]:
-        """Yield answers as they come.
+    def write(self, asks: Sequence[Ask]) -> Iterator[Answer]:
+        """Yield the answers in the order in which the server gives them.
 
         Raises:
-            Preempted: a limit is reached; requests that were sent have been answered.
+            Preempted: a limit is reached. The answers to all requests that were sent have been yielded.
             ValueError: the server refuses the key or the model, or cannot be reached.
         """
         self._stop.clear()
         with ThreadPoolExecutor(self.endpoint.at_once) as pool:
-            futures: list[Future[Answer | None]] = [pool.submit(self._answer, i, ask) for i, ask in enumerate(asked)]
+            futures: list[Future[Answer | None]] = [pool.submit(self._answer, i, ask) for i, ask in enumerate(asks)]
             try:
                 for future in as_completed(futures):
                     if (answer := future.result()) is not None:
@@ -139,7 +144,7 @@ class OpenAIWriter:
             raise self._ended_by
 
     def _answer(self, index: int, ask: Ask) -> Answer | None:
-        """Answer of a prompt; None after the end of the job."""
+        """Send the requests for one prompt; None if the build has ended in the meantime."""
         failure = _Failed("")
         for number in range(self.endpoint.tries):
             if self._stop.wait(self._pause(number, failure) if number else 0.0) or not self._may_ask():
@@ -158,7 +163,7 @@ class OpenAIWriter:
         return self._failure(index, failure)
 
     def _pause(self, number: int, failure: _Failed) -> float:
-        """Seconds before another try: what the server asked for, or twice as long each time."""
+        """Seconds before request `number`: twice as many each time, and at least those that the server asked for."""
         pause = self.endpoint.pause * 2.0 ** (number - 1) * random.uniform(0.75, 1.25)
         return min(_LONGEST_PAUSE, max(pause, failure.after))
 
@@ -173,7 +178,7 @@ class OpenAIWriter:
         return None
 
     def _may_ask(self) -> bool:
-        """True if a limit is not reached; counts the request."""
+        """Count a request; False if a limit is reached, and the request must not be sent."""
         most = self.endpoint
         with self._lock:
             if most.max_requests is not None and self.requests >= most.max_requests:
@@ -193,7 +198,11 @@ class OpenAIWriter:
         self._stop.set()
 
     def _request(self, ask: Ask) -> tuple[str, tuple[int, int]]:
-        """Text of the completion, and tokens of prompt and answer. Raises _Failed."""
+        """Send a request; return the text of the completion and the numbers of tokens of prompt and answer.
+
+        Raises:
+            _Failed: there is no completion.
+        """
         body = {
             "model": self.endpoint.model,
             "messages": [{"role": "system", "content": ask.system}, {"role": "user", "content": ask.prompt}],
@@ -211,7 +220,7 @@ class OpenAIWriter:
                 data = response.read(_LARGEST + 1)
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
-        except (OSError, HTTPException) as error:  # no connection, a timeout, or one that was cut
+        except (OSError, HTTPException) as error:  # no connection, a timeout, or a connection that was cut
             reason = getattr(error, "reason", error)
             raise _Failed(f"no answer ({self._safe(str(reason) or type(reason).__name__)})", again=True) from None
         return _completion(data, ask)
@@ -231,7 +240,7 @@ class OpenAIWriter:
         )
 
     def _safe(self, text: str) -> str:
-        """The beginning of what a server says, without the key, which some repeat."""
+        """Beginning of a server's message, without the key, which some servers repeat."""
         shown = text.replace(self._key, "***") if self._key else text
         return printable(" ".join(shown.split()))[:200]
 
@@ -248,7 +257,7 @@ def _completion(data: bytes, ask: Ask) -> tuple[str, tuple[int, int]]:
         raise _Failed("the answer has no text: the model refused, or used up its tokens")
     usage = found.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    # A server that does not count: about four characters are a token.
+    # For servers that do not report numbers of tokens, four characters count as one token.
     lengths = [len(ask.system) + len(ask.prompt), len(text)]
     tokens = [n if isinstance(n, int) and n >= 0 else length // 4 for n, length in zip(counts, lengths, strict=True)]
     return text, (tokens[0], tokens[1])

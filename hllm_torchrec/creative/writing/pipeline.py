@@ -1,4 +1,7 @@
-"""`build_by_writer`: profile -> propose -> filter, each stage resumable; see `answers` for the files."""
+"""`build_by_writer`: texts by a language model, in three stages: profiles of users, titles, filters.
+
+The answers of the first two stages, and of the judge, are in files (`AnswerFile`), so that each stage can be resumed.
+"""
 
 import json
 from collections import Counter
@@ -20,16 +23,23 @@ from hllm_torchrec.creative.writing.requests import Wanted
 from hllm_torchrec.creative.writing.text_cosine import TextCosine
 from hllm_torchrec.creative.writing.writer import Ask, Writer
 
+_SEEDS = 1_000_003
+"""Difference of the seeds of two attempts."""
 NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by the judge", "far from the facts"
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of the writer's answers, which are part of their keys."""
+    """Parameters of answers, which are part of their keys, and the number of attempts.
+
+    max_tokens: largest number of tokens of an answer; temperature: of sampling, 0 for the likeliest tokens; seed: of
+    sampling; attempts: number of answers that are sampled until one has the JSON object that the prompt asks for.
+    """
 
     max_tokens: int = 512
     temperature: float = 0.7
     seed: int = 0
+    attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,11 @@ class Checks:
 
 @dataclass
 class Draft:
-    """A text on its way through the stages. reasons: why it is left out."""
+    """State of a text between the stages.
+
+    profile: fields of the user's profile; text: the written title; checks: values of filters; reasons: names of the
+    filters that it did not pass.
+    """
 
     wanted: Wanted
     profile: dict[str, str] = field(default_factory=dict)
@@ -58,8 +72,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class Built:
-    """rows: `creative_table.SCHEMA`; dropped: the same with `reasons`; left_out: number of texts by reason (a text may
-    have several); errors: what the writer said of prompts without an answer."""
+    """Result of a build.
+
+    rows: texts that passed the filters, in the columns of a table of creatives; dropped: the other texts, with a column
+    `reasons`; left_out: number of texts for each reason (a text may have several reasons); errors: messages of writers
+    about prompts without an answer.
+    """
 
     rows: pa.Table
     dropped: pa.Table
@@ -68,7 +86,7 @@ class Built:
 
 
 class _Stages:
-    """Asks a writer, by the files in `folder`."""
+    """Asks a writer the prompts of a stage, and keeps its answers in files in `folder`."""
 
     def __init__(self, folder: Path, writer: Writer, parameters: Parameters) -> None:
         self.folder, self.writer, self.parameters = folder, writer, parameters
@@ -77,31 +95,42 @@ class _Stages:
     def ask(
         self, stage: str, drafts: Sequence[Draft], prompt: Callable[[Draft], str], *, of_item: bool = True
     ) -> Iterator[tuple[Draft, dict[str, str]]]:
-        """Yield the drafts that have an answer with all fields; the others get a reason."""
-        limits = vars(self.parameters)
-        asked = [
-            Ask(
-                stage,
-                prompts.SYSTEM[stage],
-                prompt(draft),
-                draft.wanted.raw_user,
-                draft.wanted.raw_item if of_item else None,
-                **limits,
-            )
-            for draft in drafts
-        ]
-        texts, failed = AnswerFile(self.folder / f"{stage}.jsonl").ask(asked, self.writer)
-        for i, (draft, ask, text) in enumerate(zip(drafts, asked, texts, strict=True)):
-            answer = None if text is None else prompts.parse_answer(stage, text)
-            if i in failed:
-                self.errors.append(failed[i])
-                draft.reasons.append(f"{stage}: no answer")
-            elif answer is None:
-                draft.reasons.append(f"{stage}: no JSON of its fields")
-            elif any(mark in str(text) for mark in prompts.marks_in(ask.prompt)):
-                draft.reasons.append(INSTRUCTION)
-            else:
-                yield draft, answer
+        """Yield each draft with the fields of its answer. A draft without a complete answer gets a reason instead.
+
+        of_item: the prompt contains the item, so that the answer is removed if the item is forgotten.
+        """
+        file, left = AnswerFile(self.folder / f"{stage}.jsonl"), list(drafts)
+        for attempt in range(self.parameters.attempts if self.parameters.temperature else 1):
+            asks = [self._ask(stage, draft, prompt(draft), attempt, of_item) for draft in left]
+            texts, failed = file.ask(asks, self.writer)
+            incomplete = []
+            for i, (draft, ask, text) in enumerate(zip(left, asks, texts, strict=True)):
+                answer = None if text is None else prompts.parse_answer(stage, text)
+                if i in failed:
+                    self.errors.append(failed[i])
+                    draft.reasons.append(f"{stage}: no answer")
+                elif answer is None:
+                    incomplete.append(draft)
+                elif any(mark in str(text) for mark in prompts.marks_in(ask.prompt)):
+                    draft.reasons.append(INSTRUCTION)
+                else:
+                    yield draft, answer
+            left = incomplete
+        for draft in left:
+            draft.reasons.append(f"{stage}: no JSON of its fields")
+
+    def _ask(self, stage: str, draft: Draft, prompt: str, attempt: int, of_item: bool) -> Ask:
+        wanted, parameters = draft.wanted, self.parameters
+        return Ask(
+            stage,
+            prompts.SYSTEM[stage],
+            prompt,
+            wanted.raw_user,
+            wanted.raw_item if of_item else None,
+            parameters.max_tokens,
+            parameters.temperature,
+            parameters.seed + attempt * _SEEDS,
+        )
 
 
 def build_by_writer(
@@ -115,11 +144,11 @@ def build_by_writer(
     """Ask for a profile and a text for each of `wanted`, and filter the texts.
 
     Args:
-        folder: of the files of answers; the caller holds its lock.
-        checks: filters by models; None: no such filter.
+        folder: folder of the files of answers; the caller holds its lock.
+        checks: filters that use models; None: none.
 
     Raises:
-        Preempted: the writer has reached a limit; the same call goes on from there.
+        Preempted: the writer has reached a limit. The same call continues from there.
         ValueError: the writer cannot answer, or a file of answers is damaged.
     """
     drafts = [Draft(one) for one in wanted]
@@ -127,15 +156,18 @@ def build_by_writer(
     for draft, answer in stages.ask(PROFILE, drafts, lambda d: prompts.profile_prompt(d.wanted.titles), of_item=False):
         draft.profile = answer
     for draft, answer in stages.ask(PROPOSE, [d for d in drafts if d.profile], lambda d: _propose(d, rules)):
-        draft.text = answer["title"]
+        draft.text = answer["title"].strip()
         if not answer["points"].strip():
             draft.reasons.append(NO_POINT)
     _filter([draft for draft in drafts if not draft.reasons], rules)
     if checks is not None and checks.encoder is not None:
         _compare([draft for draft in drafts if not draft.reasons], checks.encoder, checks.least_cosine)
+    errors = stages.errors
     if checks is not None and checks.judge is not None:
-        _judge([draft for draft in drafts if not draft.reasons], _Stages(folder, checks.judge, parameters))
-    return _built(drafts, writer.name, stages.errors)
+        questions = _Stages(folder, checks.judge, parameters)
+        _judge([draft for draft in drafts if not draft.reasons], questions)
+        errors = errors + questions.errors
+    return _built(drafts, writer.name, errors)
 
 
 def _propose(draft: Draft, rules: TextRules) -> str:
@@ -161,7 +193,7 @@ def _filter(drafts: Sequence[Draft], rules: TextRules) -> None:
 
 
 def _compare(drafts: Sequence[Draft], encoder: TextCosine, least: float) -> None:
-    """Keep the drafts whose cosine with the item's facts is at least `least`."""
+    """Give a reason to the drafts whose cosine with the item's facts is below `least`."""
     facts = ["\n".join(_item(draft).values()) for draft in drafts]
     for draft, cosine in zip(drafts, encoder.cosines([d.text for d in drafts], facts) if drafts else [], strict=True):
         draft.checks["cosine"] = cosine
@@ -169,7 +201,7 @@ def _compare(drafts: Sequence[Draft], encoder: TextCosine, least: float) -> None
 
 
 def _judge(drafts: Sequence[Draft], stages: _Stages) -> None:
-    """Keep the drafts that the judge confirms in both orders of the question; no answer is no confirmation."""
+    """Give a reason to the drafts that the judge does not confirm twice, once in each order of title and facts."""
     confirmed: Counter[int] = Counter()
     for title_first in (False, True):
         for draft, answer in stages.ask(JUDGE, drafts, partial(_judge_prompt, title_first=title_first)):
@@ -207,5 +239,5 @@ def _table(drafts: Sequence[Draft], origin: str) -> pa.Table:
 
 def prompts_hash() -> str:
     """Hash of the prompts of this version, for a table's manifest."""
-    asked = [prompts.profile_prompt([]), prompts.propose_prompt([], {}, {}, 0), prompts.judge_prompt("", {}, True)]
-    return hash_texts([*prompts.SYSTEM.values(), *asked])
+    empty = [prompts.profile_prompt([]), prompts.propose_prompt([], {}, {}, 0), prompts.judge_prompt("", {}, True)]
+    return hash_texts([*prompts.SYSTEM.values(), *empty])

@@ -1,8 +1,8 @@
-"""Prompts of the stages of a build, and the JSON of their answers.
+"""Prompts of the stages of a build, and the parser of their answers.
 
-Texts of items and of histories are data: they stand between two lines with a mark that is the hash of these texts, so
-that no text can contain it, and the writer is told not to follow them. That does not bind a language model; what it
-writes is filtered (`creative.filters`), and an answer with the mark is dropped.
+Texts of items may contain instructions. In a prompt they stand between two lines with a mark, and the model is told not
+to follow what is between these lines. The mark is a hash of the texts, so a text cannot contain its own mark. A model
+may follow the texts all the same: answers are filtered (`creative.filters`), and an answer with the mark is dropped.
 """
 
 import json
@@ -42,7 +42,7 @@ PROPOSE_FIELDS = {
 }
 JUDGE_FIELDS = {"reason": "the first claim without a fact, or empty", "verdict": "yes or no"}
 FIELDS: dict[str, Mapping[str, str]] = {PROFILE: PROFILE_FIELDS, PROPOSE: PROPOSE_FIELDS, JUDGE: JUDGE_FIELDS}
-"""Fields of each stage's answer, in order, with what they hold. All are texts."""
+"""Fields of each stage's answer in their order, with their descriptions. All values are texts."""
 
 _TASK = {
     PROFILE: (
@@ -59,7 +59,7 @@ _TASK = {
 
 
 def history_text(titles: Sequence[str]) -> str:
-    """Titles of the chosen items, oldest first, a line each."""
+    """Lines with the titles of the earlier likes, oldest first."""
     return "\n".join(f"- {_one_line(title)}" for title in titles)
 
 
@@ -69,30 +69,37 @@ def profile_prompt(titles: Sequence[str]) -> str:
 
 
 def propose_prompt(titles: Sequence[str], profile: Mapping[str, str], item: Mapping[str, str], added: int) -> str:
-    """Prompt for a title. item: name of a fact -> text; added: most words that a title may add."""
+    """Prompt for a title.
+
+    Args:
+        titles: titles of the earlier likes, oldest first.
+        profile: fields of the user's profile.
+        item: texts of the item by their names.
+        added: largest number of words that a title may add.
+    """
     about = "\n".join(f"{name}: {_one_line(text)}" for name, text in profile.items())
     data = {"choices of a reader, oldest first": history_text(titles), "reader": about, "item": item_text(item)}
     return _prompt(PROPOSE, data, added=added)
 
 
 def judge_prompt(title: str, item: Mapping[str, str], title_first: bool) -> str:
-    """Prompt that asks whether a title is supported; the two orders ask twice."""
+    """Prompt that asks whether the item's facts support a title; the title comes before or after the facts."""
     data = [("title", _one_line(title)), ("facts of the item", item_text(item))]
     return _prompt(JUDGE, dict(data if title_first else data[::-1]))
 
 
 def item_text(item: Mapping[str, str]) -> str:
-    """Facts of an item, a line each; empty ones are left out."""
+    """Lines with the texts of an item that are not empty."""
     return "\n".join(f"{name}: {_one_line(text)}" for name, text in item.items() if text.strip())
 
 
 def mark_of(data: Mapping[str, str]) -> str:
-    """Mark of the lines around data."""
+    """Mark of the lines before and after the texts `data`: the beginning of their hash."""
     return hash_texts(data.values())[:12]
 
 
 def marks_in(prompt: str) -> list[str]:
-    """Marks of a prompt."""
+    """The marks that a prompt contains."""
     return sorted(set(re.findall(r"^END ([0-9a-f]{12})$", prompt, re.MULTILINE)))
 
 
@@ -105,7 +112,7 @@ def _prompt(stage: str, data: Mapping[str, str], **values: object) -> str:
 
 
 def _one_line(text: str, most: int = 4096) -> str:
-    """A text of at most `most` characters without line ends."""
+    """The text on one line, cut to `most` characters."""
     return " ".join(text[: 4 * most].split())[:most]
 
 
@@ -114,9 +121,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_answer(stage: str, text: str) -> dict[str, str] | None:
-    """The fields of an answer, or None if it has no JSON object with a text in each of them.
+    """Fields of an answer of a stage, or None if the answer has no JSON object with a text for each field.
 
-    What a reasoning model writes before `</think>`, and text around the object, is passed over.
+    Text before and after the JSON object is ignored, and so is the reasoning of a model, which ends with `</think>`.
     """
     rest = text.rpartition("</think>")[2]
     start = rest.find("{")
@@ -127,7 +134,7 @@ def parse_answer(stage: str, text: str) -> dict[str, str] | None:
     except (ValueError, RecursionError):
         return None
     fields = {name: found.get(name) for name in FIELDS[stage]} if isinstance(found, dict) else {}
-    # A lone surrogate, which JSON can spell, is no character and cannot be written to a table.
+    # JSON can spell lone surrogates, which are no characters and cannot be written to a table.
     if not fields or not all(isinstance(value, str) and _is_unicode(value) for value in fields.values()):
         return None
     return {name: str(value) for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""What a build asks for: the likes of a dataset's users, each with what the user had chosen before its second."""
+"""Likes that a build asks a writer to write texts for, each with the user's earlier likes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from hllm_torchrec.data.visibility import visible_before
 
 @dataclass(frozen=True)
 class Selection:
-    """Which likes get a text.
+    """Choice of the likes that get a text.
 
-    title: text column with an item's name; facts: further text columns, whose texts may be used (none given: all);
-    history: latest choices that the writer sees; least: choices without which there is no text; per_user: latest likes
-    of a user (0: all); users: number of users, drawn by a hash of their ids and `seed` (0: all).
+    title: text column with the titles of items; facts: text columns whose texts a writer may use (None: all others);
+    history: largest number of earlier likes in a prompt; least: smallest number of earlier likes of a like that gets a
+    text; per_user: number of latest likes of each user that get a text (0: all); users: number of users, drawn by a
+    hash of their ids and `seed` (0: all).
     """
 
     title: str = "title"
@@ -37,8 +38,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A like of `user` at a second, as raw ids. titles: names of the earlier choices, oldest first; item: its facts by
-    name, the title first; None for the title if the item has none."""
+    """A like that gets a text.
+
+    raw_user, raw_item: raw ids; second: time of the like, UTC; titles: titles of the earlier likes, oldest first;
+    title: the item's title; facts: texts of the item by their columns.
+    """
 
     raw_user: str
     raw_item: str
@@ -49,7 +53,7 @@ class Wanted:
 
 
 def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
-    """Yield the likes that get a text, by user and second; only strictly earlier seconds are in their history.
+    """Yield the likes that get a text, ordered by user and second. Earlier likes are of strictly earlier seconds.
 
     Raises:
         ValueError: the dataset lacks a text column.
@@ -76,7 +80,8 @@ def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
                 second,
                 tuple(title for title in (titles[one] for one in seen) if title.strip()),
                 titles[item],
-                {name: texts[name][item] for name in names},
+                # The prompt names the title "title"; another column of this name would replace it.
+                {name if name != "title" else "title (column)": texts[name][item] for name in names},
             )
 
 
@@ -84,7 +89,7 @@ def _users(dataset: Dataset, selection: Selection) -> list[tuple[int, str]]:
     """Ids and raw ids of the users, in order of their ids."""
     users = list(enumerate(dataset.users["raw_user_id"].to_pylist(), start=1))
     if selection.users:
-        # Not the hash by which `split_by_user` divides users: those drawn would all be in one part.
+        # A different hash than that of `split_by_user`; with the same one, all drawn users would be in the same part.
         users.sort(key=lambda user: hash_json(["build", selection.seed, user[1]]))
         users = sorted(users[: selection.users])
     return users

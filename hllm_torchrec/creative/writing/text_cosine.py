@@ -1,4 +1,4 @@
-"""`TextCosine`: cosine similarity of texts by a sentence encoder, for the filter `--encoder`."""
+"""`TextCosine`: cosine similarity of texts by a sentence encoder, for `hllm creatives build --encoder`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from hllm_torchrec.models.text_format import text_format
 
 _AT_ONCE = 64
 _LONGEST = 256
-"""Tokens of a text that are read."""
+"""Largest number of tokens of a text; the rest is not read."""
 
 
 class TextCosine:
-    """Embeds texts by the sentence encoder in `directory`, in the format that the directory describes.
+    """Embeds texts with the sentence encoder in `directory`, by the pooling and prompt that the directory names.
 
     Raises:
         ValueError: the directory is damaged, or does not say how a text's vector is pooled.
@@ -38,13 +38,13 @@ class TextCosine:
         self.llm = llm.eval()
 
     def cosines(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        """Cosine of each of `texts` and the one of `others` at the same position."""
+        """Cosine of each text in `texts` with the text at the same position in `others`."""
         found: list[float] = F.cosine_similarity(self._embed(texts), self._embed(others), dim=-1).tolist()
         return found
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, E] of n texts."""
+        """Embeddings [n, E], float32, of n texts."""
         rows = []
         for first in range(0, len(texts), _AT_ONCE):
             some = [self.form.prompt + text for text in texts[first : first + _AT_ONCE]]

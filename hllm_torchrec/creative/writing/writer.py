@@ -1,4 +1,4 @@
-"""`Writer`: what answers the prompts of a build; one of the library's, or your own."""
+"""`Writer`: the interface between a build and the language model that answers its prompts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,11 @@ LLM_WRITERS = ("openai", "local")
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt. max_tokens: of the answer; user, item: raw ids, for the file of answers, never part of a prompt."""
+    """A prompt of a stage.
+
+    system, prompt: the two messages; user, item: raw ids that are written to the file of answers and are never part of
+    a prompt; max_tokens, temperature, seed: parameters of the answer.
+    """
 
     stage: str
     system: str
@@ -26,14 +30,16 @@ class Ask:
 
     def key(self, writer: str) -> str:
         """Hash of everything that an answer depends on."""
-        asked = [self.stage, writer, self.system, self.prompt, self.max_tokens, self.temperature, self.seed]
-        return hash_json(asked)
+        return hash_json([self.stage, writer, self.system, self.prompt, self.max_tokens, self.temperature, self.seed])
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer to the ask at `index` of those given. text: None if there is none, and `error` says why; tokens: of the
-    prompt and of the answer."""
+    """Answer to a prompt.
+
+    index: position of the prompt in the sequence that the writer was given; text: the answer, or None if the model gave
+    none, for the reason `error`; tokens: numbers of tokens of the prompt and of the answer.
+    """
 
     index: int
     text: str | None
@@ -44,19 +50,20 @@ class Answer:
 class Writer(Protocol):
     """Answers prompts.
 
-    name: names the model in the table (`origin`) and in the keys of answers: another model has another name.
-    leaves_machine: host that prompts are sent to; empty, or left out by a writer of your own, if they stay here.
+    name: name of the model. It is the column `origin` of the table and part of the keys of answers, so every model
+    needs a different name.
+    leaves_machine: host that prompts are sent to; empty if prompts stay on this machine. A custom writer may lack it.
     """
 
     name: str
     leaves_machine: str
 
-    def write(self, asked: Sequence[Ask]) -> Iterable[Answer]:
-        """Answer each of `asked` once, in any order; answers are kept as they come.
+    def write(self, asks: Sequence[Ask]) -> Iterable[Answer]:
+        """Answer each prompt once, in any order. The build stores every answer when it is yielded.
 
         Raises:
-            Preempted: a limit of its own is reached; what it has answered is kept.
-            ValueError: no prompt can be answered, such as for a wrong key.
+            Preempted: the writer has reached a limit. Answers that were yielded before are stored.
+            ValueError: no prompt can be answered, for example because the key is wrong.
         """
         ...
 
@@ -70,15 +77,15 @@ def check_writer(name: str) -> None:
         )
 
 
-def own_writer(name: str) -> Writer:
-    """An instance of a writer of your own, named `module:Name`; its class takes no arguments.
+def custom_writer(name: str) -> Writer:
+    """Create the writer that `name`, `module:Name`, refers to: a class without arguments, or an instance.
 
     Raises:
-        ValueError: there is no such class, or it is no writer.
+        ValueError: the module or the name does not exist, or the object lacks `name` or `write`.
     """
     found: Any = load_extension(name, "--writer")
     writer = found() if callable(found) else found
     if not isinstance(getattr(writer, "name", None), str) or not callable(getattr(writer, "write", None)):
-        raise ValueError(f"--writer {name!r}: must have a name and write(asked), as `creative.writing.writer.Writer`")
+        raise ValueError(f"--writer {name!r}: must have a name and write(asks), as `creative.writing.writer.Writer`")
     result: Writer = writer
     return result

@@ -23,7 +23,7 @@ from hllm_torchrec.creative.writing.pipeline import (
 from hllm_torchrec.creative.writing.prompts import FIELDS, marks_in, parse_answer, propose_prompt
 from hllm_torchrec.creative.writing.requests import Selection, Wanted, wanted_texts
 from hllm_torchrec.creative.writing.text_cosine import TextCosine
-from hllm_torchrec.creative.writing.writer import Answer, Ask, check_writer, own_writer
+from hllm_torchrec.creative.writing.writer import Answer, Ask, check_writer, custom_writer
 from hllm_torchrec.data.creative_table import split_by_user
 from tests.helpers import creative_fixtures, fixtures
 
@@ -143,6 +143,23 @@ def test_a_killed_build_goes_on_where_it_was(after: int, tmp_path: Path) -> None
 def test_an_answer_without_its_fields_is_left_out(stages: dict[str, str], reason: str, tmp_path: Path) -> None:
     found = built(Scripted(GOOD, **stages), tmp_path)
     assert len(found.rows) == 0 and found.left_out == {reason: 3}
+
+
+def test_an_answer_without_its_fields_is_asked_for_again_with_another_seed(tmp_path: Path) -> None:
+    class Stutters(Scripted):
+        def answer(self, ask: Ask, number: int) -> str:
+            return "Sure!" if ask.seed < 2_000_000 and ask.user == "u1" else super().answer(ask, number)
+
+    writer = Stutters(GOOD[:1])
+    found = build_by_writer(wanted(), writer, tmp_path, Parameters(), TextRules(alike=0.0))
+    assert len(found.rows) == 3 and len(writer.asked) == 6 + 2 * 2
+    again = Stutters(GOOD[:1])
+    assert build_by_writer(wanted(), again, tmp_path, Parameters(), TextRules(alike=0.0)).rows.equals(found.rows)
+    assert not again.asked
+    # The likeliest tokens are the same at each attempt, and so one attempt is all there is.
+    greedy = Stutters(GOOD[:1])
+    left_out = build_by_writer(wanted(), greedy, tmp_path, Parameters(temperature=0.0), TextRules(alike=0.0)).left_out
+    assert left_out == {"profile: no JSON of its fields": 1} and len(greedy.asked) == 3 + 2
 
 
 def test_a_writer_without_an_answer_is_counted_and_asked_again(tmp_path: Path) -> None:
@@ -298,6 +315,8 @@ def test_only_choices_of_earlier_seconds_are_told() -> None:
         ][-4:]
         assert list(one.titles) == [title for title in seen if title] and one.title == titles[one.raw_item]
         assert set(one.facts) == {"brand"}
+    other = next(wanted_texts(dataset, Selection(title="brand", least=1)))
+    assert set(other.facts) == {"title (column)"}  # which does not replace the brand, the title of the prompt
     latest = list(wanted_texts(dataset, Selection(least=1, users=5)))
     assert len({one.raw_user for one in latest}) == len(latest) <= 5
     # Which users are drawn says nothing of the part that they are in.
@@ -312,10 +331,10 @@ def test_a_writer_of_your_own_is_named_by_its_module(tmp_path: Path, monkeypatch
         "class Mine:\n    name = 'llm:mine'\n    def write(self, asked):\n        return []\n\nclass Other:\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert own_writer("my_writers:Mine").name == "llm:mine"
-    with pytest.raises(ValueError, match=r"--writer 'my_writers:Other': must have a name and write\(asked\)"):
-        own_writer("my_writers:Other")
+    assert custom_writer("my_writers:Mine").name == "llm:mine"
+    with pytest.raises(ValueError, match=r"--writer 'my_writers:Other': must have a name and write\(asks\)"):
+        custom_writer("my_writers:Other")
     with pytest.raises(ValueError, match=r"--writer: 'my_writers:Min': .* has no 'Min' \(did you mean 'Mine'\?\)"):
-        own_writer("my_writers:Min")
+        custom_writer("my_writers:Min")
     with pytest.raises(ValueError, match=r"--writer 'openia': must be one of .* \(did you mean 'openai'\?\)"):
         check_writer("openia")

@@ -147,19 +147,20 @@ def test_soft_tokens_are_of_the_size_of_words_and_null_reads_no_user() -> None:
 
 @pytest.mark.parametrize("normalize", ["standardize", "whiten"])
 def test_normalized_users_differ_where_they_were_nearly_parallel_and_a_center_is_the_center(normalize: str) -> None:
-    users = 5.0 + 0.1 * torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
-
-    def similarity(name: str) -> float:
-        torch.manual_seed(0)
-        soft = SoftPrompt(6, 24, scale=0.25, normalize=name)
-        if soft.normalize is not None:
-            assert not soft.normalize.measured
-            soft.normalize.measure(users)
-            torch.testing.assert_close(soft.normalize(users[:4].mean(0)), soft.normalize(users[:4]).mean(0))
-        found = soft(users, torch.zeros(200, dtype=torch.bool))[:, 0]
-        return float(embedding_spread(found.detach()))
-
-    assert similarity("none") > 0.99 and abs(similarity(normalize)) < 0.1
+    torch.manual_seed(0)
+    users, known = 5.0 + 0.1 * torch.randn(200, 6), torch.zeros(200, dtype=torch.bool)
+    published = SoftPrompt(6, 24, scale=0.25)(users, known)[:, 0].detach()
+    assert float(embedding_spread(published)) > 0.99
+    soft = SoftPrompt(6, 24, scale=0.25, normalize=normalize)
+    assert soft.normalize is not None and not soft.normalize.measured
+    soft.normalize.measure(users)
+    found = soft(users, known).detach()
+    special = found - soft.null.detach()
+    assert abs(float(embedding_spread(special[:, 0]))) < 0.1
+    assert float(special.square().mean().sqrt()) == pytest.approx(0.25, rel=0.3)
+    center = soft(users[:4].mean(0, keepdim=True), known[:1])
+    torch.testing.assert_close(center[0], found[:4].mean(0))
+    torch.testing.assert_close(soft(users, ~known), soft.null.expand(200, 1, 24))
 
 
 def test_an_encoder_is_refused() -> None:

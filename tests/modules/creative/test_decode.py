@@ -83,6 +83,28 @@ def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest(
         decode(own, *given, DecodeOptions(STOP, 6, temperature=1.0))
 
 
+def test_guidance_moves_tokens_away_from_those_of_an_unknown_user() -> None:
+    """Against transformers' logits of both whole sequences at each step."""
+    model = reference({**fixtures.LLAMA, "tie_word_embeddings": False})
+    own, given = packed({**fixtures.LLAMA, "tie_word_embeddings": False}, model), inputs(5)
+    null = torch.randn(2, 24, generator=torch.Generator().manual_seed(5))
+    found = decode(own, *given, DecodeOptions(-5, 6, guidance=1.5), null=null)
+    both = torch.cat([given[2], null.expand(6, -1, -1)])
+    rows, written, log_prob = whole_prompts(model, given[0], given[1], both), [], torch.zeros(6)
+    with torch.no_grad():
+        for _ in range(6):
+            user, unknown = model(inputs_embeds=rows).logits[:, -1].log_softmax(-1).chunk(2)
+            token = (2.5 * user - 1.5 * unknown).argmax(-1)
+            log_prob += user.gather(1, token[:, None])[:, 0]
+            written.append(token)
+            rows = torch.cat([rows, model.get_input_embeddings()(token.repeat(2))[:, None]], 1)
+    assert torch.equal(found.tokens, torch.stack(written, 1))
+    torch.testing.assert_close(found.log_prob, log_prob, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(decode(own, *given, DecodeOptions(-5, 6)).tokens, found.tokens)
+    with pytest.raises(ValueError, match="guidance needs the soft tokens of an unknown user"):
+        decode(own, *given, DecodeOptions(STOP, 6, guidance=1.0))
+
+
 def test_transformers_still_errs_with_a_cached_prefix() -> None:
     """The reason for a loop of our own: if this fails, `generate` has been repaired."""
     model = reference({**fixtures.LLAMA, "tie_word_embeddings": False})

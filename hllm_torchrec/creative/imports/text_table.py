@@ -1,9 +1,9 @@
-"""Reader of a table of your own (Parquet, JSON lines, or text with a header): columns of a table of creatives.
+"""Reader of a user's table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
 
-    raw_user_id, raw_item_id, response                              needed
-    timestamp, source, description, profile, weight, origin, part   may be missing
+    raw_user_id, raw_item_id, response                              required columns
+    timestamp, source, description, profile, weight, origin, part   optional columns
 
-timestamp: seconds UTC. part: train, valid or test, the same in all rows of a user; else users are drawn.
+timestamp: seconds UTC. part: train, valid or test, the same in all rows of a user; without it, parts are drawn by user.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from hllm_torchrec.evaluation.prediction_files import column_names
 
 _PART = "part"
 _LATEST = 4_102_444_800
-"""2100."""
+"""First second of 2100; timestamps are earlier."""
 _UNREADABLE = -1
-"""Stands for a timestamp or weight that is no number."""
+"""Replaces timestamps and weights that are no numbers, so that `reasons_of` finds them."""
 UNKNOWN_USER, UNKNOWN_ITEM, EMPTY, WRONG = "unknown user", "unknown item", "empty text", "wrong timestamp or weight"
 
 
-def read_own_table(paths: Sequence[Path]) -> pa.Table:
-    """The rows of files, in the types of `SCHEMA`, with `part` if a file has it.
+def read_text_table(paths: Sequence[Path]) -> pa.Table:
+    """Rows of the files in the types of `SCHEMA`, with the column `part` if a file has it.
 
     Raises:
         ValueError: a file is damaged, or lacks a needed column.
@@ -53,7 +53,7 @@ def _names(path: Path) -> list[str]:
     with Utf8File(path) as file:
         if not file.read(1).lstrip().startswith(b"{"):
             return column_names(path, NEEDED)
-    with Utf8File(path) as file:  # the first lines have every key that some line has, as `read_columns` demands
+    with Utf8File(path) as file:  # `read_columns` requires that the first lines have all keys
         first = islice(text_lines(path, file), 10_000)
         return list(dict.fromkeys(key for row, line in first for key in parse_record(line, path, row)))
 
@@ -70,13 +70,13 @@ def _column(name: str, values: pa.ChunkedArray) -> pa.Array:
     else:
         floats = parse_float(values)
         numbers = pa.array(floats.astype(np.float32), mask=np.isnan(floats))
-    # What is there but no number must not become "no timestamp", which sees all events.
+    # A value that is no number must not become null: a row without a timestamp sees all events.
     wrong = pc.and_(given, pc.is_null(numbers))
     return pc.if_else(wrong, pa.scalar(_UNREADABLE, numbers.type), numbers)
 
 
 def reasons_of(rows: pa.Table, dataset: Dataset) -> list[str]:
-    """For each row the reason to leave it out, or ""."""
+    """Reason to leave out each row; "" for valid rows."""
     found = np.full(len(rows), "", object)
     for name, reason in (("raw_user_id", UNKNOWN_USER), ("raw_item_id", UNKNOWN_ITEM)):
         known = (dataset.users if "user" in name else dataset.items)[name].cast(pa.string()).combine_chunks()
@@ -91,17 +91,17 @@ def reasons_of(rows: pa.Table, dataset: Dataset) -> list[str]:
 
 
 def check_rows(rows: pa.Table, reasons: Sequence[str], dataset: Dataset) -> None:
-    """Raise ValueError naming the first row that cannot be used."""
+    """Raise ValueError naming the first row with a reason."""
     for kind, reason in (("user", UNKNOWN_USER), ("item", UNKNOWN_ITEM)):
         if reason in reasons:
-            dense_ids(rows[f"raw_{kind}_id"], dataset, kind, "--files")  # names the row, and the nearest id
+            dense_ids(rows[f"raw_{kind}_id"], dataset, kind, "--files")  # raises, with the row and the most similar id
     for row, reason in enumerate(reasons):
         if reason:
             raise ValueError(f"--files, row {row}: {reason}; correct it, or leave such rows out by --drop-bad")
 
 
 def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
-    """Part of each row: its own, or the drawn one. Raises ValueError for another word."""
+    """Part of each row: that of the column `part`, else the one in `drawn`. Raises ValueError for an unknown part."""
     if _PART not in rows.column_names:
         return list(drawn)
     own = rows[_PART].to_pylist()
@@ -112,7 +112,7 @@ def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
 
 
 def unseen_rows(rows: pa.Table, dataset: Dataset) -> int:
-    """Number of rows that see no event: their users are as unknown to a model as new ones."""
+    """Number of rows that are not later than the first event of their user, so that the user vector is unknown."""
     if "timestamp" not in rows.column_names:
         return 0
     users = dense_ids(rows["raw_user_id"], dataset, "user", "--files")
