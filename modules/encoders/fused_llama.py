@@ -51,7 +51,8 @@ class FusedLlamaLayer(LlamaDecoderLayer):
         Within `fused_inference` every call does.
         """
         return "forward" in vars(self) or (
-            hidden_states.device.type == "cpu"
+            type(hidden_states) is Tensor  # fake ones (`hllm plan`) stand for those of another device
+            and hidden_states.device.type == "cpu"
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") is torch.bfloat16
             and isinstance(plan, _PLANS)
