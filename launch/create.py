@@ -40,8 +40,10 @@ def build_parser() -> CommandParser:
     texts.add_argument(
         "--temperature", type=float, default=0.0, help="of sampled titles; 0: the likeliest words (default)"
     )
-    texts.add_argument("--top-k", type=natural, default=50, help="likeliest tokens that are sampled (default: 50)")
-    texts.add_argument("--top-p", type=float, default=0.95, help="their probability together (default: 0.95)")
+    texts.add_argument("--top-k", type=natural, default=50, help="sample from the K likeliest tokens (default: 50)")
+    texts.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass (default: 0.95)"
+    )
     texts.add_argument(
         "--guidance",
         type=float,

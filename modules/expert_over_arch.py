@@ -42,13 +42,7 @@ class ExpertOverArch(nn.Module):
     @torch.no_grad()
     def initialize_bias(self, start: Sequence[float]) -> None:
         """Set the last biases [O]: those of a constant prediction."""
-<<<<<<< HEAD
         ends = [list(tower.children())[-1] for tower in self.towers]
         last = [layer for layer in ends if isinstance(layer, nn.Linear)]
-=======
-        last = [
-            module for tower in self.towers for module in list(tower.children())[-1:] if isinstance(module, nn.Linear)
-        ]
->>>>>>> sp
         for layer, values in zip(last, torch.tensor(start).split([layer.out_features for layer in last]), strict=True):
             layer.bias.copy_(values)
