@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     )
     clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
     with distributed_device() as device:
-        # Whole weights on every rank, which writes titles of its own.
+        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
         config = in_one_process(run_config(args.run, args.dataset))
         loaded = load_run(args.run, args.checkpoint, device, config)
         with loaded.weights:
