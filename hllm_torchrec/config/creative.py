@@ -31,6 +31,10 @@ class SoftPromptConfig:
     `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
     In training the mean is that of the step's users, and gradients do not move what they have in common. none: as
     published."""
+    text_decay: float = 0.0
+    """Above 0: the mean text embedding of what the user liked, an event weighing this times as much as the next, is
+    appended to the user vector (late fusion). The vector of a run that ranks says little of what its user's likes are
+    about."""
     dropout: float = 0.15
     """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
     `creative_gap` compares with."""
@@ -148,6 +152,7 @@ CREATIVE_BOUNDS = {
     "creative.evaluated": ">= 0",
     "creative.soft.tokens": ">= 1",
     "creative.soft.hidden": ">= 0",
+    "creative.soft.text_decay": ">= 0, <= 1",
     "creative.soft.dropout": ">= 0, <= 1",
     "creative.losses.write": ">= 0",
     "creative.losses.match": ">= 0",
@@ -185,6 +190,13 @@ def creative_problems(config: "Config") -> Iterator[str]:
         yield (
             "creative.enabled: true with several objective.tasks: its batches have no exposures, and their heads would "
             "not be trained; leave objective.tasks out"
+        )
+    if creative.soft.text_decay and (
+        config.objective.fusion != "late" or not config.item_llm.enabled or config.user.actions == "interleaved"
+    ):
+        yield (
+            f"creative.soft.text_decay: {creative.soft.text_decay}: needs item_llm.enabled, objective.fusion late, and "
+            "user.actions other than interleaved; write 0"
         )
     if creative.prompt.count(USER) != 1:
         yield f"creative.prompt: {creative.prompt!r}: must have {USER} exactly once: the place of the soft tokens"

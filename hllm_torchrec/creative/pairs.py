@@ -76,6 +76,7 @@ def match_scores(experiment: Experiment, match: Match, centers: Floats, items: I
             experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
         )
         targets = vectors_by_features(experiment, collator, items)
+        users = users[:, : hllm.user.width]  # the mean text of what they liked, if any, is no input of the head
         rows = [hllm.head(users, one.expand(len(users), -1)) for one in targets]
         logits = hllm.biased(torch.cat(rows)).view(items.size, -1)
     # Rounded, so that the selection does not depend on the number of ranks among which the items were encoded.

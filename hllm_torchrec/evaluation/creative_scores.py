@@ -107,6 +107,8 @@ def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
     loader, hllm = experiment.creative_loader("train", PER_BATCH, training=True), experiment.hllm
     assert hllm.creative_head is not None
     steps, found = -(-MEASURED // (PER_BATCH * loader.world_size)), []
+    if hllm.liked_texts is not None:
+        hllm.liked_texts.measure(*_likes_by_action(loader, hllm.liked_texts.shares.numel()))
     with _evaluating(experiment), closing(loader.batches(0)) as batches:
         for batch in islice(batches, steps):
             on_device = batch.to(experiment.device)
@@ -116,6 +118,19 @@ def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
     users = all_gather_variable(torch.cat(found))
     hllm.creative_head.measure(users)
     return {"length": users.norm(dim=1).mean().item(), "common": users.mean(0).norm().item()}
+
+
+def _likes_by_action(loader: CreativeLoader, actions: int) -> tuple[Tensor, Tensor]:
+    """Numbers [A] of positive labels and of labeled events by action, of users spaced evenly over the part."""
+    users = np.unique(loader.part.user_ids)
+    counts = np.zeros((2, actions))
+    for user in users[np.linspace(0, users.size - 1, min(users.size, MEASURED // 4)).astype(np.int64)]:
+        events = loader.dataset.user_events(int(user))
+        known = ~np.isnan(events.labels)
+        for row, chosen in enumerate((known & (events.labels > 0.5), known)):
+            counts[row] += np.bincount(events.actions[chosen], minlength=actions)[:actions]
+    positive, events_by_action = torch.from_numpy(counts)
+    return positive, events_by_action
 
 
 def score_creatives(

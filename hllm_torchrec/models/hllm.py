@@ -35,6 +35,7 @@ from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
+from hllm_torchrec.modules.features.liked_texts import LikedTexts
 from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity
 from hllm_torchrec.modules.features.transition_similarity import TransitionSimilarity
@@ -167,8 +168,10 @@ class HLLM(nn.Module):
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
-        self.creative, self.creative_head = creative, None
+        self.creative, self.creative_head, self.liked_texts = creative, None, None
         if creative is not None:
+            if config.creative.soft.text_decay:
+                self.liked_texts = LikedTexts(config.creative.soft.text_decay, *features.history_actions)
             self.creative_head = CreativeHead(
                 config.creative, self.user_vector_width, item_width, creative.width, creative.word_scale
             )
@@ -291,7 +294,7 @@ class HLLM(nn.Module):
     def user_vector_width(self) -> int:
         """Width of the vectors of `embed_users`: D or E, plus the widths that `joined` adds."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
-        added = 0
+        added = 0 if self.liked_texts is None or self.item_llm is None else self.item_llm.width
         if self.text_similarity is not None and self.item_llm is not None and project is not None:
             added = self.item_llm.width
         if self.transitions is not None and project is not None:
@@ -301,7 +304,8 @@ class HLLM(nn.Module):
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, `user_vector_width`], one per query of the batch, outside of a step. Collective.
 
-        Late fusion: the output of the [USER] query. Otherwise the hidden state of the last position that the query
+        Late fusion: the output of the [USER] query, and the mean text of what the user liked
+        (`creative.soft.text_decay`). Otherwise the hidden state of the last position that the query
         sees, projected and joined as for the generative loss if the model has one; zeros if the query sees no position.
         """
         items = self.item_embeddings(batch.unique_items)
@@ -311,10 +315,19 @@ class HLLM(nn.Module):
     def _user_vectors(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> Tensor:
         """The result of `embed_users`; items: E [U, E] of the unique items."""
         if self.fusion.query_is_user:
-            return q_QD
+            if self.liked_texts is None or items is None:
+                return q_QD
+            row = self._last_rows(batch)
+            texts = self.liked_texts(items[batch.history_index], batch.seq_offsets, batch.features, row.clamp(min=0))
+            return torch.cat([q_QD, (texts * (batch.query_visible > 0)[:, None]).to(q_QD.dtype)], 1)
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         sums = self._history_sums(batch, items)
         return self._last_visible(batch, h_TD, sums, every, self.project_next if self.generates else nn.Identity())
+
+    def _last_rows(self, batch: HybridBatch) -> Tensor:
+        """[Q] row in T of the last position that each query sees; invalid (maybe -1) if it sees none."""
+        piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
+        return batch.seq_offsets[piece] + batch.query_visible - 1
 
     def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
         """Losses of the batch's creatives; each creative is a query in the forward pass of its user."""
@@ -331,6 +344,12 @@ class HLLM(nn.Module):
         """
         assert self.creative is not None and self.creative_head is not None
         return self.creative_head.write(self.creative, users, is_null, texts).nll
+
+    @property
+    def needs_user_statistics(self) -> bool:
+        """True if the soft prompt reads user vectors by statistics that have not been measured yet."""
+        unknown = self.liked_texts is not None and not bool(self.liked_texts.measured)
+        return unknown or (self.creative_head is not None and self.creative_head.needs_statistics)
 
     @property
     def needs_item_statistics(self) -> bool:

@@ -302,7 +302,7 @@ class Trainer:
                 self.experiment.use_cached_items()
             if self.hllm.needs_item_statistics:
                 self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
-            if self.hllm.creative_head is not None and self.hllm.creative_head.needs_statistics:
+            if self.hllm.needs_user_statistics:
                 self.log.write("measured", self.step, part="users", **measure_user_vectors(self.experiment))
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
 

@@ -32,6 +32,7 @@ OPTIONAL_PARTS = (
     "creative_head",
     "features",
     "head",
+    "liked_texts",
     "logit_scale",
     "position_bias",
     "project_item",

@@ -87,6 +87,11 @@ class HybridFeatures(nn.Module):
         self.item_features: Sequence[str] = tuple(name for name in tables if name in item_features)
         self.event_features: Sequence[str] = tuple(name for name in tables if name not in item_features)
         self.gated = gate_rows > 0
+        self.history_actions: tuple[str | None, int] = (None, 1)
+        """(Feature that holds the action of each history position, number of actions); (None, 1): none does."""
+        for name, rows in (("action", tables.get("action", 0)), (ACTION_GATE, gate_rows)):
+            if rows:
+                self.history_actions = name, rows
         self.time_features: Sequence[str] = TIME_FEATURES[:time_depth]
         self.hash_tables = dict(hash_tables or {})
         sizes = [(name, rows, width) for name, rows in tables.items() if name not in self.hash_tables]

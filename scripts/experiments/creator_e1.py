@@ -10,7 +10,7 @@ a fifth of the users are held out. Arms, of the same LLM, steps and seeds:
     B    a soft token from the user encoder, which is trained on
     C    the same, the user encoder frozen
     D    the latest 20 likes with their genres as text in the prompt, no soft token
-    R    B with the losses of the paper that read a profile of the user: the genres that the rule reads, by lift
+    R    B with the paper's reconstruction of a profile of the user: the genres of what the rule reads, by lift
     E2   B on other texts: the title of the film that the user liked next, about which the prompt says nothing
 
 Reported on held-out users: nats per text and accuracy of the genre among the film's, with the right user, with none,
@@ -57,10 +57,10 @@ ARMS: dict[str, list[str]] = {
     "D": [
         "--creative.data=history",
         "--creative.soft.dropout=1.0",
-        "--creative.prompt=Liked: {profile}.\nFilm: {title}. Genres: {genres}.\nGenre:{user}",
+        "--creative.prompt=Liked: {profile}. Film: {title} ({genres}){user}",
         "--creative.max_prompt_length=640",
     ],
-    "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.losses.align=0.2"],
+    "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.profile.max_length=16"],
     "E2": ["--creative.data=next", "--creative.prompt=Next film:{user}", "--creative.max_response_length=32"],
 }
 WITHOUT_USER = ("A", "D")
@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
-    parser.add_argument("--alone", type=float, default=0.2, help="epochs of them in which the writer learns alone")
+    parser.add_argument("--alone", type=float, default=0.5, help="epochs of them in which the writer learns alone")
     parser.add_argument("--evaluated", type=int, default=1500, help="texts of held-out users that are scored")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="whose users are held out")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")

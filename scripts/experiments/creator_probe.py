@@ -5,7 +5,8 @@
 Genres of the film are scored by a linear layer (a perfect writer: it has to learn no language), on E1's table, which
 `creator_e1.py` builds, and its base run. Given is nothing, the genres of what the rule reads (the latest 20 likes), of
 more than it reads, the user vector of the base run as it is, or the user vector while its encoder is trained on. Nats
-and accuracy on the validation users, at the end.
+and accuracy on the validation users, at the end. With `-- --creative.soft.text_decay=0.97` the mean text of what the
+user liked is a part of the user vector.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from hllm_torchrec.data.creative_table import CreativeTable
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import distributed_device
-from hllm_torchrec.evaluation.creative_scores import creative_vectors
+from hllm_torchrec.evaluation.creative_scores import creative_vectors, measure_user_vectors
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
@@ -129,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = build_trainer(config, device)
         trainer.experiment.use_live_items()
         trainer.experiment.use_cached_items()
+        if trainer.hllm.needs_user_statistics:
+            measure_user_vectors(trainer.experiment)
         frozen = {split: creative_vectors(trainer.experiment, split).vectors for split in SPLITS}
         found["user vector"] = fit(frozen, texts)
         if arguments.steps:

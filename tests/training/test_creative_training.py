@@ -15,9 +15,10 @@ from hllm_torchrec.data.events import Events
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, measure_user_vectors, score_creatives
 from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.inference.user_embedder import open_embedder
 from hllm_torchrec.modules.lora import is_adapter
 from hllm_torchrec.training.trainer_setup import build_trainer
-from tests.helpers import creative_fixtures
+from tests.helpers import creative_fixtures, fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import assert_equal_weights, config, interrupted, lines, losses, train, weights
 
@@ -37,7 +38,11 @@ def settings(**more: Any) -> dict[str, Any]:
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     """With soft dropout and sampled items; the best checkpoint has the best likelihood."""
     own = settings(
-        evaluation__checkpoint_every=2, evaluation__keep_last=9, optim__ema=0.9, creative__soft__normalize="whiten"
+        evaluation__checkpoint_every=2,
+        evaluation__keep_last=9,
+        optim__ema=0.9,
+        creative__soft__normalize="whiten",
+        creative__soft__text_decay=0.9,
     )
     whole = train(config(tmp_path / "whole", **own))
     steps = lines(tmp_path / "whole", "step")
@@ -122,12 +127,19 @@ def _whole(x: Any) -> torch.Tensor:
     return x if shards is None else torch.cat([shard.tensor for shard in shards])
 
 
-def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path, decay: float) -> None:
     """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
-    trainer = build_trainer(config(tmp_path, **settings()), init_distributed())
+    trainer = build_trainer(config(tmp_path, **settings(creative__soft__text_decay=decay)), init_distributed())
+    measure_user_vectors(trainer.experiment)
     known = creative_vectors(trainer.experiment, "test")
     loader = known.loader
     hllm = trainer.hllm.eval()
+    width = hllm.user.width + (hllm.item_llm.width if decay else 0)
+    assert known.vectors.shape[1] == hllm.user_vector_width == width
+    with open_embedder(trainer.experiment) as embed:  # as `hllm embed --users`
+        vectors, has = embed(fixtures.pieces()[:3])
+    assert vectors.shape[1] == width and vectors[has].isfinite().all() and has.any()
     with torch.no_grad():
         for one in loader.passes:
             events, seconds = loader.dataset.user_events(int(known.user_ids[one[0]])), loader.seconds(one)
