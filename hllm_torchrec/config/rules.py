@@ -251,8 +251,8 @@ def _quantization_problems(config: "Config") -> Iterator[str]:
     item, parallel = config.item_llm, config.parallel
     if item.trainable:
         yield (
-            f"item_llm.quantization: {item.quantization}: quantized weights cannot be trained; set item_llm.trainable to "
-            "false, or write none"
+            f"item_llm.quantization: {item.quantization}: quantized weights cannot be trained; set item_llm.trainable "
+            "to false, or write none"
         )
     if parallel.precision != "fp32" or parallel.dense != "ddp":
         yield (
