@@ -41,7 +41,7 @@ def build_parser() -> CommandParser:
         type=natural,
         default=10,
         metavar="N",
-        help="clusters of fewer users are dissolved: a cluster of one is a person (default: 10)",
+        help="dissolve clusters with fewer users, because titles for a small cluster may reveal a person (default: 10)",
     )
     parser.add_argument("--seed", type=natural, default=0, help="of the sample and the fit (default: 0)")
     parser.add_argument("--refit", action="store_true", help="fit again; earlier titles are then invalid")

@@ -40,8 +40,10 @@ def build_parser() -> CommandParser:
     texts.add_argument(
         "--temperature", type=float, default=0.0, help="of sampled titles; 0: the likeliest words (default)"
     )
-    texts.add_argument("--top-k", type=natural, default=50, help="likeliest tokens that are sampled (default: 50)")
-    texts.add_argument("--top-p", type=float, default=0.95, help="their probability together (default: 0.95)")
+    texts.add_argument("--top-k", type=natural, default=50, help="sample from the K likeliest tokens (default: 50)")
+    texts.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass (default: 0.95)"
+    )
     texts.add_argument(
         "--guidance",
         type=float,
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     )
     clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
     with distributed_device() as device:
-        # Whole weights on every rank, which writes titles of its own.
+        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
         config = in_one_process(run_config(args.run, args.dataset))
         loaded = load_run(args.run, args.checkpoint, device, config)
         with loaded.weights:
@@ -123,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
         say(f"replaced: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
-    if report.equal_to_null == 1:
+    if report.fallbacks == report.titles:
+        say("caution: no title passes the rules: every title is the item's own text")
+    elif report.equal_to_null == 1:
         say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
     else:
         say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")

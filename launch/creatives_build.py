@@ -12,19 +12,21 @@ from hllm_torchrec.launch.entry import CommandParser, natural, positive
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from hllm_torchrec.creative.writing.pipeline import Checks
+    from hllm_torchrec.creative.writing.pipeline import Built
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine
     from hllm_torchrec.creative.writing.writer import Writer
     from hllm_torchrec.data.dataset import Dataset
 
 _TEMPLATE = ("feature", "recent", "template")
-_ENDPOINT = ("base_url", "key_from", "at_once", "max_requests", "max_tokens")
+_ENDPOINT = ("base_url", "key_from", "at_once")
+_BUDGET = ("max_requests", "max_tokens")
 _SELECTION = ("facts", "history", "per_user", "users")
 _PARAMETERS = ("answer_tokens", "temperature", "seed", "attempts")
 _RULES = ("longest", "added_words", "support", "alike", "allowed")
 _BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES, "encoder", "least_cosine")
 _OPTIONS = {
     "template": _TEMPLATE,
-    "openai": ("model", "judge", *_ENDPOINT, *_BY_MODEL),
+    "openai": ("model", "judge", *_ENDPOINT, *_BUDGET, *_BY_MODEL),
     "local": ("model", "judge", *_BY_MODEL),
     "module:Name": _BY_MODEL,
 }
@@ -137,43 +139,49 @@ def _by_template(args: argparse.Namespace, dataset: "Dataset") -> None:
 
 def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     from hllm_torchrec.creative.writing.answers import answers_folder
-    from hllm_torchrec.creative.writing.pipeline import Parameters, build_by_writer, prompts_hash
+    from hllm_torchrec.creative.writing.pipeline import Checks, Parameters, build_by_writer, prompts_hash
     from hllm_torchrec.creative.writing.requests import Selection, wanted_texts
     from hllm_torchrec.data.creative_table import answers_lock
 
     selection = Selection(title=args.title, least=args.least, **_selected(args))
     parameters = Parameters(**_given(args, _PARAMETERS, answer_tokens="max_tokens"))
-    rules, writer = _rules(args), _writer(args, args.model)
-    checks = _checks(args)
+    rules, (writer, judge) = _rules(args), _writers(args)
+    checks = Checks(judge, _encoder(args), **_given(args, ("least_cosine",)))
     wanted = list(wanted_texts(dataset, selection))
     if not wanted:
         raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
-    for one in filter(None, (writer, checks.judge)):
+    for one in {writer, judge} - {None}:
         if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})
             what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
             say(f"{what} and facts of items are sent to {host}", sys.stderr)
     folder = answers_folder(dataset.root, args.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with answers_lock(folder):
-        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
     facts = {
         "writer": writer.name,
-        "judge": None if checks.judge is None else checks.judge.name,
+        "judge": None if judge is None else judge.name,
         "selection": vars(selection),
         "parameters": vars(parameters),
         "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
         "prompts": prompts_hash(),
-        "left_out": built.left_out,
     }
+    # The lock is held until the table is written: a user who is forgotten in the meantime would be in the table.
+    with answers_lock(folder):
+        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
+        _write_built(args, dataset, built, facts)
+
+
+def _write_built(args: argparse.Namespace, dataset: "Dataset", built: "Built", facts: dict[str, Any]) -> None:
+    """Write the texts of a language model, and print their number and the reasons of those that were left out."""
     if built.errors:
         say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
     reasons = [f"{count:,}: {reason}" for reason, count in built.left_out.items()]
     if not len(built.rows):
+        why = "; ".join(reasons)
         raise ValueError(
-            f"no text is left of {len(wanted):,} ({'; '.join(reasons)}): change --model or filters; answers are kept"
+            f"no text is left of {len(built.dropped):,} ({why}): change --model or filters; answers are kept"
         )
-    counts = _write(args, dataset, built.rows, built.dropped, facts)
+    counts = _write(args, dataset, built.rows, built.dropped, {**facts, "left_out": built.left_out})
     say("\n  ".join([f"{counts}; {len(built.dropped):,} left out", *reasons]))
 
 
@@ -190,28 +198,37 @@ def _rules(args: argparse.Namespace) -> Any:
     return TextRules(**found | ({"allowed": tuple(read_list(args.allowed))} if args.allowed else {}))
 
 
-def _checks(args: argparse.Namespace) -> "Checks":
-    from hllm_torchrec.creative.writing.pipeline import Checks
-    from hllm_torchrec.creative.writing.text_cosine import TextCosine
+def _encoder(args: argparse.Namespace) -> "TextCosine | None":
+    if args.encoder is None:
+        return None
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine  # imports torch
 
-    judge = None if args.judge is None else _writer(args, args.judge)
-    encoder = None if args.encoder is None else TextCosine(args.encoder)
-    return Checks(judge, encoder, **_given(args, ("least_cosine",)))
+    return TextCosine(args.encoder)
 
 
-def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
-    from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
+def _writers(args: argparse.Namespace) -> "tuple[Writer, Writer | None]":
+    """The writer and the judge, which may be the same model; they share the limits of requests and tokens."""
+    from hllm_torchrec.creative.writing.openai_writer import Budget, Endpoint, OpenAIWriter
     from hllm_torchrec.creative.writing.writer import custom_writer
 
-    if args.writer == "openai":
-        return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
-    if args.writer == "local":
-        from hllm_torchrec.creative.writing.local_writer import LocalWriter
+    if args.writer not in ("openai", "local"):
+        return custom_writer(args.writer), None
+    if args.model is None:
+        what = "the server's name of a model" if args.writer == "openai" else "the directory of a language model"
+        raise ValueError(f"--model is missing: {what}")
+    budget, server = Budget(**_given(args, _BUDGET)), {"base_url": "", **_given(args, _ENDPOINT)}
 
-        if model is None:
-            raise ValueError("--model is missing: the directory of a language model")
+    def open_model(model: str) -> "Writer":
+        if args.writer == "openai":
+            return OpenAIWriter(Endpoint(model=model, **server), budget)
+        from hllm_torchrec.creative.writing.local_writer import LocalWriter  # imports torch
+
         return LocalWriter(model)
-    return custom_writer(args.writer)
+
+    writer = open_model(args.model)
+    if args.judge is None:
+        return writer, None
+    return writer, writer if args.judge == args.model else open_model(args.judge)
 
 
 def _write(

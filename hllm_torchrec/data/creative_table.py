@@ -25,7 +25,7 @@ from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder, replace_file
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.hashing import hash_file, hash_json
-from hllm_torchrec.common.locks import hold_lock
+from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.validation import error_location, read_table
@@ -202,16 +202,26 @@ def write_table(
             unknown.
     """
     path = table_path(dataset, name)
-    if path.exists():
-        raise ValueError(f"{path}: exists; choose another --name, or remove it")
     complete = {split: _complete(parts[split], split) for split in SPLITS if split in parts}
     _check_users(complete, path)
+    path.parent.mkdir(exist_ok=True)
+    # Without the lock, the second of two processes would take the table of the first for its own.
+    with hold_lock(path.parent / ".lock", f"{path}: another process is writing a table", wait=lock_wait()):
+        if path.exists():
+            raise ValueError(f"{path}: exists; choose another --name, or remove it")
+        _write_files(dataset, path, complete, dropped, facts or {})
+    return path
+
+
+def _write_files(
+    dataset: Dataset, path: Path, parts: Mapping[str, pa.Table], dropped: pa.Table | None, facts: Mapping[str, Any]
+) -> None:
     marks = dataset_marks(dataset)
     with atomic_folder(path, marker=MANIFEST) as folder:
         files = {}
-        for split, rows in complete.items():
+        for split, rows in parts.items():
             for kind in ("user", "item"):
-                dense_ids(rows[f"raw_{kind}_id"], dataset, kind, f"{name}, {split}")
+                dense_ids(rows[f"raw_{kind}_id"], dataset, kind, f"{path.name}, {split}")
             (folder / split).mkdir(parents=True)
             pq.write_table(rows, folder / split / "part-0.parquet")
             files[f"{split}/part-0.parquet"] = hash_file(folder / split / "part-0.parquet")
@@ -220,16 +230,15 @@ def write_table(
             files[DROPPED] = hash_file(folder / DROPPED)
         manifest = {
             "format": _FORMAT,
-            "name": name,
-            "counts": {split: len(rows) for split, rows in complete.items()},
-            "users": {split: pc.count_distinct(rows["raw_user_id"]).as_py() for split, rows in complete.items()},
+            "name": path.name,
+            "counts": {split: len(rows) for split, rows in parts.items()},
+            "users": {split: pc.count_distinct(rows["raw_user_id"]).as_py() for split, rows in parts.items()},
             "dataset": {"version": dataset.version, "fingerprint": dataset.fingerprint},
             "vocabulary": {kind: marks[kind].to_json() for kind in ("items", "users")},
             "files": files,
-            **(facts or {}),
+            **facts,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
@@ -241,7 +250,7 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
     Raises:
         ValueError: a table is damaged.
     """
-    found = sum(_forget_answers(file, users, items, dry_run) for file in (root / FOLDER / ANSWERS).glob("*/*.jsonl"))
+    found = sum(_forget_answers(folder, users, items, dry_run) for folder in (root / FOLDER / ANSWERS).glob("*/"))
     for file in sorted((root / FOLDER).glob(f"*/{MANIFEST}")):
         with error_location(file, _REMEDY):
             manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -270,20 +279,21 @@ def answers_lock(folder: Path) -> AbstractContextManager[None]:
     return hold_lock(folder / ".lock", f"{folder}: another process is building this table")
 
 
-def _forget_answers(file: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
-    """Remove the answers about users and items from a file of answers; return their number."""
-    with answers_lock(file.parent), error_location(file, "remove the file (its answers are then asked for again)"):
-        # An incomplete last line, which a killed build leaves, has no newline and is left out.
-        lines = file.read_bytes().split(b"\n")[:-1]
-        facts = [json.loads(line) for line in lines]
-        kept = [
-            line
-            for line, one in zip(lines, facts, strict=True)
-            if one["user"] not in users and one["item"] not in items
-        ]
-        if len(kept) < len(lines) and not dry_run:
-            replace_file(file, "".join(f"{line.decode()}\n" for line in kept))
-    return len(lines) - len(kept)
+def _forget_answers(folder: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
+    """Remove the answers about users and items from the files in a folder; return their number."""
+    found, forgotten_users, forgotten_items = 0, set(users), set(items)
+    with answers_lock(folder):  # also of a build that has no answer yet
+        for file in sorted(folder.glob("*.jsonl")):
+            with error_location(file, "remove the file (its answers are then asked for again)"):
+                # An incomplete last line, which a killed build leaves, has no newline and is left out.
+                lines = file.read_bytes().split(b"\n")[:-1]
+                facts = [(one["user"], one["item"]) for one in map(json.loads, lines)]
+                gone = [user in forgotten_users or item in forgotten_items for user, item in facts]
+                kept = [f"{line.decode()}\n" for line, is_gone in zip(lines, gone, strict=True) if not is_gone]
+            if any(gone) and not dry_run:
+                replace_file(file, "".join(kept))
+            found += sum(gone)
+    return found
 
 
 def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]) -> None:

@@ -154,13 +154,13 @@ class MicroBatcher(Generic[Request, Result]):
             results: Sequence[Any] = self._compute([one.request for one in kept])
         except Exception as error:  # an error of the complete batch: each of its requests fails with it
             results = [error] * len(kept)
+        if self._observe is not None:  # before the answers, so that /metrics has the requests that were answered
+            self._observe(len(kept), [started - one.arrived for one in kept], self._clock() - started)
         for one, result in zip(kept, results, strict=True):
             if isinstance(result, Exception):
                 one.answer.set_exception(result)
             else:
                 one.answer.set_result(result)
-        if self._observe is not None:
-            self._observe(len(kept), [started - one.arrived for one in kept], self._clock() - started)
 
 
 def _settle(done: "Future[Any]", work: Callable[[], Any]) -> None:

@@ -29,7 +29,8 @@ def attention(
     `dense_attention` computes short sequences of a bfloat16 training pass on a CPU without dropout, SDPA all others.
     The arguments are those of SDPA: mask is bool, True where a query sees a key, [N, M] or [b, 1, N or 1, M].
     """
-    trains_on_cpu = v.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0
+    # Fake tensors (`hllm plan`) stand for those of another device.
+    trains_on_cpu = type(v) is Tensor and v.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0
     if trains_on_cpu and k.shape[2] <= LONGEST and _product_dtype(v) is torch.bfloat16:
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
         return dense_attention(q, k, v, mask, causal, scaling)

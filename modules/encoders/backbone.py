@@ -14,7 +14,7 @@ _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 @dataclass(frozen=True)
 class TextReading:
-    """How a text model reads a batch of texts.
+    """Arrangement of a batch of texts for a text model.
 
     arrangement: "packed": all texts in one sequence, with the library's attention; "padded": the unpatched model on
     batches of texts of similar lengths, padded on the right; "equal_lengths": the unpatched model on batches of texts

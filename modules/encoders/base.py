@@ -115,7 +115,7 @@ class UserEncoder(nn.Module, ABC):
     keeps_history: ClassVar[bool] = False
     """True if a history can be cached for scoring candidates later (`read_history`, `begin_request`)."""
     Shape: ClassVar[type]
-    """For a custom encoder: a dataclass with the fields width, layers and any others."""
+    """Dataclass of the shape of a custom encoder, with the fields width, layers and any others."""
 
     def __init__(
         self,

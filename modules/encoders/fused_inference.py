@@ -1,12 +1,12 @@
-"""Layers of a text model with fused, prepacked products, for encoding many texts without gradients on a CPU.
+"""Runs the layers of a text model with fused, prepacked matrix products: inference on many texts on a CPU.
 
     with fused_inference(item_llm, torch.bfloat16):  # if can_run_fused(item_llm)
         vectors = item_llm(token_ids, cu_seqlens)
 
-q, k and v are one product; activations, gates and residual sums are computed by oneDNN in the product that they belong
-to (the operators that torch.compile uses), and norms' gains are part of the weights. The residual stream has the dtype
-of the products. Results equal the plain layers' up to rounding. Llama's and BERT's layers, the common decoder and
-sentence encoder, are supported.
+q, k and v are computed by one product. oneDNN computes activations, gates and residual sums inside the products (by the
+operators that torch.compile uses). The gains of a Llama layer's norms are multiplied into the weights. The residual
+stream has the dtype of the products. The outputs equal those of the plain layers up to rounding. The layers of Llama
+(decoders) and BERT (sentence encoders) are supported.
 
 Legend: S packed rows, D width, O outputs, H heads, G key-value heads, d width of a head.
 """
@@ -27,14 +27,14 @@ from hllm_torchrec.modules.encoders.fused_products import normalized, rotated
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 _ROWS = 2048
-"""Rows for which oneDNN arranges the weights."""
+"""Number of rows for which oneDNN chooses the memory layout of the weights."""
 _ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh")}
-"""Of BERT's feed-forward block: name in the config -> oneDNN's name and algorithm."""
+"""Activations of BERT's feed-forward block: name in the config -> oneDNN's name and algorithm."""
 
 
 @contextmanager
 def fused_inference(item_llm: ItemLLM, dtype: torch.dtype) -> Iterator[None]:
-    """Within the context the layers of an Item LLM that `can_run_fused` run fused, with products in `dtype`."""
+    """Within the context run the layers of an Item LLM fused, with products in `dtype`; requires `can_run_fused`."""
     layers = list(item_llm.blocks())
     prepared = [_prepare(layer, dtype, is_last=layer is layers[-1]) for layer in layers]
     for layer, forward in zip(layers, prepared, strict=True):
@@ -43,11 +43,11 @@ def fused_inference(item_llm: ItemLLM, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's method again
+            del layer.forward  # restores the method of the class
 
 
 def can_run_fused(item_llm: ItemLLM) -> bool:
-    """Return whether all layers have fused kernels here: Llama's or BERT's, without adapters, whole, on a CPU."""
+    """Return whether all layers can run fused: Llama's or BERT's, on a CPU, without adapters and not sharded."""
     layers = list(item_llm.blocks())
     return (
         torch.backends.mkldnn.is_available()
@@ -79,7 +79,7 @@ def _without_autocast(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Product:
-    """x W' + b with what follows it; W [O, D]."""
+    """x W' + b fused with a subsequent elementwise operation; W [O, D]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
@@ -105,7 +105,7 @@ class _FusedLlama:
         self.head, self.is_last, self.out_dtype = attention.head_dim, is_last, torch.float32 if is_last else dtype
         weights = [part.weight * before.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.heads, self.groups = (len(weight) // self.head for weight in weights[:2])
-        # The last layer may read q of few rows (`ReadRows`).
+        # The last layer may compute q only for few rows (`ReadRows`), so its weight is not concatenated.
         parts = [weights[:1], weights[1:]] if is_last else [weights]
         self.read = [_Product(torch.cat(part), None, dtype) for part in parts]
         self.out, self.down = _linear(attention.o_proj, dtype), _linear(mlp.down_proj, dtype)

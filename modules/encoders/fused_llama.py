@@ -1,7 +1,7 @@
-"""Llama layers that run as a few fused functions where that is faster: products in bfloat16 on a CPU.
+"""Llama layers that run as a few fused functions under bfloat16 autocast on a CPU, where this is faster.
 
-`fuse_layers` changes the class of a model's layers and nothing else: weights, their names and hooks stay. Everywhere
-but in bfloat16 on a CPU the layers run as transformers wrote them, bit for bit.
+`fuse_layers` changes only the class of a model's layers; weights, their names and hooks are unchanged. In all other
+cases the layers run the code of transformers, with bitwise equal results.
 
 Legend: S packed rows, D width, H heads, G key-value heads, d width of a head.
 """
@@ -25,7 +25,7 @@ _PLANS = (AttentionPlan, BucketPlan, LastLayerRows, ReadRows)
 
 
 def fuse_layers(backbone: "PreTrainedModel") -> None:
-    """Let the Llama layers of a model with packed attention run fused; other layers stay as they are."""
+    """Let the Llama layers of a model with packed attention run fused; other layers are not changed."""
     for module in backbone.modules():
         if type(module) is LlamaDecoderLayer:
             module.__class__ = FusedLlamaLayer
@@ -35,7 +35,7 @@ class FusedLlamaLayer(LlamaDecoderLayer):
     """A `LlamaDecoderLayer` with the same weights."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """hidden_states [1, S, D] -> [1, S, D]; with `ReadRows` [1, U, D], the rows that are read."""
+        """Map hidden_states [1, S, D] to [1, S, D], or with `ReadRows` to the read rows [1, U, D]."""
         plan = kwargs.get("hllm_plan")
         if not self.runs_fused(hidden_states, plan):
             plain: Tensor = super().forward(hidden_states, **kwargs)
@@ -46,12 +46,13 @@ class FusedLlamaLayer(LlamaDecoderLayer):
             return fused_layer(self, hidden_states[0], cos, sin, plan, torch.bfloat16)[None]
 
     def runs_fused(self, hidden_states: Tensor, plan: Any) -> bool:
-        """Return whether this call runs fused: bfloat16 autocast on a CPU, plain weights, no dropout.
+        """Return whether a call with these arguments runs fused: bfloat16 autocast on a CPU, plain weights, no dropout.
 
-        Within `fused_inference` every call does.
+        Within `fused_inference` every call runs fused.
         """
         return "forward" in vars(self) or (
-            hidden_states.device.type == "cpu"
+            type(hidden_states) is Tensor  # fake ones (`hllm plan`) stand for those of another device
+            and hidden_states.device.type == "cpu"
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") is torch.bfloat16
             and isinstance(plan, _PLANS)
@@ -62,7 +63,7 @@ class FusedLlamaLayer(LlamaDecoderLayer):
         )
 
     def has_plain_weights(self) -> bool:
-        """Return whether all linear layers are plain, without biases: adapters (LoRA) take their place."""
+        """Return whether all linear layers are plain `nn.Linear` without biases, not adapters (LoRA)."""
         attention, mlp = self.self_attn, self.mlp
         products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -87,7 +88,7 @@ def fused_layer(
 
     heads, groups = (weight.shape[0] // attention.head_dim for weight in (q_weight, kv_weights[0]))
     if isinstance(plan, ReadRows):
-        # Keys and values of all rows, everything else of the rows that are read.
+        # Keys and values are computed of all rows, everything else only of the rows that are read.
         key, value = read(x, kv_weights).split([groups, groups], 1)
         key, x = rotate(key, cos, sin), x.index_select(0, plan.rows)
         query = rotate(read(x, [q_weight]), cos.index_select(0, plan.rows), sin.index_select(0, plan.rows))

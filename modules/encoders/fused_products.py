@@ -1,14 +1,16 @@
 """Parts of a Llama layer as single functions with explicit backward passes, for products in bfloat16 on a CPU.
 
-    read_norm:       rotated q, rotated k and v of h, from one product
+    read_norm:       q, k and v of h, from one product
+    rotate:          rotary embedding of q and k
     add_product:     x + a W'
     add_swiglu:      x + (silu(h G') * h U') D'
     with h = rmsnorm(x) = x / sqrt(mean(x^2) + eps) * g
 
-There the matrix products cost so little (AMX and AVX512-BF16 multiply four to eight times as fast as float32) that
-casts, norms, rotations and the accumulation of gradients are most of a layer under autocast. Here a value is cast once
-where it is made, gains g are multiplied into the weights, which are fewer than the rows, and the backward passes add to
-the residual stream's gradient in the pass that computes it. The residual stream x and its gradient stay in float32.
+With AMX and AVX512-BF16 bfloat16 products are four to eight times as fast as float32 products. Under autocast most of a
+layer's time is then spent in casts, norms, rotations and the accumulation of gradients. These functions reduce that
+time: a value is cast once, when it is computed; the gains g are multiplied into the weights, which have fewer rows than
+x; and the backward passes add to the residual stream's gradient in the same pass that computes it. The residual stream
+x and its gradient remain in float32.
 
 Legend: S rows, D width, O outputs, F width of the feed-forward block, H heads of width d; dtype: of the products.
 """
@@ -54,7 +56,7 @@ def normalized(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _norm_gradient(of_h: Tensor, h: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x is the product of the two: [S, D] in h's dtype, and `scale` [S, 1].
+    """Return two factors whose product is the gradient of x: [S, D] in h's dtype, and `scale` [S, 1].
 
     of_h: gradient of h = x * scale, without the gain.
     """
@@ -67,7 +69,7 @@ def _gained(weight: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weight_gradients(of_gained: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of W [O, D] and of g [D] from that of W * g."""
+    """Gradients of W [O, D] and of g [D], from the gradient of W * g."""
     of_gained = of_gained.to(weight.dtype)
     return of_gained * gain, torch.linalg.vecdot(of_gained, weight, dim=0)
 
@@ -104,7 +106,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """x [S, H, d] rotated by the angles of cos and sin [S, 1, d], or back."""
+    """x [S, H, d] rotated by the angles of cos and sin [S, 1, d]; direction: 1, or -1 for the inverse rotation."""
     half = x.shape[-1] // 2
     out, sin = torch.mul(x, cos), sin[..., :half]
     out[..., :half].addcmul_(x[..., half:], sin, value=-direction)
@@ -135,7 +137,7 @@ class _AddSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         h, scale = normalized(x, eps, dtype)
         gained = _gained(gate, gain, dtype), _gained(up, gain, dtype)
-        # Two products rather than a packed one: elementwise operations on halves of rows cost twice as much.
+        # Two products instead of one: elementwise operations on halves of rows would take twice as long.
         opened, raised = (h @ weight.t() for weight in gained)
         cast = down.to(dtype)
         ctx.save_for_backward(h, scale, opened, raised, gain, *gained, cast, gate, up)

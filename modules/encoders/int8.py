@@ -1,9 +1,10 @@
-"""A frozen Item LLM whose linear layers multiply int8 numbers: dynamic quantization, by torch's own kernels, on a CPU.
+"""Dynamic int8 quantization of the linear layers of a frozen Item LLM, by torch's kernels on a CPU.
 
     y = s_w s_x (q_w q_x) + b
 
-q_w: weights in int8 with a scale for each output, s_w; q_x: inputs, in each call with the scale of their range, s_x (7
-bits, so that sums of products fit in 16 bits on processors without VNNI). Words, norms and attention stay in float32.
+q_w: int8 weights, with a scale s_w for each output; q_x: inputs, quantized in each call with a scale s_x of their range
+(to 7 bits, so that sums of products fit in 16 bits on processors without VNNI). Word embeddings, norms and attention
+remain in float32.
 """
 
 import copy
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 _ENGINES = ("onednn", "x86", "fbgemm", "qnnpack")
-"""torch's engines, the fastest first."""
+"""torch's engines for quantized operators, the fastest first."""
 
 
 class Int8Linear(nn.Module):
-    """The product of an `nn.Linear`, which it is built from; inputs and outputs are float32."""
+    """An int8 copy of an `nn.Linear`; inputs and outputs are float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -28,12 +29,12 @@ class Int8Linear(nn.Module):
         scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():
-            # torch says so of its quantized tensors, in favor of a package; its kernels take no other weights.
+            # torch recommends another package instead of its quantized tensors, but its kernels accept only these.
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor.* are deprecated")
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach().float()
         engine, supported = torch.backends.quantized.engine, torch.backends.quantized.supported_engines
-        # The packed weights keep the engine that is set when they are made.
+        # The packed weights use the engine that is set when they are made.
         torch.backends.quantized.engine = next(name for name in _ENGINES if name in supported)
         try:
             self.packed: Any = torch.ops.quantized.linear_prepack(quantized, bias)
@@ -41,14 +42,14 @@ class Int8Linear(nn.Module):
             torch.backends.quantized.engine = engine
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., O]."""
+        """Map x [..., D] to [..., O]."""
         product: Tensor = torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed, reduce_range=True)
         return product
 
 
 @torch.no_grad()
 def quantized_copy(item_llm: ItemLLM) -> ItemLLM:
-    """A copy in evaluation mode with the linear layers of all layers in int8; the word embeddings are shared."""
+    """Copy in evaluation mode in which the linear layers of all blocks are int8; it shares the word embeddings."""
     words = item_llm.backbone.get_input_embeddings()
     found = copy.deepcopy(item_llm, {id(words): words}).eval()
     for layer in found.blocks():

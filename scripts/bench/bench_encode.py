@@ -126,9 +126,8 @@ class Transformers:
     def __init__(self, model: Model, texts: list[str], dtype: torch.dtype) -> None:
         self.texts, self.pooling = texts, model.pooling
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder)
-        self.model = AutoModel.from_pretrained(model.folder, dtype=dtype, attn_implementation="sdpa").eval()
-        if model.layers is not None:
-            self.model.layers = self.model.layers[: model.layers]
+        layers = {} if model.layers is None else {"num_hidden_layers": model.layers}
+        self.model = AutoModel.from_pretrained(model.folder, dtype=dtype, attn_implementation="sdpa", **layers).eval()
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -147,17 +146,22 @@ class Transformers:
         return torch.cat(found).float()[torch.from_numpy(np.argsort(order, kind="stable"))]
 
 
-def sentence_transformer(model: Model, texts: list[str], dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The side of sentence-transformers."""
+def sentence_transformer(model: Model, texts: list[str], dtype: torch.dtype, folder: Path) -> Callable[[], Tensor]:
+    """The side of sentence-transformers; folder: for links to the model's files."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    words = Transformer(str(model.folder), max_seq_length=LONGEST, model_kwargs={"dtype": dtype})
+    # With a chat template it would put every text into a conversation.
+    linked = folder / f"links-{model.name}"
+    linked.mkdir(exist_ok=True)
+    for file in model.folder.iterdir():
+        if file.name != "chat_template.jinja" and not (linked / file.name).exists():
+            (linked / file.name).symlink_to(file.resolve())
+    layers = {} if model.layers is None else {"num_hidden_layers": model.layers}
+    words = Transformer(str(linked), max_seq_length=LONGEST, model_kwargs={"dtype": dtype}, config_kwargs=layers)
     words.tokenizer.pad_token = words.tokenizer.pad_token or words.tokenizer.eos_token
-    if model.layers is not None:
-        words.auto_model.layers = words.auto_model.layers[: model.layers]
     mode = "mean" if model.pooling == "mean" else "lasttoken"
-    whole = SentenceTransformer(modules=[words, Pooling(words.get_word_embedding_dimension(), mode)], device="cpu")
+    whole = SentenceTransformer(modules=[words, Pooling(words.auto_model.config.hidden_size, mode)], device="cpu")
     return lambda: whole.encode(texts, batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False).float()
 
 
@@ -176,7 +180,7 @@ def compare(model: Model, precision: str, repeats: int, folder: Path) -> dict[st
     ours, plain = Ours(model, texts, precision, folder), Transformers(model, texts, dtype)
     sides: dict[str, Callable[[], Tensor]] = {"ours": ours, "transformers": plain}
     if INSTALLED:
-        sides["sentence_transformers"] = sentence_transformer(model, texts, dtype)
+        sides["sentence_transformers"] = sentence_transformer(model, texts, dtype, folder)
     ours()
     for side in list(sides)[1:]:
         least = torch.cosine_similarity(ours.vectors(), sides[side]()).min().item()

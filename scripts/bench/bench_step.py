@@ -1,13 +1,13 @@
 """A training step against that of HLLM's public code, on MovieLens-100k: Llama of width 256 x 4 layers, 49,152 words.
 
-    python scripts/bench/bench_step.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
+    python scripts/bench/bench_step.py [--quick] [--rows h50_b8 ...] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
 A step is forward, backward and optimizer, without the loader. Our side is `Trainer.train_step` with the generative
 loss, without ID and time features. The plain side is `scripts/bench/plain_hllm.py`, in fp32 in every row. Both start
 from the same weights and have the same users, items and negatives; the bench stops if their losses differ. Ratios are
-plain / ours, with the vocabulary head of the public code, and without it (`_nohead`). Items have 33.4 tokens on average
-(prompt, title, year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen to get this
-length.
+plain / ours, with the vocabulary head of the public code, and without it (`_nohead`); and in bf16 our step with unfused
+layers and SDPA / ours (`_fused`). Items have 33.4 tokens on average (prompt, title, year, genres, [ITEM]), of which the
+first 10 are the same for all; the separator was chosen to get this length.
 
 Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), and neither would ours of more
 than 2,500 unique items (6,528 without repeats). Such batches are timed in groups of items. Item embeddings are computed
@@ -57,7 +57,9 @@ from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.item_source import LiveItems
+from hllm_torchrec.modules.attention import dense_attention
 from hllm_torchrec.modules.encoders.backbone import backbone_flops
+from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.training.optim import dense_optimizer
 from hllm_torchrec.training.throughput import user_token_counts
@@ -248,7 +250,7 @@ class Comparison:
     """The two plain sides and our side of a row, on one batch."""
 
     def __init__(self, row: Row, options: argparse.Namespace, precision: str, output: str) -> None:
-        self.row = row
+        self.row, self.precision = row, precision
         shape = SMALL if options.tiny else LLAMA
         config = config_of(row, str(options.dataset), str(options.tokenizer), shape, precision, output)
         config = replace(config, parallel=replace(config.parallel, compile=options.compile))
@@ -276,7 +278,11 @@ class Comparison:
 
     def sides(self) -> dict[str, Callable[[], float | None]]:
         """Side -> function to time."""
-        return {side: lambda side=side: self._plain(side) for side in self.models} | {"ours": self._ours}
+        sides: dict[str, Callable[[], float | None]]
+        sides = {side: lambda side=side: self._plain(side) for side in self.models} | {"ours": self._ours}
+        if self.precision == "bf16":
+            sides["unfused"] = self._unfused
+        return sides
 
     def _plain(self, side: str) -> float | None:
         args = (self.models[side], self.plain)
@@ -292,6 +298,16 @@ class Comparison:
         numbers, seconds, self.item_work = timed_step(self.trainer, self.batch, self.item_groups)
         self.losses.setdefault("ours", numbers["loss"])
         return seconds
+
+    def _unfused(self) -> float:
+        """Our step with the layers of transformers under autocast, and SDPA."""
+        fused, longest = FusedLlamaLayer.runs_fused, dense_attention.LONGEST
+        FusedLlamaLayer.runs_fused = lambda *_: False  # type: ignore[method-assign]
+        dense_attention.LONGEST = 0
+        try:
+            return timed_step(self.trainer, self.batch, self.item_groups)[1]
+        finally:
+            FusedLlamaLayer.runs_fused, dense_attention.LONGEST = fused, longest  # type: ignore[method-assign]
 
     def check_losses(self, tolerance: float) -> None:
         """Raise AssertionError if the first losses, which all sides compute with equal weights, differ."""
@@ -331,7 +347,7 @@ class Comparison:
         shape = hllm.item_llm.backbone.config
         head = 2.0 * (self.plain.tokens + self.plain.valid.numel()) * shape.hidden_size * shape.vocab_size
         ours = 3 * hllm.item_llm.flops(self.item_work) + rest
-        return {"plain": plain + head, "plain_nohead": plain, "ours": ours}
+        return {"plain": plain + head, "plain_nohead": plain, "ours": ours, "unfused": ours}
 
 
 def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
@@ -355,6 +371,7 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
         "ratios": {
             name: seconds["plain"] / seconds["ours"],
             f"{name}_nohead": seconds["plain_nohead"] / seconds["ours"],
+            **({f"{name}_fused": seconds["unfused"] / seconds["ours"]} if precision == "bf16" else {}),
         },
         "share": {side: flops[side] / seconds[side] / peak for side in seconds},
         "row": {
@@ -378,6 +395,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = arguments(__doc__)
     add_dataset(parser, tokenizer=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile our LLM layers (parallel.compile)")
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in FULL], help="only these comparisons")
     parser.add_argument("--profile", action="store_true", help="also print a profile of a step of our side")
     options = parser.parse_args(argv)
     init_distributed()
@@ -385,13 +403,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     say(f"matrix products: {peak / 1e9:.0f} GFLOP/s")
     rows = TINY if options.tiny else QUICK if options.quick else FULL
+    if options.rows:
+        rows = tuple(row for row in FULL if row.name in options.rows)
     ratios: dict[str, float | None] = {}
     shapes, share, left_out = {}, {}, {}
     for row in rows:
         for precision, reason in precisions():
             name = f"step_{precision}_{row.name}"
             if reason is not None:
-                ratios |= {name: None, f"{name}_nohead": None}
+                ratios |= {name: None, f"{name}_nohead": None, f"{name}_fused": None}
                 left_out[name] = reason
                 continue
             found = compare(row, precision, options, peak)

@@ -1,21 +1,21 @@
-"""Several tasks, context, position bias and thinned-out negatives on a shop with signals (`shop.py`).
+"""Compares models with several tasks, context, position bias and sampled negatives on the generated shop (`shop.py`).
 
     python scripts/experiments/tasks.py --output runs/tasks [--tiny] [--arms joint click ...] [--seed 0]
 
-The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, day 14 test. Arms, each one run:
+The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, day 14 test. Each arm is a run:
 
     joint          click, like and watch time in one model (shared bottom), with device and hour
-    click, like, watch   a model for one label each, otherwise the same
+    click, like, watch   one model for each label, otherwise the same
     no_context     joint without device and hour
-    bias           joint with the position bias tower, which is left out at serving
-    rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
-    rate_25_raw, rate_5_raw   the same without it
-    rate_5_long, rate_5_slow   a twentieth, with twice the epochs; and with a third of the learning rate as well
-    rate_5_equal   a twentieth, with four times the epochs: as many exposures as `joint` reads
-    rate_5_file    a twentieth, the same one in all epochs: as in a file that was thinned out before
+    bias           joint with the position bias tower, which is not used in serving
+    rate_25, rate_5      25% and 5% of the non-clicks, with the correction of the logit
+    rate_25_raw, rate_5_raw   25% and 5% of the non-clicks, without the correction
+    rate_5_long, rate_5_slow   rate_5 with twice the epochs; rate_5_slow also with a third of the learning rate
+    rate_5_equal   rate_5 with four times the epochs: about as many exposures as `joint` reads
+    rate_5_file    rate_5 with the same non-clicks in all epochs, as if they were removed from the file before training
 
-OUTPUT/<arm>/result.json keeps what is done, so that the script can be stopped and started again; OUTPUT/tasks.json has
-the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
+An arm with OUTPUT/<arm>/result.json is not trained again, so the script can be stopped and restarted. OUTPUT/tasks.json
+has the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
 """
 
 import argparse
@@ -90,20 +90,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate_5_file": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
 }
 LONGER = {"rate_5_long": 2, "rate_5_slow": 2, "rate_5_equal": 4}
-"""Factor on the epochs of an arm."""
+"""Arm -> factor of its number of epochs."""
 
 
 class PermutedContext(RequestContext):
-    """Context of other requests: what a model loses when its context says nothing."""
+    """Context in which the values of a batch are permuted, to measure the effect of uninformative context."""
 
     def ids(self, events: Events, name: str, *, count: bool) -> np.ndarray:
-        """The ids in a random order."""
+        """The ids of the events in a random order."""
         ids = super().ids(events, name, count=False)
         return np.random.default_rng(len(ids)).permutation(ids)
 
 
 def write_shop(output: Path, size: shop.Shop) -> Dataset:
-    """Write and prepare the shop below `output`, or open it; the truth is in truth.parquet."""
+    """Write and prepare the shop in `output` unless it exists, and open it; truth.parquet has the true relevance."""
     files = output / "files"
     if not (output / "truth.parquet").is_file():
         days = []
@@ -118,7 +118,7 @@ def write_shop(output: Path, size: shop.Shop) -> Dataset:
 
 
 def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) -> None:
-    """Train an arm and score the test day, unless it is done."""
+    """Train an arm and score the test day, unless the arm has a result."""
     run = output / arm
     if (run / "result.json").is_file():
         return
@@ -162,19 +162,19 @@ class ChangedCollator:
 
 
 def _without_correction(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
-    """A batch that passes for whole traffic."""
+    """A batch without the logit correction, as if it had all non-clicks."""
     batch = collate(pieces, epoch, step, rank)
     batch.logit_offset = None
     return batch
 
 
 def _of_first_draw(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
-    """A batch with the negatives of the first epoch; nothing else of it depends on the epoch here."""
+    """A batch with the negatives of the first epoch; in this experiment nothing else depends on the epoch."""
     return collate(pieces, 0, step, rank)
 
 
 CHANGES = {"_raw": _without_correction, "_file": _of_first_draw}
-"""End of an arm's name -> how its batches are built."""
+"""Suffix of an arm's name -> function that builds its batches."""
 
 
 def _score(run: Path, name: str, device: Any) -> None:
@@ -212,7 +212,7 @@ def compare(output: Path, dataset: Dataset, arms: Sequence[str]) -> dict[str, An
 
 
 def truth_of(output: Path, dataset: Dataset) -> dict[tuple[int, int, int], float]:
-    """Relevance by dense user, dense item and second."""
+    """(Dense user, dense item, second) -> true relevance."""
     truth = pq.read_table(output / "truth.parquet", columns=["user", "item", "second", "relevance"])
     users, items = (
         {raw: i for i, raw in enumerate(table.to_pylist(), start=1)}
@@ -223,7 +223,7 @@ def truth_of(output: Path, dataset: Dataset) -> dict[tuple[int, int, int], float
 
 
 def served_order(relevance: dict[tuple[int, int, int], float], predictions: Path) -> pd.Series:
-    """Kendall's tau of scores and relevance by page: user and second."""
+    """Kendall's tau of scores and true relevance for each page, indexed by user and second."""
     rows = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp", "score"]).to_pandas()
     rows["relevance"] = [
         relevance[u, i, s] for u, i, s in zip(rows["user_id"], rows["item_id"], rows["timestamp"], strict=True)
@@ -242,7 +242,7 @@ def mean_over_users(pages: pd.Series) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train the arms that are not done, and write the comparison."""
+    """Train the arms without a result, and write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.creative.template import TemplateRule, write_by_template
 from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeTable, split_by_user, write_table
@@ -71,6 +72,16 @@ def test_what_does_not_fit_is_named(dataset: Dataset) -> None:
     pq.write_table(good, dataset.root / "creatives" / "mine" / "train" / "part-0.parquet")
     with pytest.raises(ValueError, match="missing or changed since the table was written"):
         CreativeTable.open(dataset, "mine")
+
+
+def test_two_processes_do_not_write_a_table_at_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HLLM_LOCK_WAIT", "0")
+    given = {"train": rows(("u1", "s1", 9, "noir"))}
+    (dataset.root / "creatives").mkdir(exist_ok=True)
+    with hold_lock(dataset.root / "creatives" / ".lock", "the other process"):
+        with pytest.raises(ValueError, match=r"creatives/mine: another process is writing a table \(process \d+ on"):
+            write_table(dataset, "mine", given)
+    write_table(dataset, "mine", given)
 
 
 def test_a_table_of_other_ids_is_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ NOT_RUN: dict[str, str] = {
     "the norm of the gradients is □": "has the remedy of the loss that is not finite, which is run",
     "features.tables.□: □": "passes on what is wrong with the field's value",
     "lacks □ of the dataset's □ items: bring it up to date": "cases make such stores with the command",
+    "as many as --memory holds": "a larger number for the option that is named",
     "dlrm.position_bias: □ is in dlrm.context too": "the name to leave out is the one that is named",
     "only categorical context has a bias of its own: leave it out": "the name to leave out is the one that is named",
     "at URLs only datasets forget: copy what lies there": "copies of what is at a URL",

@@ -58,7 +58,7 @@ def test_the_loss_is_the_mean_over_exposures_plus_lambda_times_that_over_targets
 def test_counts_of_nothing_are_one() -> None:
     cfg = fixtures.config()
     batch = fixtures.collator(cfg, training=True)([], 0, 0)
-    assert step_counts([batch, batch]) == StepCounts((1.0,), 1.0, 1.0, 1.0)
+    assert step_counts([batch, batch]) == StepCounts((1.0,), 1.0, 1.0, 1.0, labelled=(False,))
 
 
 @pytest.mark.parametrize(

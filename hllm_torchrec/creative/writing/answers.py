@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.machine_errors import path_in_errors
+from hllm_torchrec.common.progress import progress
 from hllm_torchrec.creative.writing.writer import Ask, Writer
 from hllm_torchrec.data.creative_table import ANSWERS, FOLDER
 
@@ -71,8 +72,9 @@ class AnswerFile:
         """Append the writer's answers; return the reason for each prompt without one, by its key."""
         failed: dict[str, str] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with progress(len(asks), self.path.stem, unit="answer") as bar:
             for answer in writer.write(asks):
+                bar.update()
                 if not 0 <= answer.index < len(asks):
                     raise ValueError(
                         f"{writer.name} answers prompt {answer.index}, but must answer 0 to {len(asks) - 1}"
@@ -81,13 +83,16 @@ class AnswerFile:
                 if answer.text is None:
                     failed[key] = answer.error
                     continue
-                line = {"key": key, "user": ask.user, "item": ask.item, "text": answer.text}
-                with path_in_errors(self.path):
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                self._append({"key": key, "user": ask.user, "item": ask.item, "text": answer.text})
                 self.texts[key] = answer.text
         return failed
+
+    def _append(self, line: dict[str, str | None]) -> None:
+        """Write a line, and wait until it is on the disk. Raises OSError naming the file if the disk is full."""
+        with path_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _parsed(line: bytes, where: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,23 +38,50 @@ _WRONG_REQUEST = {
 }
 
 
+@dataclass
+class Budget:
+    """Limits of the requests of a process, which several writers may share.
+
+    max_requests: largest number of requests; max_tokens: number of tokens of prompts and answers together after which
+    no request is sent. None: no limit.
+    """
+
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    requests: int = 0
+    tokens: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self) -> str:
+        """Count a request; return the option whose limit is reached, or "" if the request may be sent."""
+        with self.lock:
+            if self.max_requests is not None and self.requests >= self.max_requests:
+                return f"--max-requests {self.max_requests}"
+            if self.max_tokens is not None and self.tokens >= self.max_tokens:
+                return f"--max-tokens {self.max_tokens}"
+            self.requests += 1
+            return ""
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of a prompt and its answer."""
+        with self.lock:
+            self.tokens += tokens
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """Address of a server, and limits of its use.
+    """Address of a server, and how it is used.
 
     base_url: address with the version, such as https://host/v1; model: the server's name of the model; key_from: name
-    of the environment variable with the key (None: no key is sent); at_once: number of concurrent requests;
-    max_requests: largest number of requests of this process; max_tokens: largest number of tokens of its prompts and
-    answers together (None: no limit); timeout: seconds without data after which a request is given up; tries: largest
-    number of requests for a prompt; pause: seconds before the second one.
+    of the environment variable with the key (None: no key is sent); at_once: number of concurrent requests; timeout:
+    seconds without data after which a request is given up; tries: largest number of requests for a prompt; pause:
+    seconds before the second one.
     """
 
     base_url: str
     model: str
     key_from: str | None = None
     at_once: int = 4
-    max_requests: int | None = None
-    max_tokens: int | None = None
     timeout: float = 120.0
     tries: int = 6
     pause: float = 1.0
@@ -104,11 +131,13 @@ class _Failed(Exception):
 class OpenAIWriter:
     """Sends prompts to a server; see the module docstring.
 
+    budget: limits of the requests; None: no limits.
+
     Raises:
         ValueError: a setting is not valid.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, budget: Budget | None = None) -> None:
         if problems := list(endpoint.problems()):
             raise ValueError("; ".join(problems))
         self.endpoint = endpoint
@@ -119,7 +148,7 @@ class OpenAIWriter:
         proxies = [urllib.request.ProxyHandler({})] if is_local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self.requests, self.tokens = 0, 0
+        self.budget = budget or Budget()
         self._answered, self._failed_in_a_row = False, 0
         self._ended_by: Exception | None = None
 
@@ -156,8 +185,8 @@ class OpenAIWriter:
                 if error.again:
                     continue
                 break
+            self.budget.add(sum(tokens))
             with self._lock:
-                self.tokens += sum(tokens)
                 self._answered, self._failed_in_a_row = True, 0
             return Answer(index, text, tokens=tokens)
         return self._failure(index, failure)
@@ -179,17 +208,9 @@ class OpenAIWriter:
 
     def _may_ask(self) -> bool:
         """Count a request; False if a limit is reached, and the request must not be sent."""
-        most = self.endpoint
-        with self._lock:
-            if most.max_requests is not None and self.requests >= most.max_requests:
-                reached = f"--max-requests {most.max_requests}"
-            elif most.max_tokens is not None and self.tokens >= most.max_tokens:
-                reached = f"--max-tokens {most.max_tokens}"
-            else:
-                self.requests += 1
-                return True
-        self._end(Preempted(f"{reached} is reached: answers so far are kept; the same command goes on from there"))
-        return False
+        if reached := self.budget.take():
+            self._end(Preempted(f"{reached} is reached: answers so far are kept; the same command goes on from there"))
+        return not reached
 
     def _end(self, reason: Exception) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -20,8 +20,10 @@ from hllm_torchrec.creative.writing import prompts
 from hllm_torchrec.creative.writing.answers import AnswerFile
 from hllm_torchrec.creative.writing.prompts import JUDGE, PROFILE, PROPOSE
 from hllm_torchrec.creative.writing.requests import Wanted
-from hllm_torchrec.creative.writing.text_cosine import TextCosine
 from hllm_torchrec.creative.writing.writer import Ask, Writer
+
+if TYPE_CHECKING:
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine
 
 _SEEDS = 1_000_003
 """Difference of the seeds of two attempts."""
@@ -51,7 +53,7 @@ class Checks:
     """
 
     judge: Writer | None = None
-    encoder: TextCosine | None = None
+    encoder: "TextCosine | None" = None
     least_cosine: float = 0.5
 
 
@@ -192,7 +194,7 @@ def _filter(drafts: Sequence[Draft], rules: TextRules) -> None:
             draft.reasons += [ALIKE] * is_copy
 
 
-def _compare(drafts: Sequence[Draft], encoder: TextCosine, least: float) -> None:
+def _compare(drafts: Sequence[Draft], encoder: "TextCosine", least: float) -> None:
     """Give a reason to the drafts whose cosine with the item's facts is below `least`."""
     facts = ["\n".join(_item(draft).values()) for draft in drafts]
     for draft, cosine in zip(drafts, encoder.cosines([d.text for d in drafts], facts) if drafts else [], strict=True):
@@ -205,7 +207,7 @@ def _judge(drafts: Sequence[Draft], stages: _Stages) -> None:
     confirmed: Counter[int] = Counter()
     for title_first in (False, True):
         for draft, answer in stages.ask(JUDGE, drafts, partial(_judge_prompt, title_first=title_first)):
-            confirmed[id(draft)] += answer["verdict"].strip().lower() == "yes"
+            confirmed[id(draft)] += answer["verdict"].strip(" .!").lower() == "yes"
     for draft in drafts:
         if confirmed[id(draft)] < 2:
             draft.reasons = [UNCONFIRMED]

@@ -8,10 +8,13 @@ may follow the texts all the same: answers are filtered (`creative.filters`), an
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from hllm_torchrec.common.hashing import hash_texts
 
+_OBJECTS = 20
+"""Largest number of opening braces of an answer at which a JSON object is searched for."""
 PROFILE, PROPOSE, JUDGE = "profile", "propose", "judge"
 STAGES = (PROFILE, PROPOSE, JUDGE)
 
@@ -126,15 +129,13 @@ def parse_answer(stage: str, text: str) -> dict[str, str] | None:
     Text before and after the JSON object is ignored, and so is the reasoning of a model, which ends with `</think>`.
     """
     rest = text.rpartition("</think>")[2]
-    start = rest.find("{")
-    if start < 0:
-        return None
-    try:
-        found: Any = json.JSONDecoder().raw_decode(rest[start:])[0]
-    except (ValueError, RecursionError):
-        return None
-    fields = {name: found.get(name) for name in FIELDS[stage]} if isinstance(found, dict) else {}
-    # JSON can spell lone surrogates, which are no characters and cannot be written to a table.
-    if not fields or not all(isinstance(value, str) and _is_unicode(value) for value in fields.values()):
-        return None
-    return {name: str(value) for name, value in fields.items()}
+    for brace in islice(re.finditer(r"\{", rest), _OBJECTS):
+        try:
+            found: Any = json.JSONDecoder().raw_decode(rest[brace.start() :])[0]
+        except (ValueError, RecursionError):
+            continue
+        fields = {name: found.get(name) for name in FIELDS[stage]}
+        # JSON can spell lone surrogates, which are no characters and cannot be written to a table.
+        if all(isinstance(value, str) and _is_unicode(value) for value in fields.values()):
+            return {name: str(value) for name, value in fields.items()}
+    return None

@@ -86,6 +86,7 @@ def custom_writer(name: str) -> Writer:
     found: Any = load_extension(name, "--writer")
     writer = found() if callable(found) else found
     if not isinstance(getattr(writer, "name", None), str) or not callable(getattr(writer, "write", None)):
-        raise ValueError(f"--writer {name!r}: must have a name and write(asks), as `creative.writing.writer.Writer`")
+        where = "see `Writer` in hllm_torchrec.creative.writing.writer"
+        raise ValueError(f"--writer {name!r}: must have a name and write(asks); {where}")
     result: Writer = writer
     return result

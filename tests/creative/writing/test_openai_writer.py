@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hllm_torchrec.common.errors import Preempted
-from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
+from hllm_torchrec.creative.writing.openai_writer import Budget, Endpoint, OpenAIWriter
 from hllm_torchrec.creative.writing.writer import Answer, Ask
 from tests.helpers.completion_server import CompletionServer, Respond, completion, completion_server
 
@@ -17,8 +17,8 @@ def asks(number: int) -> list[Ask]:
     return [Ask("propose", "system", f"prompt {i}", "u1") for i in range(number)]
 
 
-def writer(server: CompletionServer, **settings: Any) -> OpenAIWriter:
-    return OpenAIWriter(Endpoint(server.url, "m", **{"pause": 0.001, "tries": 3, "timeout": 5.0} | settings))
+def writer(server: CompletionServer, budget: Budget | None = None, **settings: Any) -> OpenAIWriter:
+    return OpenAIWriter(Endpoint(server.url, "m", **{"pause": 0.001, "tries": 3, "timeout": 5.0} | settings), budget)
 
 
 def answered(respond: Respond, number: int = 1, **settings: Any) -> tuple[list[Answer], CompletionServer]:
@@ -125,22 +125,29 @@ def test_a_server_that_goes_down_ends_the_build_after_a_few_failures() -> None:
     assert len([one for one in found if one.text]) == 5 and len(server.requests) == 5 + 8
 
 
-@pytest.mark.parametrize(
-    ("limits", "most"), [({"max_requests": 7}, 7), ({"max_tokens": 100}, 3), ({"max_requests": 1, "at_once": 1}, 1)]
-)
+@pytest.mark.parametrize(("limits", "most"), [({"max_requests": 7}, 7), ({"max_tokens": 100}, 3)])
 def test_limits_stop_cleanly_with_what_was_paid_for(limits: dict[str, int], most: int) -> None:
     with completion_server(echo) as server:
         found: list[Answer] = []
         with pytest.raises(Preempted, match=rf"--max-\w+ {next(iter(limits.values()))} is reached: answers so far are"):
-            for answer in writer(server, **{"at_once": 1} | limits).write(asks(20)):
+            for answer in writer(server, Budget(**limits), at_once=1).write(asks(20)):
                 found.append(answer)
     assert len(server.requests) == len(found) == most
+
+
+def test_writers_share_their_limits() -> None:
+    budget = Budget(max_requests=5)
+    with completion_server(echo) as server:
+        assert len(list(writer(server, budget).write(asks(4)))) == 4
+        with pytest.raises(Preempted, match="--max-requests 5"):
+            list(writer(server, budget, at_once=1).write(asks(4)))
+    assert len(server.requests) == 5 and budget.tokens == 5 * 40
 
 
 def test_tries_count_as_requests() -> None:
     with completion_server(lambda *_: (500, b"", {})) as server:
         with pytest.raises(Preempted, match="--max-requests 2"):
-            list(writer(server, max_requests=2, at_once=1).write(asks(2)))
+            list(writer(server, Budget(max_requests=2), at_once=1).write(asks(2)))
     assert len(server.requests) == 2
 
 

@@ -180,6 +180,8 @@ def test_copies_of_a_title_are_kept_once_per_item(tmp_path: Path) -> None:
 def test_the_judge_is_asked_twice_and_must_agree_twice(tmp_path: Path) -> None:
     judge = Scripted(name="llm:judge")
     assert len(built(Scripted(GOOD), tmp_path, judge).rows) == 3
+    agrees = Scripted(name="llm:agrees", judge='{"reason": "", "verdict": "Yes."}')
+    assert len(built(Scripted(GOOD), tmp_path, agrees).rows) == 3
     orders = [ask.prompt.index("(title)") < ask.prompt.index("(facts of the item)") for ask in judge.asked]
     assert orders == [False] * 3 + [True] * 3
 
@@ -258,6 +260,7 @@ def test_a_description_that_gives_orders_gets_no_title(tmp_path: Path) -> None:
         ('{"reason": "", "verdict": "yes"}', "yes"),
         ('Sure:\n```json\n{"reason": "", "verdict": "yes", "more": 1}\n```', "yes"),
         ('<think>{"reason": "", "verdict": "no"}</think>{"reason": "", "verdict": "yes"}', "yes"),
+        ('In {braces}: {"reason": {}} or {"reason": "", "verdict": "yes"}', "yes"),
         ('{"verdict": "yes"}', None),
         ('{"reason": "", "verdict": "ye', None),
         ("[1, 2]", None),
@@ -285,6 +288,12 @@ def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path) -> Non
     (tmp_path / "judge.jsonl").write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(ValueError, match=message):
         AnswerFile(tmp_path / "judge.jsonl")
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "profile.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/profile.jsonl'"):
+        built(Scripted(GOOD), tmp_path)
 
 
 def test_an_answer_to_nothing_is_refused(tmp_path: Path) -> None:

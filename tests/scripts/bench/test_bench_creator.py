@@ -1,6 +1,5 @@
 """bench_creator: both sides of each ratio give the same, a ratio that spreads is left out, the lookup is measured."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ def test_bench_creator_ends_with_its_json(tmp_path: Path, capsys: pytest.Capture
     assert result["lookup"]["titles"] == 200 and result["lookup"]["microseconds"] > 0
 
 
-def test_a_ratio_is_that_of_the_times_and_none_if_these_spread() -> None:
-    found = bench_creator.ratio({"slow": lambda: time.sleep(0.06), "fast": lambda: time.sleep(0.02)}, 3, scale=10)
-    assert 25 < found["ratio"] < 35
-    turns = iter([0.0, 0.001, 0.05] * 40)
-    spread = bench_creator.ratio({"one": lambda: time.sleep(next(turns)), "other": lambda: time.sleep(0.02)}, 3)
+def test_a_ratio_is_that_of_pairs_of_times_and_none_if_these_spread() -> None:
+    found = bench_creator.ratio_of_times({"slow": [6.0, 6.2, 9.0], "fast": [2.0, 2.0, 3.0]}, scale=10)
+    assert found["ratio"] == 30 and found["seconds"] == {"slow": 6.2, "fast": 2.0}
+    spread = bench_creator.ratio_of_times({"one": [1.0, 2.0, 4.0], "other": [1.0, 1.0, 1.0]})
     assert "ratio" not in spread and "more than 30% apart" in spread["left_out"]

@@ -134,7 +134,8 @@ def test_bench_step_ends_with_its_json(
     bench_step.main(["--tiny", "--out", str(out), *shop])
     result = tiny_result("step", out, capsys.readouterr().out)
     bf16 = bench_module("benchmarking").why_no_bf16() is None
-    assert set(result["ratios"]) == {f"step_{p}_h5_b3{h}" for p in ("fp32", "bf16") for h in ("", "_nohead")}
+    names = {f"step_{p}_h5_b3{h}" for p in ("fp32", "bf16") for h in ("", "_nohead")} | {"step_bf16_h5_b3_fused"}
+    assert set(result["ratios"]) == names
     assert (result["ratios"]["step_bf16_h5_b3"] is None) == (not bf16) == bool(result["left_out"])
     row = result["shapes"]["step_fp32_h5_b3"]
     assert row["item_occurrences"] == 3 * 2 * 6 and row["unique_items"] < row["item_occurrences"]
