@@ -44,15 +44,22 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
     evaluate.add_argument(
-        "--clusters", type=Path, nargs="+", default=[], metavar="DIR", help="also with the centers of hllm cluster"
+        "--clusters",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="also evaluate with the centers of hllm cluster",
     )
     evaluate.add_argument(
-        "--users", type=natural, default=0, metavar="N", help="rank the user of N texts among 100 users (default: 0)"
+        "--users", type=natural, default=0, metavar="N", help="rank the right user of N texts among 100 users"
     )
     evaluate.add_argument(
-        "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
+        "--write", type=natural, default=0, metavar="N", help="generate N texts, compare them with the references"
     )
-    evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
+    evaluate.add_argument(
+        "--titles", type=Path, metavar="DIR", help="also measure the diversity of titles of hllm create"
+    )
     evaluate.add_argument("--lamp", type=Path, metavar="FILE", help="write predictions in LaMP's form to this file")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")

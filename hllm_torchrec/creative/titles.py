@@ -170,7 +170,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         files = {name: facts["files"][name] for name in (_TITLES, _ITEMS, _HASHES)}
         for name in ("clusters", "centers"):
             if not isinstance(facts[name], str) or "\0" in facts[name] or facts[name].startswith("/"):
-                raise ValueError(f"{name}: not what hllm create writes")
+                raise ValueError(f"the entry {name} is damaged")
         facts = {**facts, "origin": dict(facts["origin"])}
     check_files(file.parent, files, _REMEDY)
     return facts
