@@ -142,6 +142,7 @@ NOT_RUN: dict[str, str] = {
     "make one with `hllm creatives build`": "takes a table of creatives",
     "creative.enabled: true with several objective.tasks": "the setting's value is to be corrected, as the message says",
     "creative.enabled: true with objective.fusion 'early'": "the setting's value is to be corrected, as the message says",
+    "creative.soft.text_decay: ": "the setting's value is to be corrected, as the message says",
     "creative.profile.prompt: ": "the setting's value is to be corrected, as the message says",
     "stages: trains 'creative' with creative.enabled false": "the setting's value is to be corrected, as the message says",
     "creative.prompt: ": "the setting's value is to be corrected, as the message says",
