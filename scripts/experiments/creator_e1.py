@@ -14,8 +14,8 @@ a fifth of the users are held out. Arms, of the same LLM, steps and seeds:
     E2   B on other texts: the title of the film that the user liked next, about which the prompt says nothing
 
 Reported on held-out users: nats per text and accuracy of the genre among the film's, with the right user, with none,
-with another one, and with the center of the user's cluster (k-means of the training users' vectors); and of a table of
-counts per film. Differences have 95% intervals by resampling users. Finished parts are kept: a run that is started
+with another one, and with the center of the user's cluster (k-means of the training users' soft tokens); and of a table
+of counts per film. Differences have 95% intervals by resampling users. Finished parts are kept: a run that is started
 again continues. Choices belong on `--split valid`.
 """
 
@@ -49,6 +49,7 @@ from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.metrics.bootstrap import user_mean_interval
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.creative.creative_llm import PackedTexts
+from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
 
 ARMS: dict[str, list[str]] = {
     "A": ["--creative.soft.dropout=1.0"],
@@ -264,8 +265,9 @@ def score(
         nats["count table"], hits["count table"] = count_table(experiment.creatives.table.part("train"), choices)
     if arguments.clusters and arm not in WITHOUT_USER:
         trained_on = creative_vectors(experiment, "train").vectors
+        assert experiment.hllm.creative_head is not None
         for number in arguments.clusters:
-            given = centers(trained_on, vectors, number)
+            given = centers(trained_on, vectors, number, experiment.hllm.creative_head.soft_prompt)
             nats[f"cluster {number}"] = nll_of_texts(experiment, known, chosen, given, ~nobody)
     return nats, hits, users
 
@@ -286,12 +288,21 @@ def _texts_of(known: CreativeVectors, chosen: Ints, index: Ints) -> PackedTexts:
     return known.loader.tokens.gather(chosen[index])
 
 
-def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int) -> torch.Tensor:
-    """[n, D] centers of the clusters of `vectors` [n, D], by k-means of standardized vectors [N, D]."""
-    mean, deviation = trained_on.mean(0), trained_on.std(0).clamp(min=1e-6)
-    fitted = KMeans(number, n_init=1, random_state=0).fit(((trained_on - mean) / deviation).numpy())
-    of_vector = fitted.predict(((vectors - mean) / deviation).numpy())
-    return torch.from_numpy(fitted.cluster_centers_[of_vector]) * deviation + mean
+def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens: SoftPrompt) -> torch.Tensor:
+    """[n, D] centers of the clusters of `vectors` [n, D], by k-means of the soft tokens of vectors [N, D].
+
+    As published: in the space of the user vectors, directions that the writer does not read make most of a distance.
+    """
+
+    def read(users: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return tokens(users, torch.zeros(len(users), dtype=torch.bool)).flatten(1).float().numpy()
+
+    fitted = KMeans(number, n_init=1, random_state=0).fit(read(trained_on))
+    of_user = torch.from_numpy(fitted.labels_.astype(np.int64))
+    means = torch.zeros(number, trained_on.shape[1]).index_add(0, of_user, trained_on)
+    means = means / torch.bincount(of_user, minlength=number)[:, None]
+    return means[torch.from_numpy(fitted.predict(read(vectors)).astype(np.int64))]
 
 
 def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]:

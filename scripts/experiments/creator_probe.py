@@ -5,8 +5,8 @@
 Genres of the film are scored by a linear layer (a perfect writer: it has to learn no language), on E1's table, which
 `creator_e1.py` builds, and its base run. Given is nothing, the genres of what the rule reads (the latest 20 likes), of
 more than it reads, the user vector of the base run as it is, or the user vector while its encoder is trained on. Nats
-and accuracy on the validation users, at the end. With `-- --creative.soft.text_decay=0.97` the mean text of what the
-user liked is a part of the user vector.
+and accuracy on the validation users, at the end. The configuration's user vector has the mean text of what the user
+liked as a part; with `-- --creative.soft.text_decay=0` it is the user encoder's alone.
 """
 
 import argparse

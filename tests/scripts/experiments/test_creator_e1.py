@@ -14,6 +14,7 @@ from hllm_torchrec.data.creative_tokens import CreativeTokenizer
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
+from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
 from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers import creative_fixtures
 from tests.helpers.scripts import bench_module
@@ -53,10 +54,12 @@ def test_candidates_are_scored_as_the_texts_are(tmp_path: Path) -> None:
 
 
 def test_clusters_keep_what_their_centers_keep_and_one_cluster_is_the_mean() -> None:
-    vectors = torch.tensor([[0.0, 5.0], [1.0, 5.0], [10.0, 5.0], [11.0, 5.0]])
-    two = creator_e1.centers(vectors, vectors[[3, 0]], 2)
-    torch.testing.assert_close(two, torch.tensor([[10.5, 5.0], [0.5, 5.0]]))
-    torch.testing.assert_close(creator_e1.centers(vectors, vectors[:1], 1), vectors.mean(0)[None])
+    vectors = torch.tensor([[0.0, 90.0], [1.0, -90.0], [10.0, 90.0], [11.0, -90.0]])
+    tokens = SoftPrompt(2, 3)
+    tokens.project.weight.data[:, 1] = 0.0  # the writer does not read the second dimension
+    two = creator_e1.centers(vectors, vectors[[3, 0]], 2, tokens)
+    torch.testing.assert_close(two, torch.tensor([[10.5, 0.0], [0.5, 0.0]]))
+    torch.testing.assert_close(creator_e1.centers(vectors, vectors[:1], 1, tokens), vectors.mean(0)[None])
     nats = {"null": np.array([2.0, 4.0]), "right": np.array([1.0, 1.0]), "cluster 2": np.array([1.0, 2.0])}
     assert creator_e1.kept(nats) == {"cluster 2": pytest.approx(0.75)}
 
