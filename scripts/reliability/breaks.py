@@ -63,8 +63,8 @@ BREAKS = (
     ),
     Break(
         "attention: history sees its future",
-        "dropout_p=dropout, is_causal=causal, scale=scaling)",
-        "dropout_p=dropout, is_causal=False, scale=scaling)",
+        "dropout_p=dropout, is_causal=causal, scale=scaling,",
+        "dropout_p=dropout, is_causal=False, scale=scaling,",
         ("tests/modules/attention/test_packed.py",),
     ),
     Break(
