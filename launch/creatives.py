@@ -134,7 +134,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = in_one_process(run_config(args.run)) if args.write else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
-        with loaded.weights:
+        # The catalogue is encoded once, and not for each condition.
+        with loaded.weights, experiment.evaluation_items():
             vectors = creative_vectors(experiment, args.split)
             centers = centers_of(vectors, clusters, loaded.fingerprint)
             found = summarize(score_creatives(experiment, args.split, given=centers, vectors=vectors, most=args.most))
@@ -153,9 +154,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     say(f"{found['creatives']:,} texts of {found['users']:,} users of {args.split}, nats per text (per token)")
     for name, nats in found["nll"].items():
-        say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
+        say(f"  {name:<12} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
-        say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+        say(f"  {name:<20} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
     for line in described(found):
         say(line)
 
