@@ -44,15 +44,22 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
     evaluate.add_argument(
-        "--clusters", type=Path, nargs="+", default=[], metavar="DIR", help="also with the centers of hllm cluster"
+        "--clusters",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="also evaluate with the centers of hllm cluster",
     )
     evaluate.add_argument(
-        "--users", type=natural, default=0, metavar="N", help="rank the user of N texts among 100 users (default: 0)"
+        "--users", type=natural, default=0, metavar="N", help="rank the right user of N texts among 100 users"
     )
     evaluate.add_argument(
-        "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
+        "--write", type=natural, default=0, metavar="N", help="generate N texts, compare them with the references"
     )
-    evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
+    evaluate.add_argument(
+        "--titles", type=Path, metavar="DIR", help="also measure the diversity of titles of hllm create"
+    )
     evaluate.add_argument("--lamp", type=Path, metavar="FILE", help="write predictions in LaMP's form to this file")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
@@ -127,7 +134,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = in_one_process(run_config(args.run)) if args.write else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
-        with loaded.weights:
+        # The catalogue is encoded once, and not for each condition.
+        with loaded.weights, experiment.evaluation_items():
             vectors = creative_vectors(experiment, args.split)
             centers = centers_of(vectors, clusters, loaded.fingerprint)
             found = summarize(score_creatives(experiment, args.split, given=centers, vectors=vectors, most=args.most))
@@ -146,9 +154,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     say(f"{found['creatives']:,} texts of {found['users']:,} users of {args.split}, nats per text (per token)")
     for name, nats in found["nll"].items():
-        say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
+        say(f"  {name:<12} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
-        say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+        say(f"  {name:<20} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
     for line in described(found):
         say(line)
 

@@ -248,16 +248,22 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
 
 
 def _quantization_problems(config: "Config") -> Iterator[str]:
-    item, setting = config.item_llm, f"item_llm.quantization: {config.item_llm.quantization}"
+    item, parallel = config.item_llm, config.parallel
     if item.trainable:
-        yield f"{setting}: quantized weights cannot be trained; set item_llm.trainable to false, or write none"
-    if config.parallel.precision != "fp32" or config.parallel.dense != "ddp":
         yield (
-            f"{setting}: parallel.precision is {config.parallel.precision}, parallel.dense {config.parallel.dense}: "
-            "int8 products are between float32 numbers of whole weights; write fp32 and ddp, or none"
+            f"item_llm.quantization: {item.quantization}: quantized weights cannot be trained; set item_llm.trainable "
+            "to false, or write none"
+        )
+    if parallel.precision != "fp32" or parallel.dense != "ddp":
+        yield (
+            f"item_llm.quantization: {item.quantization}: parallel.precision is {parallel.precision}, parallel.dense "
+            f"{parallel.dense}: int8 products are between float32 numbers of whole weights; write fp32 and ddp, or none"
         )
     if item.lora.rank:
-        yield f"{setting}: item_llm.lora.rank is {item.lora.rank}: adapters are not quantized; write 0, or none"
+        yield (
+            f"item_llm.quantization: {item.quantization}: item_llm.lora.rank is {item.lora.rank}: adapters are not "
+            "quantized; write 0, or none"
+        )
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:

@@ -109,7 +109,9 @@ class Clusters:
         """
         file = path / FILE
         if not file.is_file():
-            raise ValueError(f"{path}: no clusters of users (no {FILE}); make them with `hllm cluster`")
+            raise ValueError(
+                f"{path}: no clusters of users (no {FILE}): choose their folder, or make them with `hllm cluster`"
+            )
         with error_location(file, _REMEDY):
             facts = _checked(json.loads(file.read_text(encoding="utf-8")))
         check_files(path, facts["files"], _REMEDY)

@@ -76,7 +76,7 @@ def described(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that `hllm creatives evaluate` prints after the likelihoods, for what was measured."""
     for name, one in found["kept"].items():
         low, high = one["interval"]
-        yield f"  kept by {name:<9} {one['share']:8.1%}  95% over users [{low:.1%}, {high:.1%}]"
+        yield f"  kept by {name:<12} {one['share']:8.1%}  95% over users [{low:.1%}, {high:.1%}]"
     if "users_among" in found:
         one = found["users_among"]
         yield (
@@ -88,7 +88,7 @@ def described(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{written['texts']} texts written, against their references (support by the item's texts)"
         for name, one in written["conditions"].items():
             yield (
-                f"  {name:<11} ROUGE-1 {one['rouge_1']:.3f}, ROUGE-L {one['rouge_l']:.3f}, support "
+                f"  {name:<12} ROUGE-1 {one['rouge_1']:.3f}, ROUGE-L {one['rouge_l']:.3f}, support "
                 f"{one['support']:.3f}, {one['equal_to_null']:.1%} equal to null"
             )
         yield f"  {written['cost']['titles_per_second']:.1f} titles/s"

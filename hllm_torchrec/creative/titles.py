@@ -108,7 +108,10 @@ class Creatives:
             ValueError: the folder has no titles, a file is damaged, or the clusters have been fitted again.
         """
         facts = read_facts(path)
-        clusters = Clusters.open((path / facts["clusters"]).resolve())
+        try:
+            clusters = Clusters.open((path / facts["clusters"]).resolve())
+        except ValueError as error:
+            raise ValueError(f"{path}: its clusters cannot be opened: {error}") from None
         if clusters.fingerprint != facts["centers"]:
             raise ValueError(
                 f"{path}: its titles are for other clusters than those in {clusters.path}, which were fitted again: "
@@ -165,8 +168,9 @@ def read_facts(path: Path) -> dict[str, Any]:
         if facts["format"] != _FORMAT:
             raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
         files = {name: facts["files"][name] for name in (_TITLES, _ITEMS, _HASHES)}
-        if not isinstance(facts["clusters"], str) or "\0" in facts["clusters"]:
-            raise ValueError("it does not name its clusters")
+        for name in ("clusters", "centers"):
+            if not isinstance(facts[name], str) or "\0" in facts[name] or facts[name].startswith("/"):
+                raise ValueError(f"the entry {name} is damaged")
         facts = {**facts, "origin": dict(facts["origin"])}
     check_files(file.parent, files, _REMEDY)
     return facts

@@ -64,7 +64,7 @@ class SpooledRows:
             self._batches.append((start, _with_columns(batch, columns), True))
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._spool.folder)
+            self._file = tempfile.NamedTemporaryFile(dir=self._spool.folder)
         for column in columns:
             np.save(self._file, column, allow_pickle=False)
         self._spool.spilled += size

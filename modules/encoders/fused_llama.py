@@ -50,13 +50,14 @@ class FusedLlamaLayer(LlamaDecoderLayer):
 
         Within `fused_inference` every call runs fused.
         """
+        if torch.compiler.is_compiling():
+            return False
         return "forward" in vars(self) or (
             type(hidden_states) is Tensor  # fake ones (`hllm plan`) stand for those of another device
             and hidden_states.device.type == "cpu"
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") is torch.bfloat16
             and isinstance(plan, _PLANS)
-            and not torch.compiler.is_compiling()
             and not (self.training and self.self_attn.attention_dropout)
             and self.self_attn.config.hidden_act == "silu"
             and self.has_plain_weights()

@@ -63,7 +63,7 @@ class Model:
 
 def invented_texts(model: Model) -> list[str]:
     """Texts of words that are a token each."""
-    tokenizer, rng = AutoTokenizer.from_pretrained(model.folder), np.random.default_rng(0)
+    tokenizer, rng = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False), np.random.default_rng(0)
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isascii() and word.isalpha() and word.islower()]
     words = [word for word in words[:20_000:5] if len(tokenizer.tokenize(f"a {word}")) == 2] or words
     lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST - 2), model.texts)).astype(int)
@@ -91,7 +91,7 @@ class Ours:
             parallel=ParallelConfig(precision=precision),  # type: ignore[arg-type]
         )
         self.texts, self.form = texts, text_format("item_llm", section)
-        self.tokenizer = AutoTokenizer.from_pretrained(model.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
         hllm, device = build_model(config, {}, 0.5, torch.device("meta")), torch.device("cpu")
         self.encoder = ItemEncoder(self.tokens(), device)
         assert hllm.item_llm is not None
@@ -125,9 +125,16 @@ class Transformers:
 
     def __init__(self, model: Model, texts: list[str], dtype: torch.dtype) -> None:
         self.texts, self.pooling = texts, model.pooling
-        self.tokenizer = AutoTokenizer.from_pretrained(model.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
         layers = {} if model.layers is None else {"num_hidden_layers": model.layers}
-        self.model = AutoModel.from_pretrained(model.folder, dtype=dtype, attn_implementation="sdpa", **layers).eval()
+        self.model = AutoModel.from_pretrained(
+            model.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            **layers,
+        ).eval()
 
     @torch.no_grad()
     def __call__(self) -> Tensor:

@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     destroy_distributed()
     (tmp_path / "ids.txt").write_text("s3\nsx\n")
     for said, line in {
-        "no clusters of users .*; make them with `hllm cluster`": create(new, clusters="users"),
+        "no clusters of users .*: choose their folder, or make them with `hllm cluster`": create(new, clusters="users"),
         "row 1: raw_item_id 'sx': not in ": create(new, "--items", str(tmp_path / "ids.txt")),
         "--top-p above 0": create(new, "--top-p", "0"),
     }.items():

@@ -63,7 +63,7 @@ ELSEWHERE: dict[str, str] = {
 NOT_RUN: dict[str, str] = {
     # part of the message -> why there is nothing to run
     "ease: the catalogue has □ items": "takes a catalogue of more items than EASE can invert",
-    "as a run keeps evaluation.keep_last checkpoints": "names what removed the checkpoint",
+    "a run keeps only the evaluation.keep_last newest checkpoints and the best": "names what removed the checkpoint",
     "--config: □: no such file": "names the mistake: the file's name is to be corrected",
     "must be a subclass of hllm_torchrec.modules.encoders.base.UserEncoder": "the user's own code is to be changed",
     "□.Shape must be a dataclass with the fields width and layers": "the user's own code is to be changed",

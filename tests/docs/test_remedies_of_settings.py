@@ -108,7 +108,7 @@ CONFIGURATIONS: list[tuple[str, Settings, Settings]] = [
      {"objective__position_bias": ["slot"], "objective__fusion": "none"}, {"objective__position_bias": []}),
     ("objective.task_weighting: 'uncertainty' weighs several tasks", {"objective__task_weighting": "uncertainty"},
      {"objective__tasks": {"label": {}, "like": {}}}),
-    ("data.train_late_after: without data.train_since", {"data__train_late_after": 1},
+    ("data.train_late_after: needs data.train_since", {"data__train_late_after": 1},
      {"data__train_since": "2014-05-20"}),
     ("data.drawn_negatives.count: objective.fusion 'none' has no head",
      {"data__drawn_negatives": {"count": 4}, "objective__fusion": "none"}, {"data__drawn_negatives": {"count": 0}}),

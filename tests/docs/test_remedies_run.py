@@ -126,7 +126,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("□: a store of □, not of users: see hllm embed --users",
      "cluster --users {root}/items --clusters 2 --output {new}",
      "cluster --users {users} --clusters 2 --output {new}"),
-    ("□: no clusters of users (no □); make them with `hllm cluster`",
+    ("□: no clusters of users (no □): choose their folder, or make them with `hllm cluster`",
      "create --run {run} --clusters {new} --output {new}/titles",
      "cluster --users {users} --clusters 2 --output {new}"),
     ("name a store: --users, --items or both", "exposures --run {run} --checkpoint latest",

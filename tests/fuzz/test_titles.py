@@ -100,6 +100,8 @@ TARGET = Target(
 @example(("json", "clusters/clusters.json", [([], "set", [])]))
 @example(("json", "clusters/clusters.json", [([1], "set", "x")]))
 @example(("json", "titles/titles/titles.json", [([0], "set", "\0")]))
+@example(("json", "titles/titles/titles.json", [([0], "set", "/etc/passwd")]))
+@example(("json", "titles/titles/titles.json", [([1], "delete", None)]))
 @example(("json", "titles/titles/titles.json", [([3], "set", {})]))
 @example(("bytes", "clusters/users.arrow", [("flip", 0.6, 255)], True))
 @example(("bytes", "clusters/hashes.npy", [("cut", 0.9, 255)], True))

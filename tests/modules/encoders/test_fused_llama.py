@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.modules.encoders import fused_llama
@@ -131,6 +132,12 @@ def test_adapters_are_not_passed_over() -> None:
         add_lora(model.backbone, rank=2, alpha=4.0, dropout=0.0, targets=["up_proj"])
         assert not layer.runs_fused(x, plan)
     assert not layer.runs_fused(x, plan)
+
+
+def test_fake_tensors_of_estimates_run_unfused() -> None:
+    layer, plan = built(UserLLM).blocks()[0], fused_llama.BucketPlan([], False, torch.zeros(1, 1), 0, True)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        assert not layer.runs_fused(torch.zeros(1, 1, 24), plan)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
