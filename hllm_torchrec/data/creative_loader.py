@@ -18,7 +18,7 @@ from hllm_torchrec.data.background import prefetch
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.creative_batch import CreativeBatch
-from hllm_torchrec.data.creative_table import WHOLE_HISTORY, Creatives
+from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeRows
 from hllm_torchrec.data.creative_tokens import CreativeTokens
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events, Piece
@@ -49,7 +49,7 @@ class CreativeLoader:
         self,
         dataset: Dataset,
         collator: Collator,
-        part: Creatives,
+        part: CreativeRows,
         tokens: CreativeTokens,
         spec: LoaderSpec,
         per_batch: int,

@@ -62,7 +62,7 @@ NEEDED = ("raw_user_id", "raw_item_id", "response")
 
 
 @dataclass(frozen=True)
-class Creatives:
+class CreativeRows:
     """Rows of a part of a table, sorted by user and second.
 
     user_ids, item_ids: int64 [N] of the dataset; timestamps: int64 [N] seconds, `WHOLE_HISTORY` for all events;
@@ -124,7 +124,7 @@ class CreativeTable:
         """Hash of the contents of all rows."""
         return hash_json(self.manifest["files"])
 
-    def part(self, split: str) -> Creatives:
+    def part(self, split: str) -> CreativeRows:
         """The rows of train, valid or test, which may be none.
 
         Raises:
@@ -141,7 +141,7 @@ class CreativeTable:
         weights = pc.fill_null(rows["weight"], 1.0).to_numpy().astype(np.float32)
         if not np.all(np.isfinite(weights) & (weights >= 0)):
             raise ValueError(f"{path}: a weight is negative or no number; {_REMEDY}")
-        return Creatives(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
+        return CreativeRows(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
 
     def dropped(self) -> pa.Table:
         """Rows that were left out: raw_user_id, raw_item_id, response, reasons (a list).

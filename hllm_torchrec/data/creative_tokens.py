@@ -22,7 +22,7 @@ from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.hashing import hash_file, hash_json
 from hllm_torchrec.config.creative import PLACEHOLDER, USER, CreativeConfig
-from hllm_torchrec.data.creative_table import TEXTS, Creatives, CreativeTable
+from hllm_torchrec.data.creative_table import TEXTS, CreativeRows, CreativeTable
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
@@ -207,7 +207,7 @@ def build_creative_tokens(dataset: Dataset, table: CreativeTable, section: Creat
 
 
 def _tokenize_profiles(
-    section: CreativeConfig, part: Creatives, rows: Ints, table: CreativeTable
+    section: CreativeConfig, part: CreativeRows, rows: Ints, table: CreativeTable
 ) -> tuple[tuple[list[int], list[int]], list[Ints]]:
     """Tokens of the profiles' prompt before and after {user}, and the arrays of _PROFILES; rows: [N] of the part."""
     column = part.rows["profile"].take(pa.array(rows)).combine_chunks().dictionary_encode()
@@ -243,7 +243,7 @@ def item_columns(dataset: Dataset, section: CreativeConfig) -> dict[str, list[st
     return {name: ["", *table[name].to_pylist()] for name in names}
 
 
-def _prompts(tokenizer: CreativeTokenizer, dataset: Dataset, part: Creatives) -> Iterator[TextTokens]:
+def _prompts(tokenizer: CreativeTokenizer, dataset: Dataset, part: CreativeRows) -> Iterator[TextTokens]:
     columns, section = item_columns(dataset, tokenizer.section), tokenizer.section
     for first in range(0, len(part), _AT_ONCE):
         items = part.item_ids[first : first + _AT_ONCE]
@@ -265,7 +265,7 @@ def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
 
 
 def _tokenize_part(
-    tokenizer: CreativeTokenizer, part: Creatives, prompts: Sequence[TextTokens], prefix: int, where: str
+    tokenizer: CreativeTokenizer, part: CreativeRows, prompts: Sequence[TextTokens], prefix: int, where: str
 ) -> tuple[dict[str, Ints], int]:
     """Arrays of a part, and the number of responses that were cut; its rows index the part."""
     section = tokenizer.section

@@ -35,7 +35,7 @@ from sklearn.cluster import KMeans
 
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.run_log import read_log
-from hllm_torchrec.data.creative_table import TEXTS, Creatives
+from hllm_torchrec.data.creative_table import TEXTS, CreativeRows
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, item_columns, pack_texts
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import distributed_device
@@ -145,7 +145,7 @@ class Choices:
     owner: [C] position in `index` of each candidate; is_right: [C] whether it is the creative's own text.
     """
 
-    def __init__(self, experiment: Experiment, part: Creatives, rows: Ints) -> None:
+    def __init__(self, experiment: Experiment, part: CreativeRows, rows: Ints) -> None:
         dataset = experiment.dataset
         values, offsets = dataset.feature_ids("item", FEATURE)
         names = ["", *dataset.feature_values(FEATURE).to_pylist()]
@@ -193,7 +193,7 @@ class Choices:
         return np.bincount(self.owner, (is_best & self.is_right) / ties[self.owner], minlength=best.size)
 
 
-def count_table(train_part: Creatives, choices: Choices) -> tuple[Doubles, Doubles]:
+def count_table(train_part: CreativeRows, choices: Choices) -> tuple[Doubles, Doubles]:
     """(nats, accuracy) [n] of counts of texts per item in training, smoothed by the share of each value: no user."""
     counts: dict[tuple[int, str], float] = {}
     overall: dict[str, float] = {}
