@@ -9,9 +9,14 @@ A repeated or restarted job generates only the titles that the folder lacks.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
+
+if TYPE_CHECKING:
+    from hllm_torchrec.common.arrays import Ints
+    from hllm_torchrec.data.dataset import Dataset
 
 
 def build_parser() -> CommandParser:
@@ -135,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
         say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
 
 
-def _dense(dataset, raw_ids: list[str], file: Path):  # type: ignore[no-untyped-def]
+def _dense(dataset: "Dataset", raw_ids: list[str], file: Path) -> "Ints":
+    """Ascending dense ids of the items that `file` names."""
     import numpy as np
     import pyarrow as pa
 
