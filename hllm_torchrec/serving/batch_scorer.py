@@ -171,7 +171,7 @@ class BatchScorer(Scorer):
             rows = None  # a group of one request: the user's vector is broadcast
             if len(parts) > 1:
                 rows = torch.from_numpy(np.repeat(np.arange(len(parts)), counts)).to(ids.device)
-            evidence = self._evidence_of(requests, parts)
+            evidence = self._evidence([(one.state, part, one.time) for one, part in zip(requests, parts, strict=True)])
             if late:
                 logits.append(self._late(users, rows, ids, evidence))
             else:
@@ -188,12 +188,6 @@ class BatchScorer(Scorer):
             logits: Tensor = self.hllm.head(users, targets, evidence)
             return logits
         return self._head.score(users_RD, rows, self._prepared.index_select(0, ids))
-
-    def _evidence_of(self, requests: Sequence[Request], parts: Sequence[Ints]) -> Tensor | None:
-        if self.experiment.evidence is None:
-            return None
-        columns = [self._evidence(one.state.history, part, one.time) for one, part in zip(requests, parts, strict=True)]
-        return torch.cat([column for column in columns if column is not None])
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         x_TD, times = self.inputs.history(events)
