@@ -25,7 +25,7 @@ Legend: n events of one user, X exposures, C different numbers of visible events
 components of texts, J factors, F columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -41,7 +41,16 @@ from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
 from hllm_torchrec.data.item_statistics import ItemStatistics
-from hllm_torchrec.data.past_events import SHRINKAGE, PastEvents, items_of_fit, last_seconds, mean_residuals
+from hllm_torchrec.data.past_events import (
+    SHRINKAGE,
+    Exposures,
+    PastEvents,
+    columns_of_neighbors,
+    columns_of_users,
+    items_of_fit,
+    last_seconds,
+    mean_residuals,
+)
 from hllm_torchrec.data.run_arrays import hash_arrays, load_run_arrays
 from hllm_torchrec.data.tastes import posterior_tastes
 
@@ -72,11 +81,7 @@ TEXT_GROUPS = ("neighbors", "tastes")
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
 FOLDS = 5
-SHARPNESS = (5.0, 10.0)
-"""Weight of a neighbor: exp(sharpness * cosine)."""
-TYPICAL_COSINE = 0.2
-"""Cosine of the SHRINKAGE pseudo-events that shrink the neighbors' mean."""
-_ROWS_AT_ONCE = 1024
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -160,38 +165,27 @@ def crossed_pairs(names: tuple[str, ...]) -> tuple[Ints, Ints]:
     return first, second
 
 
-def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
-    """[X, F] standardized columns of the groups `names`, then the products of pairs of them.
+def standardized(raw_FX: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
+    """[F, X] standardized columns of the groups `names`, then the products of pairs of them.
 
-    raw: the columns without products; center, spread: of all columns, so that the products are standardized too; or
+    raw_FX: the columns without products; center, spread: of all columns, so that the products are standardized too; or
     only of the columns without products, so that the products are not standardized.
     """
-    width, (first, second) = raw.shape[1], crossed_pairs(names)
-    columns: Doubles = (raw - center[:width]) / spread[:width]
-    if not first.size:
-        return columns
-    bounded = np.ascontiguousarray(np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR).T)  # [width, X]: rows are read
-    products = bounded[first]
-    products *= bounded[second]
+    width, (first, second) = len(raw_FX), crossed_pairs(names)
+    found = np.empty((width + first.size, raw_FX.shape[1]))
+    columns, products = found[:width], found[width:]
+    np.divide(raw_FX - center[:width, None], spread[:width, None], out=columns)
+    bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
+    np.multiply(bounded[first], bounded[second], out=products)
     if center.size > width:
         products -= center[width:, None]
         products /= spread[width:, None]
-    return np.concatenate([columns, products.T], axis=1)
+    return found
 
 
 def fold_of_users(user_ids: Ints) -> Ints:
     """Fold [n] of each user, a function of the user id only."""
     return (hash_columns(user_ids) % np.uint64(FOLDS)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Exposures:
-    """Exposures of one user. after [X]: the row of `past` of each of them; items [X]; seconds [X]."""
-
-    past: PastEvents
-    after: Ints
-    items: Ints
-    seconds: Ints
 
 
 class Evidence:
@@ -234,7 +228,7 @@ class Evidence:
         if unit is None or "tastes" not in self.names or not self.model.taste_text.size:
             return None
         # In blocks, because the product converts the embeddings to float64.
-        blocks = [unit[at : at + _ROWS_AT_ONCE] @ self.model.taste_text for at in range(0, len(unit), _ROWS_AT_ONCE)]
+        blocks = [unit[at : at + _TEXTS_AT_ONCE] @ self.model.taste_text for at in range(0, len(unit), _TEXTS_AT_ONCE)]
         return np.concatenate(blocks) if blocks else np.zeros((0, self.model.taste_text.shape[1]))
 
     @property
@@ -256,7 +250,8 @@ class Evidence:
             if chosen.any():
                 counts, after = np.unique(seen[chosen], return_inverse=True)
                 past = self.past(events, counts, without)
-                found[chosen] = self.of_exposures([Exposures(past, after, items[chosen], seconds[chosen])], without)
+                asked = Exposures([past], [after.size], after, items[chosen], seconds[chosen])
+                found[chosen] = self.of_exposures(asked, without)
         return found
 
     def past(self, events: Events, seen: Ints, without: int | None = None) -> PastEvents:
@@ -279,84 +274,46 @@ class Evidence:
         last, means = last_seconds(events.timestamps, seen), mean_residuals(residuals, rated)
         return PastEvents(items, residuals, rated, seen, last, means, factors, tastes)
 
-    def of_exposures(self, exposures: Sequence[Exposures], without: int | None = None) -> Floats:
-        """[X, F] float32 standardized columns of the exposures of several users, one user after the other.
+    def of_exposures(self, asked: Exposures, without: int | None = None) -> Floats:
+        """[X, F] float32 standardized columns of exposures of any number of users; without: as for `past`."""
+        raw_FX = self._raw(asked, self.model.fit_without(without))
+        columns_FX = standardized(raw_FX, self.model.center, self.model.spread, self.names)
+        return columns_FX.T.astype(np.float32, order="C")
 
-        without: as the argument of `past`.
-        """
-        raw = self._raw(exposures, self.model.fit_without(without))
-        return standardized(raw, self.model.center, self.model.spread, self.names).astype(np.float32)
+    def _raw(self, asked: Exposures, fit: ItemFactors) -> Doubles:
+        """[F, X] columns before standardization."""
+        items, known = asked.items, items_of_fit(asked.items, fit)
+        statistics = self._of_items(items, asked.seconds, fit.mean)
 
-    def _raw(self, exposures: Sequence[Exposures], fit: ItemFactors) -> Doubles:
-        """[X, F] columns before standardization."""
-        items, seconds = (np.concatenate([getattr(one, name) for one in exposures]) for name in ("items", "seconds"))
-        known = items_of_fit(items, fit)
-        starts = np.cumsum([0, *(one.past.seen.size for one in exposures)])
-        after = np.concatenate([start + one.after for start, one in zip(starts, exposures, strict=False)])
-
-        def of_past(name: str) -> NDArray[Any]:
-            """An array [C, ...] of all pasts, as one row per exposure."""
-            return np.concatenate([getattr(one.past, name) for one in exposures])[after]
-
-        @cache
-        def statistics() -> Doubles:
-            return self._of_items(items, seconds, fit.mean)
-
-        def expected() -> Doubles:
+        def of_factors() -> tuple[Doubles, Doubles]:
             bias = fit.bias[known]
-            return np.stack([fit.mean + bias + (fit.loadings[known] * of_past("factors")).sum(1), bias], axis=1)
+            return fit.mean + bias + (fit.loadings[known] * asked.of_past("factors")).sum(1), bias
 
-        def taste() -> Doubles:
-            residual = (self._descriptors(items, statistics(), fit) * of_past("tastes")).sum(axis=1)
-            return (fit.mean + fit.bias[known] + residual)[:, None]
+        def of_tastes() -> tuple[Doubles]:
+            described = self._descriptors(items, statistics, fit)
+            return (fit.mean + fit.bias[known] + (described * asked.of_past("tastes")).sum(axis=1),)
 
-        groups = {
-            "factors": expected,
-            "items": statistics,
-            "users": lambda: _of_user(of_past("means"), of_past("seen"), of_past("last"), seconds),
-            "neighbors": lambda: np.concatenate([_neighbors(one, self._text) for one in exposures]),
-            "tastes": taste,
+        groups: dict[str, Callable[[], Iterable[Doubles]]] = {
+            "factors": of_factors,
+            "items": lambda: statistics,
+            "users": lambda: columns_of_users(asked),
+            "neighbors": lambda: columns_of_neighbors(asked, self._text),
+            "tastes": of_tastes,
         }
-        return np.concatenate([groups[name]() for name in self.names if name != CROSSES], axis=1)
+        return np.stack([column for name in self.names if name != CROSSES for column in groups[name]()])
 
-    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> Doubles:
-        """[n, 2] columns of the group "items"."""
+    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[Doubles, Doubles]:
+        """Columns [n], [n] of the group "items"."""
         count, total = self.statistics.before(items, seconds - self.delay)
-        return np.stack([(total - count * mean) / (count + SHRINKAGE), np.log1p(count)], axis=1)
+        return (total - count * mean) / (count + SHRINKAGE), np.log1p(count)
 
-    def _descriptors(self, items: Ints, statistics: Doubles, fit: ItemFactors) -> Doubles:
-        """[n, D] descriptors of `items` [n] with `statistics` [n, 2] of the events before a second; see `tastes`."""
-        scaled = (statistics - self.model.taste_center) / self.model.taste_spread
+    def _descriptors(self, items: Ints, statistics: tuple[Doubles, Doubles], fit: ItemFactors) -> Doubles:
+        """[n, D] descriptors of `items` [n] with `statistics` of the events before a second; see `tastes`."""
+        scaled = (np.stack(statistics, axis=1) - self.model.taste_center) / self.model.taste_spread
         parts = [fit.loadings[items_of_fit(items, fit)], scaled]
         if self._components is not None:
             parts.append(self._components[items])
         return np.concatenate(parts, axis=1)
-
-
-def _of_user(means: Doubles, seen: Ints, last: Ints, seconds: Ints) -> Doubles:
-    """[X, 4] columns of the group "users"; the log of the gap is 0 without a visible event."""
-    gap = np.log1p(np.where(seen > 0, np.maximum(seconds - last, 0), 0))
-    return np.column_stack([means, np.log1p(seen), gap])
-
-
-def _neighbors(one: Exposures, text: Floats | None) -> Doubles:
-    """[X, 2] similarity-weighted mean residuals minus the user's mean, one column per value of SHARPNESS."""
-    assert text is not None
-    past, rated, user_mean = one.past, one.past.rated[one.after], one.past.means[one.after, 0]
-    found = np.zeros((one.items.size, len(SHARPNESS)))
-    history = text[past.items]
-    for start in range(0, one.items.size, _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
-        cosine = text[one.items[some]] @ history.T
-        hides = bool((rated[some] < past.items.size).any())
-        for column, sharpness in enumerate(SHARPNESS):
-            weight = np.exp(sharpness * cosine)
-            if hides:
-                weight *= np.arange(past.items.size) < rated[some, None]
-            total = weight.sum(1)
-            surplus = weight @ past.residuals - user_mean[some] * total
-            found[some, column] = surplus / (total + SHRINKAGE * np.exp(sharpness * TYPICAL_COSINE))
-    return found
 
 
 def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:

@@ -34,9 +34,8 @@ from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.collate import Collator
-from hllm_torchrec.data.evidence import Exposures
 from hllm_torchrec.data.new_item_journal import new_items
-from hllm_torchrec.data.past_events import PastEvents
+from hllm_torchrec.data.past_events import Exposures, PastEvents
 from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.calibration import RunCalibration
@@ -417,7 +416,7 @@ class Scorer:
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] query for all candidates
-            evidence = self._evidence([(state, part, moment)])
+            evidence = self._evidence([state], [part.size], part, [moment])
             logits = self._logits(ask, x_QD, target_XD, user_vector, evidence)
             found[start : start + part.size] = logits.float().cpu().numpy()
         return found
@@ -441,19 +440,23 @@ class Scorer:
         evidence = self.experiment.evidence
         return None if evidence is None else evidence.past(history[:seen], np.array([seen]))
 
-    def _evidence(self, asked: Sequence[tuple[UserState, Ints, int]]) -> Tensor | None:
-        """Evidence [M, F] of the candidates of several requests (state, candidates, time); None if the model has none."""
+    def _evidence(
+        self, states: Sequence[UserState], sizes: Sequence[int], items: Ints, times: Sequence[int]
+    ) -> Tensor | None:
+        """Evidence [M, F] of the candidates `items` [M] of several requests, `sizes[r]` of request r; None if the model
+        has none."""
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        exposures = []
-        for state, items, time in asked:
+        pasts = []
+        for state, time in zip(states, times, strict=True):
             past, seen = state.past, self.rules.seen(state.history, time)
             if past is None or seen != len(state.history):  # the state has events that the request must not see
                 past = self._past(state.history, seen)
             assert past is not None
-            exposures.append(Exposures(past, np.zeros_like(items), items, np.full_like(items, time)))
-        return torch.from_numpy(evidence.of_exposures(exposures)).to(self.experiment.device)
+            pasts.append(past)
+        asked = Exposures(pasts, sizes, np.repeat(np.arange(len(sizes)), sizes), items, np.repeat(times, sizes))
+        return torch.from_numpy(evidence.of_exposures(asked)).to(self.experiment.device)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         """Append `events` to the cache."""
