@@ -56,6 +56,7 @@ def build_experiment(
     evidence: EvidenceModel | None = None,
     transitions: Transitions | None = None,
     version: int | None = None,
+    encode: bool = True,
 ) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
 
@@ -64,6 +65,7 @@ def build_experiment(
         evidence: fitted evidence of the run; None: it is fitted if the configuration uses evidence.
         transitions: fitted transitions of the run; None: they are fitted if the configuration uses transitions.
         version: version of the dataset to read; None: `data.version`.
+        encode: False: no item is encoded here; evidence that reads texts has none until `read_catalogue`.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.
@@ -78,7 +80,7 @@ def build_experiment(
     encoders, live = _build_encoders(config, model, tokens, device)
     creatives = CreativeInputs.open(config, dataset, model)
     catalogue = None
-    if reads_texts(config) or (compares_texts(config) and transitions is None):
+    if encode and (reads_texts(config) or (compares_texts(config) and transitions is None)):
         catalogue = frozen_catalogue(model, encoders.get("item_llm"), live, device)
     found = open_evidence(config, dataset, catalogue, evidence)
     flow = open_transitions(config, dataset, catalogue, transitions)
