@@ -1,4 +1,4 @@
-"""bench_creator: both sides of each ratio give the same, a ratio that spreads is left out, the lookup is measured."""
+"""`bench_creator`: both sides of a ratio give the same results, noisy ratios are left out, lookups are measured."""
 
 from pathlib import Path
 
