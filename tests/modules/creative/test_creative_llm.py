@@ -24,7 +24,7 @@ def reference(shape: dict[str, Any]) -> nn.Module:
 
 
 def packed(shape: dict[str, Any], of: Any) -> CreativeLLM:
-    """Return a causal language model of transformers, and a `CreativeLLM` with its weights."""
+    """Return a `CreativeLLM` with the weights of a causal language model of transformers."""
     backbone = build_backbone(None, shape)
     backbone.load_state_dict(of.model.state_dict())
     if of.config.tie_word_embeddings:
