@@ -11,9 +11,10 @@ start and imports; memory is the peak resident set of a process, including them.
 rank; they depend less on other load of the machine. `scaling.png` plots both sides. The last line is one JSON object;
 its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / scikit-learn's.
 
---directory measures the complete `hllm evaluate --compare` (users, slices, report) on a directory with the columns of a
-run's predictions, which is what `--run-dir` does after scoring, on two ranks: peak memory by rank, seconds including
-start and imports, and CPU seconds of both ranks. --against alternates with the same command of another checkout.
+--directory measures the complete command `hllm evaluate --compare` (users, slices, report) on two ranks, for
+predictions with the columns of a run's predictions; `--run-dir` does the same after scoring. It reports the peak memory
+of each rank, seconds including start and imports, and CPU seconds of both ranks. With --against, the same command of
+another checkout is measured alternately.
 """
 
 import argparse

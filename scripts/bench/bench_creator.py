@@ -2,7 +2,7 @@
 
     python scripts/bench/bench_creator.py [--quick] [--out FILE]
 
-The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio have the same
+The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio use the same
 weights. The bench first checks that both sides produce the same tokens or losses. A ratio is naive / ours, the median
 over pairs of measurements that are made one after the other:
 
@@ -73,14 +73,14 @@ SPREAD = 0.3
 DEEP = 12
 """Layers of the model of `item_kv`: with 4, half of the operations are those of the vocabulary head."""
 NEVER = -7
-"""An end token that no model writes: all titles have the same length."""
+"""An id of an end token that no model generates, so that all titles have the same length."""
 SHAPE = {**SMOLLM2, "num_hidden_layers": 4, "tie_word_embeddings": True}
 TINY = {**SHAPE, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY |= {"num_hidden_layers": 2, "vocab_size": 90}
 
 
 class Models:
-    """A causal language model of transformers, and ours with its weights."""
+    """A causal language model of transformers, and a `CreativeLLM` with the same weights."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -91,16 +91,16 @@ class Models:
         self.width, self.words = shape["hidden_size"], shape["vocab_size"]
 
     def tokens(self, *size: int) -> Tensor:
-        """Random tokens."""
+        """Return random tokens."""
         return torch.randint(self.words, size)
 
     def soft(self, number: int) -> Tensor:
-        """Soft tokens [n, 1, C] of the size of words."""
+        """Return random soft tokens [n, 1, C] with the RMS of the word embeddings."""
         return torch.randn(number, 1, self.width) * self.ours.word_scale
 
 
 def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most] of transformers' `generate`, one user after the other."""
+    """Generate tokens [n, most] by transformers' `generate`, one user after the other."""
     words, rows = models.plain.get_input_embeddings(), []
     for one in soft:
         whole = torch.cat([words(before), one, words(after)])[None]
@@ -110,13 +110,13 @@ def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most:
 
 
 def written(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int, item_of: Any = None) -> Tensor:
-    """Tokens [n, most] of our decoding."""
+    """Generate tokens [n, most] by our decoding."""
     return decode(models.ours, before, after, soft, DecodeOptions(NEVER, most), item_of=item_of).tokens
 
 
 @torch.no_grad()
 def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most], each from a pass over the whole sequence."""
+    """Generate tokens [n, most]; each step reads the complete sequence again."""
     llm, number = models.ours, len(soft)
     rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
     found = []
@@ -135,17 +135,17 @@ def compare(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 
 
 
 def _timed(run: Callable[[], Any]) -> None:
-    """Run a side; what it returns is no time."""
+    """Run a side without its result, which `alternate` would take for a time."""
     run()
 
 
 def same(one: Tensor, other: Tensor) -> None:
-    """Both sides give the same."""
+    """Assert that both sides give the same tokens."""
     assert torch.equal(one, other), "the sides differ"
 
 
 def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of decoding."""
+    """Measure the ratios of decoding."""
     tiny = options.tiny
     most, number = (3, 8) if tiny else (16, 64)
     before, after, soft = models.tokens(12), models.tokens(25), models.soft(number)
@@ -176,7 +176,7 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
 
 
 def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of keys and values that are computed once. deep: the model of `item_kv`."""
+    """Measure the ratios of cached keys and values. deep: the model of `item_kv`."""
     tiny, none = options.tiny, torch.empty(0, dtype=torch.int64)
     most, text, soft = 3 if tiny else 16, deep.tokens(20 if tiny else 230), deep.soft(CLUSTERS)
     again = torch.arange(CLUSTERS)
@@ -197,7 +197,7 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
 
 
 def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
-    """Texts of equal lengths."""
+    """Return random packed texts of equal lengths."""
     length = prompt + response
     return PackedTexts(
         token_ids=models.tokens(number * length),
@@ -209,7 +209,7 @@ def packed(models: Models, number: int, prompt: int, response: int) -> PackedTex
 
 
 def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
-    """Mean loss of the responses' tokens; gradients are left in `.grad`."""
+    """Run forward and backward of the mean loss of the responses' tokens; gradients are left in `.grad`."""
     models.ours.zero_grad()
     output = models.ours(texts, soft)
     loss = output.nll.sum() / output.tokens.sum()
@@ -218,7 +218,7 @@ def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
 
 
 def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0) -> Tensor:
-    """As `our_step`, by the causal language model with labels; texts padded on the right to `padded` tokens."""
+    """Run the same step by transformers' model with labels; texts are padded on the right to `padded` tokens."""
     models.plain.zero_grad()
     words = models.plain.get_input_embeddings()(texts.token_ids.view(len(soft), -1))
     at, begins = int(texts.soft_at[0]), int(texts.response_from[0])
@@ -236,7 +236,7 @@ def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0
 
 
 def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of training steps."""
+    """Measure the ratios of training steps."""
     number, lengths = (4, (6, 3)) if options.tiny else (32, (22, 12))
     texts, soft, longest = packed(models, number, *lengths), models.soft(number), 24 if options.tiny else 512
     ours = lambda: our_step(models, texts, soft)  # noqa: E731
@@ -263,7 +263,7 @@ def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
 
 
 def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Passes of a user encoder: one for all creatives of a user, or one for each."""
+    """Measure passes of a user encoder: one for all creatives of a user, or one for each creative."""
     users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (8, 100, 8, 64)
     encoder = SASRec(SASRecShape(width=width, layers=2, heads=2, max_positions=256)).eval()
     x, queries = torch.randn(users, events, width), torch.randn(users, creatives, width)
@@ -283,7 +283,7 @@ def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
 
 
 def lookup(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a lookup, mean of random ones, and bytes of the files."""
+    """Measure the mean microseconds of random lookups, and the bytes of the files."""
     users, items, titles = (200, 50, 4) if options.tiny else (100_000, 125_000, 8)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -333,20 +333,21 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(side: str, tiny: bool) -> int:
-    """Peak bytes of a training step above what it begins with; in a process of its own. A small step comes first."""
+    """Return the peak bytes of a training step above those before it, after a small warm-up step. Needs its own
+    process."""
     models = Models(TINY if tiny else SHAPE)
     step = plain_step if side == "labels" else our_step
     step(models, packed(models, 2, 4, 2), models.soft(2))
     number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
     texts, soft = packed(models, number, *lengths), models.soft(number)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     step(models, texts, soft)
     return _status("VmHWM") - before
 
 
 def memory(tiny: bool) -> dict[str, Any]:
-    """Peaks of both sides; those of tiny shapes are of this process, and say nothing."""
+    """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     peaks = {}

@@ -83,7 +83,7 @@ def invented_texts(model: Model) -> list[str]:
 
 
 class InventedItems:
-    """What the embedding job asks of a dataset."""
+    """Stand-in for a dataset, with the attributes that the embedding job reads."""
 
     def __init__(self, items: int) -> None:
         self.items = pa.table({"raw_item_id": [f"item-{item}" for item in range(items)]})
@@ -128,7 +128,7 @@ class Ours:
         return torch.empty(0)
 
     def vectors(self) -> Tensor:
-        """What the last call stored."""
+        """Return the embeddings that the last call stored."""
         return EmbeddingStore.open(self.folder).snapshot().gather(self.experiment.dataset.items["raw_item_id"])[0]
 
 

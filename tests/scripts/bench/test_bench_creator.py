@@ -1,4 +1,4 @@
-"""bench_creator: both sides of each ratio give the same, and the lookup is measured."""
+"""`bench_creator`: both sides of a ratio give the same results, and lookups are measured."""
 
 from pathlib import Path
 
