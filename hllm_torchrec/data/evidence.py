@@ -276,7 +276,8 @@ class Evidence:
         if "factors" in self.names:
             factors = fit.running_posterior(fitted, values, rated)
         if "tastes" in self.names:
-            described = self._descriptors(items, self._of_items(items, events.timestamps[known], fit.mean), fit)
+            statistics = self._of_items(items, events.timestamps[known], fit.mean)
+            described = self._descriptors(items, fit.loadings[fitted], statistics)
             tastes = posterior_tastes(described, residuals, rated, fit.noise)
         last, means = last_seconds(events.timestamps, seen), mean_residuals(residuals, rated)
         return PastEvents(items, residuals, rated, seen, last, means, factors, tastes)
@@ -291,14 +292,15 @@ class Evidence:
         """[F, X] columns before standardization."""
         items, known = asked.items, items_of_fit(asked.items, fit)
         statistics = self._of_items(items, asked.seconds, fit.mean)
+        bias, loadings = fit.bias[known], fit.loadings[known]
+        expected = fit.mean + bias
 
         def of_factors() -> tuple[AnyFloats, AnyFloats]:
-            bias = fit.bias[known]
-            return fit.mean + bias + (fit.loadings[known] * asked.of_past("factors")).sum(1), bias
+            return expected + (loadings * asked.of_past("factors")).sum(1), bias
 
         def of_tastes() -> tuple[AnyFloats]:
-            described = self._descriptors(items, statistics, fit)
-            return (fit.mean + fit.bias[known] + (described * asked.of_past("tastes")).sum(axis=1),)
+            described = self._descriptors(items, loadings, statistics)
+            return (expected + (described * asked.of_past("tastes")).sum(axis=1),)
 
         groups: dict[str, Callable[[], Iterable[AnyFloats]]] = {
             "factors": of_factors,
@@ -307,17 +309,20 @@ class Evidence:
             "neighbors": lambda: columns_of_neighbors(asked, self._text),
             "tastes": of_tastes,
         }
-        return np.stack([column for name in self.names if name != CROSSES for column in groups[name]()])
+        raw_FX = np.empty((len(column_names(self.names)), items.size))
+        for row, column in enumerate(column for name in self.names if name != CROSSES for column in groups[name]()):
+            raw_FX[row] = column
+        return raw_FX
 
     def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[AnyFloats, AnyFloats]:
         """Columns [n], [n] of the group "items"."""
         count, total = self.statistics.before(items, seconds - self.delay)
         return (total - count * mean) / (count + SHRINKAGE), np.log1p(count)
 
-    def _descriptors(self, items: Ints, statistics: tuple[AnyFloats, AnyFloats], fit: ItemFactors) -> Doubles:
-        """[n, D] descriptors of `items` [n] with `statistics` of the events before a second; see `tastes`."""
+    def _descriptors(self, items: Ints, loadings: AnyFloats, statistics: tuple[AnyFloats, AnyFloats]) -> Doubles:
+        """[n, D] descriptors of `items` [n] with `loadings` [n, J] and `statistics` of earlier events; see `tastes`."""
         scaled = (np.stack(statistics, axis=1) - self.model.taste_center) / self.model.taste_spread
-        parts = [fit.loadings[items_of_fit(items, fit)], scaled]
+        parts = [loadings, scaled]
         if self._components is not None:
             parts.append(self._components[items])
         return np.concatenate(parts, axis=1)

@@ -58,12 +58,28 @@ class ItemStatistics:
         latest[ends > starts] = self.keys[ends[ends > starts] - 1]
         return starts, latest
 
+    @cached_property
+    def _newest(self) -> int:
+        """Latest second of an event; -1 without events."""
+        return int((self.keys & ((1 << _SECOND_BITS) - 1)).max(initial=-1))
+
+    @cached_property
+    def _whole(self) -> tuple[Ints, AnyFloats]:
+        """(count [M + 1], sum of values [M + 1]) of all events of each item; see `_bounds`."""
+        starts, _ = self._bounds
+        ends = np.append(starts[1:], starts[-1])
+        return ends - starts, self.totals[ends] - self.totals[starts]
+
     def before(self, items: Ints, seconds: Ints) -> tuple[Ints, AnyFloats]:
         """(count [X], sum of values [X]) of the events of each of `items` [X] strictly before each of `seconds` [X]."""
         starts, latest = self._bounds
-        key, item = _key(items, np.maximum(seconds, 0)), np.minimum(items, starts.size - 1)
+        item = np.minimum(items, starts.size - 1)
+        if seconds.size and seconds.min() > self._newest:  # as almost always in serving
+            counts, sums = self._whole
+            return counts[item], sums[item]
+        key = _key(items, np.maximum(seconds, 0))
         first, end = starts[item], starts[np.minimum(item + 1, starts.size - 1)]
-        # Requests are mostly later than all events of their items, and only the others need a search.
+        # Many exposures are later than all events of their items; only the others need a search.
         searched = np.flatnonzero(latest[item] >= key)
         if searched.size:
             end[searched] = np.searchsorted(self.keys, key[searched])

@@ -68,9 +68,10 @@ class Exposures:
     seconds: Ints
 
     def of_past(self, name: str) -> NDArray[Any]:
-        """The rows of an array [C, ...] of `PastEvents`, for each exposure: [X, ...]."""
-        rows: list[NDArray[Any]] = [getattr(past, name) for past in self.pasts]
-        return (rows[0] if len(rows) == 1 else np.concatenate(rows))[self.after]
+        """The rows [X, ...] of an array [C, ...] of `PastEvents` for the exposures; [1, ...] if all have the same row."""
+        arrays: list[NDArray[Any]] = [getattr(past, name) for past in self.pasts]
+        rows = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return rows if len(rows) == 1 else rows[self.after]
 
 
 def mean_residuals(residuals: Doubles, rated: Ints) -> Doubles:
@@ -92,7 +93,7 @@ def items_of_fit(items: Ints, fit: ItemFactors) -> Ints:
 
 
 def columns_of_users(asked: Exposures) -> list[Doubles]:
-    """The four columns [X] of the group "users"; the log of the gap is 0 without a visible event."""
+    """The four columns [X] of the group "users", or [1]; the log of the gap is 0 without a visible event."""
     means, seen, last = (asked.of_past(name) for name in ("means", "seen", "last"))
     gap = np.log1p(np.where(seen > 0, np.maximum(asked.seconds - last, 0), 0))
     return [means[:, 0], means[:, 1], np.log1p(seen), gap]
@@ -105,17 +106,19 @@ def columns_of_neighbors(asked: Exposures, text: Floats | None) -> Doubles:
     """
     assert text is not None
     found, end = np.empty((len(SHARPNESS), asked.items.size)), 0
-    user_mean, rated = asked.of_past("means")[:, 0], asked.of_past("rated")
+    user_mean, rated = (
+        np.broadcast_to(one, asked.items.shape) for one in (asked.of_past("means")[:, 0], asked.of_past("rated"))
+    )
     for past, size in zip(asked.pasts, asked.sizes, strict=True):
         history, first, end = text[past.items], end, end + size
         for start in range(first, end, _ROWS_AT_ONCE):
             some = slice(start, min(start + _ROWS_AT_ONCE, end))
             cosine = text[asked.items[some]] @ history.T
-            hidden = None
+            weight, hidden = np.empty_like(cosine), None
             if (rated[some] < past.items.size).any():
                 hidden = np.arange(past.items.size) >= rated[some, None]
             for row, sharpness in enumerate(SHARPNESS):
-                weight = np.exp(sharpness * cosine)
+                np.exp(np.multiply(cosine, sharpness, out=weight), out=weight)
                 if hidden is not None:
                     weight[hidden] = 0
                 total = weight.sum(1)

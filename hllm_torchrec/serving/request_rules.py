@@ -39,7 +39,8 @@ class RequestRules:
         """Number of events of a complete history that a request at `time` may see."""
         if self.spec.visibility == "position":
             return len(history)
-        return visible_before(history.timestamps, time - self.spec.feedback_delay)
+        times, limit = history.timestamps, time - self.spec.feedback_delay
+        return len(times) if not len(times) or times[-1] < limit else visible_before(times, limit)
 
     def visible(self, user: UserState, time: int) -> int:
         """Number of cached events visible to a request at `time`."""

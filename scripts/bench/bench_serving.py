@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
             args.run = stand_in_run(args.folder / args.fusion, args.dataset, args.fusion, device)
         config = in_one_process(run_config(args.run, args.dataset))
         experiment = untrained(config, args, device) if args.untrained else trained(args.run, config, device, stack)
-        plain, engine = Scorer(experiment), Engine(BatchScorer(experiment), index="none")
+        journal = Path(stack.enter_context(TemporaryDirectory()), "none.jsonl")  # the dataset's may have new items
+        plain = Scorer(experiment, journal=journal)
+        engine = Engine(BatchScorer(experiment, journal=journal), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)
         report("serving", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
 
