@@ -28,7 +28,7 @@ components of texts, J factors, F columns.
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints, save_arrays
 from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
 from hllm_torchrec.data.item_statistics import ItemStatistics
@@ -221,6 +222,7 @@ class Evidence:
         """A copy for the catalogue followed by new items with text embeddings `text` [n, E]."""
         found = copy(self)
         if text is not None and self._text is not None:
+            found.__dict__.pop("_of_latest", None)  # computed again with the new items
             unit = unit_rows(text, self.model.text_center)
             found._text = np.concatenate([self._text, unit])
             if self._components is not None:
@@ -276,56 +278,62 @@ class Evidence:
         if "factors" in self.names:
             factors = fit.running_posterior(fitted, values, rated)
         if "tastes" in self.names:
-            statistics = self._of_items(items, events.timestamps[known], fit.mean)
-            described = self._descriptors(items, fit.loadings[fitted], statistics)
+            described = np.ascontiguousarray(self._of_items(items, events.timestamps[known], fit)[:, :-4])
             tastes = posterior_tastes(described, residuals, rated, fit.noise)
         last, means = last_seconds(events.timestamps, seen), mean_residuals(residuals, rated)
         return PastEvents(items, residuals, rated, seen, last, means, factors, tastes)
 
     def of_exposures(self, asked: Exposures, without: int | None = None) -> Floats:
         """[X, F] float32 standardized columns of exposures of any number of users; without: as for `past`."""
-        raw_FX = self._raw(asked, self.model.fit_without(without))
+        latest = without is None and asked.seconds.min(initial=MAX_SECOND) - self.delay > self.statistics.newest
+        raw_FX = self._raw(asked, self.model.fit_without(without), latest)
         columns_FX = standardized(raw_FX, self.model.center, self.model.spread, self.names)
         return columns_FX.T.astype(np.float32, order="C")
 
-    def _raw(self, asked: Exposures, fit: ItemFactors) -> Doubles:
-        """[F, X] columns before standardization."""
-        items, known = asked.items, items_of_fit(asked.items, fit)
-        statistics = self._of_items(items, asked.seconds, fit.mean)
-        bias, loadings = fit.bias[known], fit.loadings[known]
-        expected = fit.mean + bias
-
-        def of_factors() -> tuple[AnyFloats, AnyFloats]:
-            return expected + (loadings * asked.of_past("factors")).sum(1), bias
-
-        def of_tastes() -> tuple[AnyFloats]:
-            described = self._descriptors(items, loadings, statistics)
-            return (expected + (described * asked.of_past("tastes")).sum(axis=1),)
-
+    def _raw(self, asked: Exposures, fit: ItemFactors, latest: bool) -> Doubles:
+        """[F, X] columns before standardization. latest: whether `_of_latest` has the items' rows."""
+        if latest:
+            rows = self._of_latest[np.minimum(asked.items, len(self._of_latest) - 1)]
+        else:
+            rows = self._of_items(asked.items, asked.seconds, fit)
+        described, (mean_value, count, bias, expected) = rows[:, :-4], rows[:, -4:].T
+        loadings = described[:, : fit.loadings.shape[1]]
         groups: dict[str, Callable[[], Iterable[AnyFloats]]] = {
-            "factors": of_factors,
-            "items": lambda: statistics,
+            "factors": lambda: (expected + (loadings * asked.of_past("factors")).sum(1), bias),
+            "items": lambda: (mean_value, count),
             "users": lambda: columns_of_users(asked),
             "neighbors": lambda: columns_of_neighbors(asked, self._text),
-            "tastes": of_tastes,
+            "tastes": lambda: (expected + (described * asked.of_past("tastes")).sum(1),),
         }
-        raw_FX = np.empty((len(column_names(self.names)), items.size))
+        raw_FX = np.empty((len(column_names(self.names)), asked.items.size))
         for row, column in enumerate(column for name in self.names if name != CROSSES for column in groups[name]()):
             raw_FX[row] = column
         return raw_FX
 
-    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[AnyFloats, AnyFloats]:
-        """Columns [n], [n] of the group "items"."""
-        count, total = self.statistics.before(items, seconds - self.delay)
-        return (total - count * mean) / (count + SHRINKAGE), np.log1p(count)
+    def _of_items(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
+        """[n, D + 4]: what the columns need of `items` [n] with the events before `seconds` [n].
 
-    def _descriptors(self, items: Ints, loadings: AnyFloats, statistics: tuple[AnyFloats, AnyFloats]) -> Doubles:
-        """[n, D] descriptors of `items` [n] with `loadings` [n, J] and `statistics` of earlier events; see `tastes`."""
-        scaled = (np.stack(statistics, axis=1) - self.model.taste_center) / self.model.taste_spread
-        parts = [loadings, scaled]
+        Descriptors (see `tastes`), the two columns of the group "items", bias, and mean plus bias.
+        """
+        number, total = self.statistics.before(items, seconds - self.delay)
+        statistics = np.stack([(total - number * fit.mean) / (number + SHRINKAGE), np.log1p(number)], axis=1)
+        known = items_of_fit(items, fit)
+        bias, parts = fit.bias[known][:, None], [fit.loadings[known]]
+        if "tastes" in self.names:
+            parts.append((statistics - self.model.taste_center) / self.model.taste_spread)
         if self._components is not None:
             parts.append(self._components[items])
-        return np.concatenate(parts, axis=1)
+        return np.concatenate([*parts, statistics, bias, fit.mean + bias], axis=1)
+
+    @cached_property
+    def _of_latest(self) -> Doubles:
+        """[N, D + 4] `_of_items` after all events, by the fit of all users: what requests need.
+
+        Without texts, the last row is that of all items that have no events and came after the fit.
+        """
+        fit = self.model.fit_without(None)
+        size = max(fit.bias.size, self.statistics.items) + 1 if self._text is None else len(self._text)
+        return self._of_items(np.arange(size), np.full(size, MAX_SECOND), fit)
 
 
 def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:

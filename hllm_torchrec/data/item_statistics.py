@@ -45,6 +45,11 @@ class ItemStatistics:
         order = np.argsort(every, kind="stable")
         return cls(every[order], np.concatenate([[0.0], np.cumsum(value[order])]))
 
+    @property
+    def items(self) -> int:
+        """Number of items up to the last one with an event."""
+        return self._bounds[0].size - 1
+
     @cached_property
     def _bounds(self) -> tuple[Ints, Ints]:
         """(index of the first event [M + 1], key of the last event [M + 1], -1: none) of each item.
@@ -59,7 +64,7 @@ class ItemStatistics:
         return starts, latest
 
     @cached_property
-    def _newest(self) -> int:
+    def newest(self) -> int:
         """Latest second of an event; -1 without events."""
         return int((self.keys & ((1 << _SECOND_BITS) - 1)).max(initial=-1))
 
@@ -74,7 +79,7 @@ class ItemStatistics:
         """(count [X], sum of values [X]) of the events of each of `items` [X] strictly before each of `seconds` [X]."""
         starts, latest = self._bounds
         item = np.minimum(items, starts.size - 1)
-        if seconds.size and seconds.min() > self._newest:  # as almost always in serving
+        if seconds.size and seconds.min() > self.newest:  # as almost always in serving
             counts, sums = self._whole
             return counts[item], sums[item]
         key = _key(items, np.maximum(seconds, 0))

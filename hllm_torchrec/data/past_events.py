@@ -68,7 +68,7 @@ class Exposures:
     seconds: Ints
 
     def of_past(self, name: str) -> NDArray[Any]:
-        """The rows [X, ...] of an array [C, ...] of `PastEvents` for the exposures; [1, ...] if all have the same row."""
+        """The rows [X, ...] of an array [C, ...] of `PastEvents` for the exposures; [1, ...] if all read one row."""
         arrays: list[NDArray[Any]] = [getattr(past, name) for past in self.pasts]
         rows = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return rows if len(rows) == 1 else rows[self.after]

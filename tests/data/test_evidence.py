@@ -150,6 +150,17 @@ def test_exposures_of_several_users_have_the_columns_of_one_user_at_a_time() -> 
     assert seen[0] == 0 and seen[-1] < len(pieces[-1]) and found[-1].std() > 0.1
 
 
+@pytest.mark.parametrize("delay", [0, 40_000])
+def test_requests_after_all_events_have_the_columns_of_a_plain_loop(delay: int) -> None:
+    piece, items = max(fixtures.pieces("test"), key=len), np.array([1, 3, 17])
+    second = max(event[2] for event in all_events()) + delay + 1
+    seen, at = np.full(items.size, len(piece)), np.full(items.size, second)
+    found = evidence(delay).columns(piece, seen, items, at, piece.user_id, fitted=False)
+    for item, row in zip(items.tolist(), found * fitted(delay).spread + fitted(delay).center, strict=True):
+        expected = by_loops(piece.user_id, item, second, delay, None)
+        np.testing.assert_allclose(row, expected, rtol=2e-4, atol=2e-4)
+
+
 def test_item_statistics_count_the_events_before_a_second() -> None:
     statistics, known = ItemStatistics.of_dataset(fixtures.dataset()), [e for e in all_events() if e[3] == e[3]]
     for second in (0, known[0][2], known[40][2], known[40][2] + 1, max(e[2] for e in known) + 1):
