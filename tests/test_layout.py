@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hllm_torchrec import _moved
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config
 
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 BELOW_LAUNCH = (

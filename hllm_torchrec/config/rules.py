@@ -367,7 +367,7 @@ def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]
 
     setting: dotted field of `tasks`, for messages.
     """
-    from hllm_torchrec.config.schema import TaskConfig
+    from hllm_torchrec.config.objective import TaskConfig
 
     for name, content in tasks.items():
         field = f"{setting}.{name}"

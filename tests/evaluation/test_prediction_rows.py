@@ -13,7 +13,8 @@ import pytest
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, fingerprint_files, identities, seconds_of
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
-from hllm_torchrec.evaluation.prediction_rows import PredictionRows, RowBatch, known_items
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
+from hllm_torchrec.evaluation.row_batch import RowBatch
 from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 EVERY = ColumnLayout(weight="weight", user="user_id", item="item_id", slices=("country",))
