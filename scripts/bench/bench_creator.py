@@ -23,13 +23,11 @@ over pairs of measurements that are made one after the other:
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
                              for all. Goal: 4
 
-`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50). A ratio is left
-out if the quartiles of its pairs are more than 30% of the median apart.
+`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50).
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,7 +41,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_loss import _status
-from benchmarking import ROOT, SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, report, say
+from benchmarking import (
+    ROOT,
+    SMOLLM2,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    ratio,
+    report,
+    say,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -118,25 +127,11 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
     return torch.stack(found, 1)
 
 
-def ratio(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
-    """Measure two sides in turn, the naive one first; returns `ratio_of_times`."""
+def compare(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
+    """Measure two sides in turn, the naive one first: their ratio, times `scale`, and their median seconds."""
     times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
-    return ratio_of_times(times, scale)
-
-
-def ratio_of_times(times: Mapping[str, list[float]], scale: float = 1.0) -> dict[str, Any]:
-    """Return the median of naive / ours times `scale` over pairs of times, or the reason why there is none."""
     naive, ours = times.values()
-    pairs = [scale * a / b for a, b in zip(naive, ours, strict=True)]
-    median = statistics.median(pairs)
-    low, high = np.quantile(pairs, [0.25, 0.75])
-    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
-    found["quartiles"] = [float(low), float(high)]
-    if (high - low) / median > SPREAD:
-        found["left_out"] = f"quartiles {low:.2f} to {high:.2f} of {len(pairs)} pairs: more than {SPREAD:.0%} apart"
-    else:
-        found["ratio"] = median
-    return found
+    return {"seconds": medians(times), "ratio": ratio(naive, ours, scale)}
 
 
 def _timed(run: Callable[[], Any]) -> None:
@@ -169,14 +164,14 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     ours = lambda: written(models, before.expand(groups, -1), items, soft, most, of)  # noqa: E731
     scale = USERS_OF_ALL / CLUSTERS
     found = {
-        "per_user_vs_per_cluster": ratio(
+        "per_user_vs_per_cluster": compare(
             {"generate": lambda: generated(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
-        "batched": ratio(
+        "batched": compare(
             {"users": lambda: written(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
     }
-    found["pruned"] = ratio({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds)
+    found["pruned"] = compare({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds)
     return found
 
 
@@ -190,7 +185,7 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
         "shared": lambda: written(deep, text, none, soft, most),
     }
     same(*(side() for side in sides.values()))
-    found = {"item_kv": ratio(sides, rounds)}
+    found = {"item_kv": compare(sides, rounds)}
     before, after, few = models.tokens(12), models.tokens(5 if tiny else 51), models.soft(8)  # 64 positions
     longest = 4 if tiny else 32
     sides = {
@@ -198,7 +193,7 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
         "cache": lambda: written(models, before, after, few, longest),
     }
     same(*(side() for side in sides.values()))
-    return found | {"kv_cache": ratio(sides, max(3, rounds // 2))}
+    return found | {"kv_cache": compare(sides, max(3, rounds // 2))}
 
 
 def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
@@ -249,15 +244,15 @@ def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     few, few_soft = packed(models, 4, *lengths), models.soft(4)
     history = packed(models, 4, lengths[0] + (20 if options.tiny else 280), lengths[1])
     return {
-        "train_step": ratio({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
-        "train_padded": ratio(
+        "train_step": compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
+        "train_padded": compare(
             {
                 "padded": lambda: plain_step(models, few, few_soft, longest),
                 "packed": lambda: our_step(models, few, few_soft),
             },
             max(3, rounds // 2),
         ),
-        "soft_vs_text": ratio(
+        "soft_vs_text": compare(
             {
                 "text": lambda: our_step(models, history, few_soft),
                 "soft": lambda: our_step(models, few, few_soft),
@@ -284,7 +279,7 @@ def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
             return encoder(own.reshape(-1, width), offsets * events, times, asked, times)[1]
 
     torch.testing.assert_close(run(creatives), run(1), rtol=1e-4, atol=1e-4)
-    return ratio({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
+    return compare({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
 
 
 def lookup(options: argparse.Namespace) -> dict[str, float]:
@@ -385,12 +380,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parts["users_once"] = users_once(options, rounds)
     parts["train_step_memory"] = memory(options.tiny)
     found = lookup(options)
-    ratios = {name: part["ratio"] for name, part in parts.items() if "ratio" in part}
-    left_out = {name: part["left_out"] for name, part in parts.items() if "left_out" in part}
-    say(f"{ratios}; left out: {left_out}; lookup {found['microseconds']:.1f} microseconds")
+    ratios = {name: part.pop("ratio") for name, part in parts.items()}
+    say(f"{parts}; lookup {found['microseconds']:.1f} microseconds")
     shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
     shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
-    result = {"ratios": ratios, "left_out": left_out, "measured": parts, "lookup": found, "shapes": shapes}
+    result = {"ratios": ratios, "measured": parts, "lookup": found, "shapes": shapes}
     return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
 
 
