@@ -19,7 +19,7 @@ from hllm_torchrec.config.schema import Config
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 BELOW_LAUNCH = (
     "common modules config distributed embedding data store metrics checkpoint models evaluation training inference "
-    "downstream baselines weights planning serving"
+    "downstream baselines weights planning creative lifecycle serving"
 ).split()
 
 
