@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.config.eval_protocols import dataset_problems
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.derived_files import derived_path
