@@ -63,6 +63,5 @@ def _require_agreement(path: Path, table: pa.Table) -> None:
     for i in again:
         for name in table.column_names:
             if table[name][int(i)] != table[name][int(first[i])]:
-                raise ValueError(
-                    f"{path}: item {abbreviate(ids[int(i)].as_py())} came before with another {name}; give one row per item"
-                )
+                item = abbreviate(ids[int(i)].as_py())
+                raise ValueError(f"{path}: item {item} came before with another {name}; give one row per item")
