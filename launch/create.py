@@ -16,6 +16,8 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 if TYPE_CHECKING:
     from hllm_torchrec.common.arrays import Ints
+    from hllm_torchrec.creative.generate import CreateReport
+    from hllm_torchrec.creative.title_writer import CreateOptions
     from hllm_torchrec.data.dataset import Dataset
 
 
@@ -39,11 +41,13 @@ def build_parser() -> CommandParser:
         help="probability that a cluster likes an item: by the late-fusion head (default), or by the predictor of "
         "creative.losses.match; none: all clusters",
     )
-    pairs.add_argument("--top", type=natural, default=0, metavar="N", help="best clusters of an item (default: 0, all)")
-    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="least match (default: 0)")
+    pairs.add_argument(
+        "--top", type=natural, default=0, metavar="N", help="select the N best clusters of an item (default: 0, all)"
+    )
+    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="minimum match (default: 0)")
     texts = parser.add_argument_group("texts")
     texts.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampled titles; 0: the likeliest words (default)"
+        "--temperature", type=float, default=0.0, help="temperature of sampling; 0: greedy decoding (default)"
     )
     texts.add_argument("--top-k", type=natural, default=50, help="sample from the K likeliest tokens (default: 50)")
     texts.add_argument(
@@ -56,9 +60,9 @@ def build_parser() -> CommandParser:
         metavar="G",
         help="choose tokens by (1 + G) times their logits with the user minus G times those without (default: 0)",
     )
-    texts.add_argument("--seed", type=natural, default=0, help="of sampled titles (default: 0)")
+    texts.add_argument("--seed", type=natural, default=0, help="seed of sampled titles (default: 0)")
     texts.add_argument(
-        "--retries", type=natural, default=2, help="further draws of a sampled title that breaks a rule (default: 2)"
+        "--retries", type=natural, default=2, help="further samples of a title that breaks a rule (default: 2)"
     )
     texts.add_argument(
         "--source", metavar="COLUMN", help="text column that replaces a title that breaks a rule (default: title)"
@@ -68,7 +72,7 @@ def build_parser() -> CommandParser:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="least share of a title's names, numbers and content words that the item's texts have (default: 1)",
+        help="minimum share of a title's names, numbers and content words that the item's texts contain (default: 1)",
     )
     texts.add_argument("--no-filters", action="store_true", help="accept every title that has an end and is not empty")
     return parser
@@ -82,14 +86,33 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.common.text_files import read_list
     from hllm_torchrec.creative.clusters import Clusters
-    from hllm_torchrec.creative.filters import TextRules
     from hllm_torchrec.creative.generate import create_titles
-    from hllm_torchrec.creative.pairs import PairRule
-    from hllm_torchrec.creative.title_writer import CreateOptions
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
     from hllm_torchrec.serving.scorer_loading import in_one_process
+
+    options = _options(args)
+    clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
+    with distributed_device() as device:
+        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
+        config = in_one_process(run_config(args.run, args.dataset))
+        loaded = load_run(args.run, args.checkpoint, device, config)
+        with loaded.weights:
+            items = None if ids is None else _dense(loaded.experiment.dataset, ids, args.items)
+            report = create_titles(loaded, clusters, args.output, options, items)
+    if rank() != 0:
+        return
+    _print(report, args.output)
+    if clusters.is_behind:
+        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
+
+
+def _options(args: argparse.Namespace) -> "CreateOptions":
+    """Return the options of the job. Raises ValueError for a number outside its range."""
+    from hllm_torchrec.creative.filters import TextRules
+    from hllm_torchrec.creative.pairs import PairRule
+    from hllm_torchrec.creative.title_writer import CreateOptions
 
     if not (
         0 <= args.temperature < 100
@@ -101,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--temperature and --guidance are 0 to 100, --top-p above 0 and at most 1, --above and --support 0 to 1"
         )
-    options = CreateOptions(
+    return CreateOptions(
         PairRule(args.match, args.top, args.above),
         args.temperature,
         args.top_k,
@@ -112,18 +135,12 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         None if args.no_filters else TextRules(support=args.support),
     )
-    clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
-    with distributed_device() as device:
-        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
-        config = in_one_process(run_config(args.run, args.dataset))
-        loaded = load_run(args.run, args.checkpoint, device, config)
-        with loaded.weights:
-            items = None if ids is None else _dense(loaded.experiment.dataset, ids, args.items)
-            report = create_titles(loaded, clusters, args.output, options, items)
-    if rank() != 0:
-        return
+
+
+def _print(report: "CreateReport", output: Path) -> None:
+    """Print the counts of titles and the reasons for replaced ones."""
     say(
-        f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
+        f"{output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
         f"{report.fallbacks:,} are the item's own text"
     )
     for reason, number in report.reasons.items():
@@ -136,12 +153,10 @@ def run(args: argparse.Namespace) -> None:
         say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
     else:
         say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
-    if clusters.is_behind:
-        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
 
 
 def _dense(dataset: "Dataset", raw_ids: list[str], file: Path) -> "Ints":
-    """Ascending dense ids of the items that `file` names."""
+    """Return the ascending dense ids of raw item ids, which were read from `file`."""
     import numpy as np
     import pyarrow as pa
 

@@ -1,18 +1,18 @@
-"""Options and job of `hllm creatives import`: tables of personalized texts that were made elsewhere."""
+"""Options and job of `hllm creatives import`: tables of existing personalized texts."""
 
 import argparse
 from collections import Counter
 from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser
+from hllm_torchrec.launch.entry import CommandParser, refuse_options_of_others
 
 _OPTIONS = {
     "hllm_creator": ("files", "split"),
     "lamp": ("task", "questions", "outputs", "split"),
     "table": ("files", "drop_bad"),
 }
-"""Options of each source, beside those of all."""
+"""Options of each source, in addition to those of all sources."""
 _NEEDED = ("files", "task", "questions", "outputs")
 
 
@@ -22,28 +22,25 @@ def add_import_options(parser: CommandParser) -> None:
         "--source",
         required=True,
         choices=list(_OPTIONS),
-        help="hllm_creator (the published table) and lamp make the dataset as well; table is for an existing dataset",
+        help="hllm_creator (the published format) and lamp also make the dataset; table is for an existing dataset",
     )
     parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="hllm_creator: Parquet; table: any table")
     parser.add_argument("--task", choices=("LaMP-4", "LaMP-5"), help="lamp: headlines of news, or titles of papers")
     parser.add_argument("--questions", nargs="+", type=Path, metavar="FILE", help="lamp: *_questions.json")
     parser.add_argument(
-        "--outputs", nargs="+", type=Path, metavar="FILE", help="lamp: *_outputs.json; the last of several is test"
+        "--outputs",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="lamp: *_outputs.json; the last of several files is the test part",
     )
     parser.add_argument(
         "--split",
         choices=("leave_one_out", "time"),
         help="hllm_creator, lamp: division of the dataset's events (default: leave_one_out)",
     )
-    parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out rows with unknown ids")
-    parser.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out invalid rows")
+    parser.add_fractions(0.7, 0.1, 0.2, "shares of the users in each part")
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -54,13 +51,9 @@ def run_import(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.data.creative_table import check_fractions, check_name
 
-    own = _OPTIONS[args.source]
-    for name in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
-        given = getattr(args, name) is not None
-        if given and name not in own:
-            owners = " and ".join(source for source, names in _OPTIONS.items() if name in names)
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --source {owners}, not to {args.source}")
-        if not given and name in own and name in _NEEDED:
+    refuse_options_of_others(args, "source", args.source, _OPTIONS)
+    for name in _NEEDED:
+        if name in _OPTIONS[args.source] and getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: --source {args.source} needs it")
     check_name(args.name)
     check_fractions(args.fractions)

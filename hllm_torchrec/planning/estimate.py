@@ -26,7 +26,8 @@ from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from hllm_torchrec.config.creative import CreativeConfig
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
+from hllm_torchrec.config.schema import Config, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import plan_sharding, table_constraints
@@ -309,7 +310,7 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 
 def _text_lengths(creative: CreativeConfig) -> list[int]:
-    """Largest numbers of tokens of what the Creative LLM reads for a creative: a text for each loss that reads one."""
+    """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative, one text for each loss."""
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
     return [longest] + [1 + creative.profile.max_length for weight in losses if weight]

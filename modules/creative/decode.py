@@ -1,7 +1,7 @@
-"""Decoding of responses for users of items: keys and values of what stands before {user} are computed once per item.
+"""Decoding of responses for (user, item) pairs. Keys and values of the tokens before {user} are computed once per item.
 
-A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and
-a cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
+The decoding loop is our own, because `generate` of transformers silently returns wrong tokens if it gets
+`inputs_embeds` and the cache of a prefix (issues 35707 and 36151 of transformers).
 
 Legend: I items, B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head,
 C width.
@@ -19,9 +19,13 @@ from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """stop: id of the end token; most: maximum number of tokens with it; temperature: 0 for the likeliest token, else
-    sampling; top_k: of the likeliest tokens (0: all); top_p: of the fewest that have this probability together;
-    guidance: g of (1 + g) logits(user) - g logits(null), from which tokens are chosen."""
+    """Options of `decode`.
+
+    stop: id of the end token; most: maximum number of tokens, including the end token; temperature: 0 for greedy
+    decoding, otherwise of sampling; top_k: sample from this number of likeliest tokens (0: from all); top_p: sample
+    from the smallest set of likeliest tokens with at least this total probability; guidance: g > 0 chooses tokens by (1
+    + g) log p(user) - g log p(null), where null is an unknown user.
+    """
 
     stop: int
     most: int
@@ -33,8 +37,12 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Decoded:
-    """tokens: int64 [B, <= most], the end token and what follows it are -1; log_prob: float32 [B], of the tokens with
-    the end token, under the model's own distribution; stopped: bool [B], False where the maximum was reached."""
+    """Result of `decode`.
+
+    tokens: int64 [B, <= most], -1 at the end token and after it; log_prob: float32 [B] log-likelihood of the tokens and
+    the end token, without temperature, truncation and guidance; stopped: bool [B], False if `most` tokens have no end
+    token.
+    """
 
     tokens: Tensor
     log_prob: Tensor
@@ -42,10 +50,10 @@ class Decoded:
 
 
 class _CachedPlan:
-    """Causal `TextPlan` for n rows of each of B sequences that follow cached positions; holds what it computes.
+    """Causal `TextPlan` for n new rows of each of B sequences after their cached positions; collects keys and values.
 
-    cached: keys and values [1 or B, L, G, E] of each layer; those of one prefix are shared by all sequences until they
-    have rows of their own.
+    cached: keys and values of each layer, [B, L, G, E], or [1, L, G, E] for a prefix that all sequences share; layers:
+    keys and values of cached and new positions, added by each call of `attend`.
     """
 
     def __init__(self, cached: list[KeysValues], number: int, new: int, device: torch.device) -> None:
@@ -55,12 +63,12 @@ class _CachedPlan:
         self.longest = before + new
         self.layers: list[KeysValues] = []
         self.mask = None
-        if before and new > 1:  # one new row sees everything; without a cache is_causal suffices
+        if before and new > 1:  # a single new row sees all keys; without cached positions, is_causal suffices
             self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(before)
         self.is_causal = not before
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`; called once per layer, in layer order."""
+        """Attend as `TextPlan` says; called once per layer, in the order of the layers."""
         q, k, v = (x.unflatten(0, (self.number, -1)) for x in (query, key, value))
         if self.cached:
             old = self.cached[len(self.layers)]
@@ -80,20 +88,20 @@ def decode(
     item_of: Tensor | None = None,
     null: Tensor | None = None,
 ) -> Decoded:
-    """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
+    """Generate a response for each of B (user, item) pairs with I items. The prompt is: before, soft tokens, after.
 
-    All prompts have the same number of positions, so there is no padding, and responses are independent of each other.
+    All prompts have the same number of positions, so there is no padding. Responses do not depend on each other.
 
     Args:
-        llm: in evaluation mode.
-        before, after: int64 [I, p], [I, a], the prompts' tokens on both sides of {user}; of one item also [p], [a].
-        soft: [B, k, C].
-        generators: one for each user, on the CPU; needed for sampling.
-        item_of: int64 [B] item of each user; None: there is one item.
-        null: [k, C] soft tokens of an unknown user, which guidance needs.
+        llm: the model, in evaluation mode.
+        before, after: int64 [I, p], [I, a] tokens of the items' prompts before and after {user}; [p], [a] for one item.
+        soft: [B, k, C] soft tokens.
+        generators: a CPU generator for each pair; required for sampling.
+        item_of: int64 [B] index of each pair's item; None: there is one item.
+        null: [k, C] soft tokens of an unknown user; required for guidance.
 
     Raises:
-        ValueError: sampling without generators, or guidance without `null`.
+        ValueError: sampling without a generator for each pair, or guidance without `null`.
     """
     number, device = soft.shape[0], soft.device
     if options.temperature > 0 and (generators is None or len(generators) != number):
@@ -102,7 +110,7 @@ def decode(
     if options.guidance:
         if null is None:
             raise ValueError("guidance needs the soft tokens of an unknown user")
-        # The second half of the rows reads the same tokens as the first one, without the user.
+        # The second half of the rows are the same prompts with the tokens of an unknown user.
         soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
     cached: list[KeysValues] = []
@@ -134,7 +142,7 @@ def decode(
 
 
 def _run(llm: CreativeLLM, rows: Tensor, cached: list[KeysValues]) -> tuple[Tensor, list[KeysValues]]:
-    """Last hidden states [B, n, C] of `rows` [B, n, C] behind the cached positions, and the cache with them."""
+    """Run the LLM on `rows` [B, n, C] after the cached positions; returns the last hidden states and the new cache."""
     number, new = rows.shape[:2]
     plan = _CachedPlan(cached, number, new, rows.device)
     positions = plan.position_ids + llm.first_position
@@ -145,17 +153,18 @@ def _run(llm: CreativeLLM, rows: Tensor, cached: list[KeysValues]) -> tuple[Tens
 
 
 def _choose(log_p: Tensor, options: DecodeOptions, generators: list[torch.Generator] | None) -> Tensor:
-    """Next token [B] of log-probabilities [B, V]; a user's draw depends on the user's generator alone."""
+    """Choose the next tokens [B] by log-probabilities [B, V]. A row's sample depends only on the row's own
+    generator."""
     if not options.temperature:
         return log_p.argmax(-1)
     assert generators is not None
     ordered, order = (log_p / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    hidden = ordered.cumsum(-1) - ordered >= options.top_p  # the first token is always kept
+    hidden = ordered.cumsum(-1) - ordered >= options.top_p  # never removes the likeliest token
     if options.top_k:
         hidden[:, options.top_k :] = True
     kept = ordered.masked_fill(hidden, 0.0).double()
     draws = torch.tensor([torch.rand((), generator=one, dtype=torch.float64).item() for one in generators])
     place = torch.searchsorted(kept.cumsum(-1), draws.to(kept.device)[:, None] * kept.sum(-1, keepdim=True), right=True)
-    # Rounding may carry a draw beyond the last token that is kept.
+    # By rounding, a draw may fall beyond the last remaining token.
     place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
     return order.gather(1, place)[:, 0]

@@ -2,7 +2,7 @@
 
     python scripts/bench/bench_creator.py [--quick] [--out FILE]
 
-The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio have the same
+The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio use the same
 weights. The bench first checks that both sides produce the same tokens or losses. A ratio is naive / ours, the median
 over pairs of measurements that are made one after the other:
 
@@ -23,13 +23,11 @@ over pairs of measurements that are made one after the other:
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
                              for all. Goal: 4
 
-`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50). A ratio is left
-out if the quartiles of its pairs are more than 30% of the median apart.
+`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50).
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,7 +41,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_loss import _status
-from benchmarking import ROOT, SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, report, say
+from benchmarking import (
+    ROOT,
+    SMOLLM2,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    ratio,
+    report,
+    say,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -64,14 +73,14 @@ SPREAD = 0.3
 DEEP = 12
 """Layers of the model of `item_kv`: with 4, half of the operations are those of the vocabulary head."""
 NEVER = -7
-"""An end token that no model writes: all titles have the same length."""
+"""An id of an end token that no model generates, so that all titles have the same length."""
 SHAPE = {**SMOLLM2, "num_hidden_layers": 4, "tie_word_embeddings": True}
 TINY = {**SHAPE, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY |= {"num_hidden_layers": 2, "vocab_size": 90}
 
 
 class Models:
-    """A causal language model of transformers, and ours with its weights."""
+    """A causal language model of transformers, and a `CreativeLLM` with the same weights."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -82,16 +91,16 @@ class Models:
         self.width, self.words = shape["hidden_size"], shape["vocab_size"]
 
     def tokens(self, *size: int) -> Tensor:
-        """Random tokens."""
+        """Return random tokens."""
         return torch.randint(self.words, size)
 
     def soft(self, number: int) -> Tensor:
-        """Soft tokens [n, 1, C] of the size of words."""
+        """Return random soft tokens [n, 1, C] with the RMS of the word embeddings."""
         return torch.randn(number, 1, self.width) * self.ours.word_scale
 
 
 def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most] of transformers' `generate`, one user after the other."""
+    """Generate tokens [n, most] by transformers' `generate`, one user after the other."""
     words, rows = models.plain.get_input_embeddings(), []
     for one in soft:
         whole = torch.cat([words(before), one, words(after)])[None]
@@ -101,13 +110,13 @@ def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most:
 
 
 def written(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int, item_of: Any = None) -> Tensor:
-    """Tokens [n, most] of our decoding."""
+    """Generate tokens [n, most] by our decoding."""
     return decode(models.ours, before, after, soft, DecodeOptions(NEVER, most), item_of=item_of).tokens
 
 
 @torch.no_grad()
 def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most], each from a pass over the whole sequence."""
+    """Generate tokens [n, most]; each step reads the complete sequence again."""
     llm, number = models.ours, len(soft)
     rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
     found = []
@@ -118,39 +127,25 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
     return torch.stack(found, 1)
 
 
-def ratio(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
-    """Measure two sides in turn, the naive one first; returns `ratio_of_times`."""
+def compare(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
+    """Measure two sides in turn, the naive one first: their ratio, times `scale`, and their median seconds."""
     times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
-    return ratio_of_times(times, scale)
-
-
-def ratio_of_times(times: Mapping[str, list[float]], scale: float = 1.0) -> dict[str, Any]:
-    """Return the median of naive / ours times `scale` over pairs of times, or the reason why there is none."""
     naive, ours = times.values()
-    pairs = [scale * a / b for a, b in zip(naive, ours, strict=True)]
-    median = statistics.median(pairs)
-    low, high = np.quantile(pairs, [0.25, 0.75])
-    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
-    found["quartiles"] = [float(low), float(high)]
-    if (high - low) / median > SPREAD:
-        found["left_out"] = f"quartiles {low:.2f} to {high:.2f} of {len(pairs)} pairs: more than {SPREAD:.0%} apart"
-    else:
-        found["ratio"] = median
-    return found
+    return {"seconds": medians(times), "ratio": ratio(naive, ours, scale)}
 
 
 def _timed(run: Callable[[], Any]) -> None:
-    """Run a side; what it returns is no time."""
+    """Run a side without its result, which `alternate` would take for a time."""
     run()
 
 
 def same(one: Tensor, other: Tensor) -> None:
-    """Both sides give the same."""
+    """Assert that both sides give the same tokens."""
     assert torch.equal(one, other), "the sides differ"
 
 
 def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of decoding."""
+    """Measure the ratios of decoding."""
     tiny = options.tiny
     most, number = (3, 8) if tiny else (16, 64)
     before, after, soft = models.tokens(12), models.tokens(25), models.soft(number)
@@ -169,19 +164,19 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     ours = lambda: written(models, before.expand(groups, -1), items, soft, most, of)  # noqa: E731
     scale = USERS_OF_ALL / CLUSTERS
     found = {
-        "per_user_vs_per_cluster": ratio(
+        "per_user_vs_per_cluster": compare(
             {"generate": lambda: generated(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
-        "batched": ratio(
+        "batched": compare(
             {"users": lambda: written(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
     }
-    found["pruned"] = ratio({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds)
+    found["pruned"] = compare({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds)
     return found
 
 
 def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of keys and values that are computed once. deep: the model of `item_kv`."""
+    """Measure the ratios of cached keys and values. deep: the model of `item_kv`."""
     tiny, none = options.tiny, torch.empty(0, dtype=torch.int64)
     most, text, soft = 3 if tiny else 16, deep.tokens(20 if tiny else 230), deep.soft(CLUSTERS)
     again = torch.arange(CLUSTERS)
@@ -190,7 +185,7 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
         "shared": lambda: written(deep, text, none, soft, most),
     }
     same(*(side() for side in sides.values()))
-    found = {"item_kv": ratio(sides, rounds)}
+    found = {"item_kv": compare(sides, rounds)}
     before, after, few = models.tokens(12), models.tokens(5 if tiny else 51), models.soft(8)  # 64 positions
     longest = 4 if tiny else 32
     sides = {
@@ -198,11 +193,11 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
         "cache": lambda: written(models, before, after, few, longest),
     }
     same(*(side() for side in sides.values()))
-    return found | {"kv_cache": ratio(sides, max(3, rounds // 2))}
+    return found | {"kv_cache": compare(sides, max(3, rounds // 2))}
 
 
 def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
-    """Texts of equal lengths."""
+    """Return random packed texts of equal lengths."""
     length = prompt + response
     return PackedTexts(
         token_ids=models.tokens(number * length),
@@ -214,7 +209,7 @@ def packed(models: Models, number: int, prompt: int, response: int) -> PackedTex
 
 
 def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
-    """Mean loss of the responses' tokens; gradients are left in `.grad`."""
+    """Run forward and backward of the mean loss of the responses' tokens; gradients are left in `.grad`."""
     models.ours.zero_grad()
     output = models.ours(texts, soft)
     loss = output.nll.sum() / output.tokens.sum()
@@ -223,7 +218,7 @@ def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
 
 
 def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0) -> Tensor:
-    """As `our_step`, by the causal language model with labels; texts padded on the right to `padded` tokens."""
+    """Run the same step by transformers' model with labels; texts are padded on the right to `padded` tokens."""
     models.plain.zero_grad()
     words = models.plain.get_input_embeddings()(texts.token_ids.view(len(soft), -1))
     at, begins = int(texts.soft_at[0]), int(texts.response_from[0])
@@ -241,7 +236,7 @@ def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0
 
 
 def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of training steps."""
+    """Measure the ratios of training steps."""
     number, lengths = (4, (6, 3)) if options.tiny else (32, (22, 12))
     texts, soft, longest = packed(models, number, *lengths), models.soft(number), 24 if options.tiny else 512
     ours = lambda: our_step(models, texts, soft)  # noqa: E731
@@ -249,15 +244,15 @@ def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     few, few_soft = packed(models, 4, *lengths), models.soft(4)
     history = packed(models, 4, lengths[0] + (20 if options.tiny else 280), lengths[1])
     return {
-        "train_step": ratio({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
-        "train_padded": ratio(
+        "train_step": compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
+        "train_padded": compare(
             {
                 "padded": lambda: plain_step(models, few, few_soft, longest),
                 "packed": lambda: our_step(models, few, few_soft),
             },
             max(3, rounds // 2),
         ),
-        "soft_vs_text": ratio(
+        "soft_vs_text": compare(
             {
                 "text": lambda: our_step(models, history, few_soft),
                 "soft": lambda: our_step(models, few, few_soft),
@@ -268,7 +263,7 @@ def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
 
 
 def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Passes of a user encoder: one for all creatives of a user, or one for each."""
+    """Measure passes of a user encoder: one for all creatives of a user, or one for each creative."""
     users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (8, 100, 8, 64)
     encoder = SASRec(SASRecShape(width=width, layers=2, heads=2, max_positions=256)).eval()
     x, queries = torch.randn(users, events, width), torch.randn(users, creatives, width)
@@ -284,11 +279,11 @@ def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
             return encoder(own.reshape(-1, width), offsets * events, times, asked, times)[1]
 
     torch.testing.assert_close(run(creatives), run(1), rtol=1e-4, atol=1e-4)
-    return ratio({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
+    return compare({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
 
 
 def lookup(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a lookup, mean of random ones, and bytes of the files."""
+    """Measure the mean microseconds of random lookups, and the bytes of the files."""
     users, items, titles = (200, 50, 4) if options.tiny else (100_000, 125_000, 8)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -338,20 +333,21 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(side: str, tiny: bool) -> int:
-    """Peak bytes of a training step above what it begins with; in a process of its own. A small step comes first."""
+    """Return the peak bytes of a training step above those before it, after a small warm-up step. Needs its own
+    process."""
     models = Models(TINY if tiny else SHAPE)
     step = plain_step if side == "labels" else our_step
     step(models, packed(models, 2, 4, 2), models.soft(2))
     number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
     texts, soft = packed(models, number, *lengths), models.soft(number)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     step(models, texts, soft)
     return _status("VmHWM") - before
 
 
 def memory(tiny: bool) -> dict[str, Any]:
-    """Peaks of both sides; those of tiny shapes are of this process, and say nothing."""
+    """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     peaks = {}
@@ -384,12 +380,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parts["users_once"] = users_once(options, rounds)
     parts["train_step_memory"] = memory(options.tiny)
     found = lookup(options)
-    ratios = {name: part["ratio"] for name, part in parts.items() if "ratio" in part}
-    left_out = {name: part["left_out"] for name, part in parts.items() if "left_out" in part}
-    say(f"{ratios}; left out: {left_out}; lookup {found['microseconds']:.1f} microseconds")
+    ratios = {name: part.pop("ratio") for name, part in parts.items()}
+    say(f"{parts}; lookup {found['microseconds']:.1f} microseconds")
     shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
     shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
-    result = {"ratios": ratios, "left_out": left_out, "measured": parts, "lookup": found, "shapes": shapes}
+    result = {"ratios": ratios, "measured": parts, "lookup": found, "shapes": shapes}
     return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
 
 

@@ -33,20 +33,15 @@ from benchmarking import (
     keep_large_buffers,
     matmul_peak,
     medians,
+    ratio,
     report,
     say,
 )
 from plain_hllm import draw_samples
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    StageConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
@@ -218,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for number, cost in enumerate(costs):
         if len(cost["seconds"]) == 2:
             name = "stage1_vs_stage2_step" + (f"_h{cost['history']}" if number else "")
-            ratios[name] = cost["seconds"]["stage1"] / cost["seconds"]["stage2"]
+            ratios[name] = ratio(cost["times"]["stage1"], cost["times"]["stage2"])
     share = {
         f"h{cost['history']}_b{cost['users']}": {
             s: cost["flops"][s] / cost["seconds"][s] / peak for s in cost["seconds"]

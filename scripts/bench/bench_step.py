@@ -33,6 +33,7 @@ from benchmarking import (
     keep_large_buffers,
     matmul_peak,
     medians,
+    ratio,
     report,
     say,
     why_no_bf16,
@@ -40,16 +41,9 @@ from benchmarking import (
 from plain_hllm import Ints, PlainBatch, PlainHLLM, Sample, draw_samples, plain_batch
 from torch import Tensor
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, OptimConfig, ParallelConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
@@ -369,9 +363,9 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
     say(f"{name}: " + ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items()))
     return {
         "ratios": {
-            name: seconds["plain"] / seconds["ours"],
-            f"{name}_nohead": seconds["plain_nohead"] / seconds["ours"],
-            **({f"{name}_fused": seconds["unfused"] / seconds["ours"]} if precision == "bf16" else {}),
+            name: ratio(times["plain"], times["ours"]),
+            f"{name}_nohead": ratio(times["plain_nohead"], times["ours"]),
+            **({f"{name}_fused": ratio(times["unfused"], times["ours"])} if precision == "bf16" else {}),
         },
         "share": {side: flops[side] / seconds[side] / peak for side in seconds},
         "row": {

@@ -1,10 +1,10 @@
 """`LocalWriter`: answers of a causal language model in a Hugging Face directory, computed on this machine.
 
-The model's chat template lays out the conversation. A prompt contains texts of items, which may spell the template's
-special tokens. Therefore the template is filled with marks, and the messages that replace the marks are tokenized as
-plain text.
+The model's chat template formats the conversation. Texts of items in a prompt may contain the names of special tokens.
+Therefore the template is filled with marks instead of messages; then the text around the marks is tokenized with
+special tokens, and the messages are tokenized as plain text.
 
-Prompts are decoded one after the other. A server is faster (writer `openai`), because it batches prompts.
+Prompts are decoded one at a time. A server (writer `openai`) is faster, because it batches prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class LocalWriter:
             yield Answer(index, text, tokens=(len(ids), len(tokens)))
 
     def prompt_ids(self, ask: Ask) -> list[int]:
-        """Token ids of the conversation before the answer."""
+        """Return the token ids of the conversation up to the answer."""
         parts = (("system", ask.system), ("user", ask.prompt))
         contents = {hash_texts([name, text])[:20]: text for name, text in parts}
         system, user = contents
@@ -97,7 +97,7 @@ class LocalWriter:
         width = self.llm.backbone.get_input_embeddings().weight.shape[1]
         soft = torch.empty(1, 0, width, device=self.device)
         options = DecodeOptions(int(self.tokenizer.eos_token_id), ask.max_tokens, ask.temperature)
-        # The seed depends on the prompt alone, so a resumed build writes the same texts.
+        # The seed is derived from the key of the prompt, so that a resumed build generates the same texts.
         seed = int(ask.key(self.name)[:15], 16)
         found = decode(self.llm, before, after, soft, options, [torch.Generator().manual_seed(seed)])
         tokens: list[int] = found.tokens[0].tolist()
