@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.common.arrays import Doubles, Floats, Ints
+from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
 from hllm_torchrec.data.item_factors import ItemFactors
 
 SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
@@ -44,7 +44,7 @@ class PastEvents:
     seen: Ints
     last: Ints
     means: Doubles
-    factors: Doubles
+    factors: AnyFloats
     tastes: Doubles
 
     @property
