@@ -17,9 +17,9 @@ Groups of columns (`data.evidence` names them):
   them a linear layer can weight one column by another, such as the user's mean by the number of the user's events.
 
 Training, evaluation and serving call the same functions, which use only the user's events that the exposure may see:
-`Evidence.past` computes what depends on the user's events alone, `Evidence.of_exposures` the rest. The factors are fitted to the training part, so they would predict the training exposures too well.
-Training exposures are therefore predicted by a fit without their user's fold (cross-fitting), all later exposures by
-the fit of all users.
+`Evidence.past` computes what depends on the user's events alone, `Evidence.of_exposures` the rest. The factors are
+fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
+predicted by a fit without their user's fold (cross-fitting), all later exposures by the fit of all users.
 
 Legend: n events of one user, X exposures, C different numbers of visible events, N items, E width of text embeddings, P
 components of texts, J factors, F columns.
@@ -76,7 +76,7 @@ CROSSED = (
 )
 LARGEST_FACTOR = 4.0
 """Columns are clipped to this absolute value, in standard deviations, before they are multiplied."""
-TEXT_GROUPS = ("neighbors", "tastes")
+TEXT_GROUPS = frozenset({"neighbors", "tastes"})
 """Groups that use text embeddings; "tastes" also works without them."""
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
@@ -213,6 +213,10 @@ class Evidence:
         self._text = None if text is None else unit_rows(text, model.text_center)
         self._components = self._components_of(self._text)
 
+    def with_text(self, text: Floats) -> "Evidence":
+        """A copy that reads the text embeddings [N, E]."""
+        return Evidence(self.names, self.model, self.statistics, self.action_values, text, self.delay)
+
     def with_new_items(self, text: Floats | None) -> "Evidence":
         """A copy for the catalogue followed by new items with text embeddings `text` [n, E]."""
         found = copy(self)
@@ -259,6 +263,8 @@ class Evidence:
 
         without: fold of users without which the factors were fitted; None: the fit of all users.
         """
+        lacks_texts = self._text is None and self.model.text_center.size and not TEXT_GROUPS.isdisjoint(self.names)
+        assert not lacks_texts, "the fit read texts, and none were given"
         fit, values = self.model.fit_without(without), event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value

@@ -1,8 +1,8 @@
 """`PastEvents`: the part of evidence that depends on a user's visible events alone, not on the item or the second asked
 about; and the columns of evidence that are computed from it.
 
-Training and evaluation compute it for the exposures of a piece, which see C different numbers of events. Serving computes
-it once for a user's state, with C = 1, and reads it in every request.
+Training and evaluation compute it for the exposures of a piece, which see C different numbers of events. Serving
+computes it once for a user's state, with C = 1, and reads it in every request.
 
 Legend: n events of one user that have a value, C numbers of visible events, X exposures, N items, E width of text
 embeddings, J factors, D descriptors.

@@ -237,7 +237,7 @@ def _check_distinct(path: Path, name: str, values: pa.ChunkedArray) -> None:
     if len(pc.unique(values)) != len(values):
         counts = values.value_counts()
         twice = counts.field("values")[int(np.argmax(counts.field("counts").to_numpy() > 1))]
-        raise ValueError(f"{path}: {name} {twice.as_py()!r} is there more than once; {_REMEDY}")
+        raise ValueError(f"{path}: {name} {abbreviate(twice.as_py())} is there more than once; {_REMEDY}")
 
 
 def _check_sequences(dataset: Dataset) -> dict[str, Any]:

@@ -148,7 +148,8 @@ class Scorer:
             ValueError: as `load_run` and the constructor; or the store is of another Item LLM, or lacks items.
         """
         device = device or init_distributed()
-        loaded = load_run(run, which, device, in_one_process(run_config(run, dataset)))
+        config = in_one_process(run_config(run, dataset))
+        loaded = load_run(run, which, device, config, encode=store is None)
         # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)

@@ -69,8 +69,9 @@ class UserState:
 
     history: all events; start: index of the first event that the model uses; cache: keys and values of the events from
     `start` on. mark: identifies the model and the numbering of the items; scorers with another mark refuse the state.
-    past: evidence of all events, None if the model reads none. numbers: memo of `RequestRules.numbers`, number of visible events -> numeric features [1, F] of a request; filled
-    only if all numeric features depend on the events alone, not on the time of the request.
+    past: what evidence needs of all events; None for a model without evidence. numbers: memo of `RequestRules.numbers`,
+    number of visible events -> numeric features [1, F] of a request; filled only if all numeric features depend on the
+    events alone, not on the time of the request.
     """
 
     history: UserHistory

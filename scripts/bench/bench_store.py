@@ -44,7 +44,8 @@ from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matm
 from lance_table import INSTALLED, REMEDY, LanceTable
 from torch import Tensor
 
-from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config, FeatureConfig
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
