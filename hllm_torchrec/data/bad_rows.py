@@ -181,8 +181,8 @@ def describe_time(text: str | None, second: int | None) -> str:
     if number is not None and (second is None or second > MAX_SECOND):
         for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
             if MAX_SECOND < number <= MAX_SECOND * scale:
-                late = f"the time {abbreviate(text)} is beyond 2099 in its unit"
-                return f"{late}; it looks like {unit}. Set the time unit to {unit}"
+                problem = f"the time {text!r} is beyond 2099 in its unit; it looks like {unit}"
+                return f"{problem}. Set the time unit to {unit}"
     if second is None:
         hint = ""
         if text and re.match(r"\s*\d{4}-\d\d-\d\d", text):

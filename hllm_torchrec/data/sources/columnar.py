@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.text_files import Utf8File
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, UnclearTableError, detect_dialect
 from hllm_torchrec.data.sources.row_stream import RowStream
 from hllm_torchrec.data.sources.values import as_texts
@@ -72,8 +73,8 @@ def _require_folder_value(path: Path, name: str, value: str | None, values: pa.C
     for found in as_texts(values).unique().to_pylist():
         if found != value:
             raise ValueError(
-                f"{path}: column {name} has {found!r}, and the name of its folder says {name}={value}; rename the "
-                "column or the folder"
+                f"{path}: column {name} has {abbreviate(found)}, and the name of its folder says {name}={value}; "
+                "rename the column or the folder"
             )
 
 

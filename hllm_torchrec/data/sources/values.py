@@ -106,8 +106,8 @@ def require_exact_ids(values: Column, what: str) -> None:
             )
     elif pa.types.is_string(kind) and (example := rounded_example(values)):
         raise ValueError(
-            f"{what} ids like {abbreviate(example)} are numbers in scientific notation, which spreadsheets round; write "
-            "the ids again as texts or whole numbers"
+            f"{what} ids like {abbreviate(example)} are numbers in scientific notation, which spreadsheets round; "
+            "write the ids again as texts or whole numbers"
         )
 
 
