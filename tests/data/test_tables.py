@@ -271,6 +271,12 @@ def test_early_times_are_said(tmp_path):
     )
 
 
+def test_times_in_the_future_are_said(tmp_path):
+    events = [(user, item, time + 10**9, label) for user, item, time, label in EVENTS]
+    said = summary(prepared(shop(tmp_path, events)).root)
+    assert "caution: some times lie in the future, the last at 20" in said and "the time unit" not in said
+
+
 def test_a_user_file_that_matches_nobody_is_said(tmp_path):
     write_csv(tmp_path / "u.csv", [("user", "country"), *((n, "fr") for n in range(4))])
     users = {"path": "u.csv", "user": "user", "features": {"country": None}}
