@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from urllib.parse import quote
 
@@ -110,6 +111,22 @@ def test_users_whose_ids_became_floats_in_one_file_are_refused(tmp_path):
     write_csv(tmp_path / "day.csv", [EVENT_NAMES, *((f"{user}.5", *rest) for user, *rest in events[20:])])
     append_events(table(mapping, append=[tmp_path / "day.csv"]), dataset.root)
     assert Dataset.open(dataset.root).num_users == 9
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (pickle.dumps({"user": 1}), "is a pickle, which is not read; write it as CSV, Parquet or JSON lines"),
+        (b"SQLite format 3\0" + bytes(84), "is an SQLite database, which is not read"),
+        (b"ORC" + bytes(50), "is not a table: its first line has a zero byte"),
+        (b"e.csv" + bytes(507), "is not a table: its first line has a zero byte; write it as CSV or Parquet"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, data, message):
+    mapping = shop(tmp_path)
+    (tmp_path / "e.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"e\.csv {message}"):
+        prepared(mapping)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
