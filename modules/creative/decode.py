@@ -3,8 +3,8 @@
 A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and
 a cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
 
-Legend: I items, B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head,
-C width.
+Legend: I items, B users, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
+V words.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules.attention.keys_values import KeysValues
-from hllm_torchrec.modules.attention.text import grouped_attention
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
+from hllm_torchrec.modules.creative.decode_cache import PrefixPlan, UserPlan
 
 
 @dataclass(frozen=True)
@@ -39,34 +38,6 @@ class Decoded:
     tokens: Tensor
     log_prob: Tensor
     stopped: Tensor
-
-
-class _CachedPlan:
-    """Causal `TextPlan` for n rows of each of B sequences that follow cached positions; holds what it computes.
-
-    cached: keys and values [1 or B, L, G, E] of each layer; those of one prefix are shared by all sequences until they
-    have rows of their own.
-    """
-
-    def __init__(self, cached: list[KeysValues], number: int, new: int, device: torch.device) -> None:
-        self.cached, self.number = cached, number
-        before = cached[0].keys.shape[1] if cached else 0
-        self.position_ids = (before + torch.arange(new, device=device)).repeat(number)[None]
-        self.longest = before + new
-        self.layers: list[KeysValues] = []
-        self.mask = None
-        if before and new > 1:  # one new row sees everything; without a cache is_causal suffices
-            self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(before)
-        self.is_causal = not before
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`; called once per layer, in layer order."""
-        q, k, v = (x.unflatten(0, (self.number, -1)) for x in (query, key, value))
-        if self.cached:
-            old = self.cached[len(self.layers)]
-            k, v = (torch.cat([x.expand(self.number, -1, -1, -1), y], 1) for x, y in ((old.keys, k), (old.values, v)))
-        self.layers.append(KeysValues(k, v))
-        return grouped_attention(q, k, v, self.mask, self.is_causal, scaling, dropout)
 
 
 @torch.no_grad()
@@ -105,17 +76,17 @@ def decode(
         # The second half of the rows reads the same tokens as the first one, without the user.
         soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
-    cached: list[KeysValues] = []
+    prefix = PrefixPlan(*before.shape, device)
     if before.shape[1]:
-        _, cached = _run(llm, llm.embed(before), [])
-        if before.shape[0] > 1:
-            cached = [KeysValues(one.keys[of], one.values[of]) for one in cached]
+        run(llm, llm.embed(before), prefix)
     behind = llm.embed(after)[of]
-    hidden, cached = _run(llm, torch.cat([soft.to(behind.dtype), behind], 1), cached)
+    plan = UserPlan(prefix.layers, of, soft.shape[1] + after.shape[1] + options.most - 1)
+    hidden = _next(llm, torch.cat([soft.to(behind.dtype), behind], 1), plan)
+    head = _head(llm, hidden)
     written, log_prob = [], torch.zeros(number, device=device)
     stopped = torch.zeros(number, dtype=torch.bool, device=device)
     for step in range(options.most):
-        log_p = (hidden[:, -1] @ llm.head_weight.to(hidden.dtype).T).float().log_softmax(-1)
+        log_p = (hidden @ head.T).float().log_softmax(-1)
         guided = log_p
         if options.guidance:
             log_p, of_null = log_p.chunk(2)
@@ -129,25 +100,36 @@ def decode(
             break
         if options.guidance:
             token = token.repeat(2)
-        hidden, cached = _run(llm, llm.embed(token)[:, None], cached)
+        hidden = _next(llm, llm.embed(token)[:, None], plan)
     return Decoded(torch.stack(written, 1), log_prob, stopped)
 
 
-def _run(llm: CreativeLLM, rows: Tensor, cached: list[KeysValues]) -> tuple[Tensor, list[KeysValues]]:
-    """Last hidden states [B, n, C] of `rows` [B, n, C] behind the cached positions, and the cache with them."""
-    number, new = rows.shape[:2]
-    plan = _CachedPlan(cached, number, new, rows.device)
+def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
+    """Last hidden states [b, n, C] of `rows` [b, n, C], whose attention is `plan`."""
     positions = plan.position_ids + llm.first_position
     output = llm.backbone(
         inputs_embeds=rows.flatten(0, 1)[None], position_ids=positions, use_cache=False, hllm_plan=plan
     )
-    return output.last_hidden_state[0].unflatten(0, (number, new)), plan.layers
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden.unflatten(0, rows.shape[:2])
+
+
+def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:
+    """Hidden state [B, C] of the last of n more positions [B, n, C] of each user."""
+    plan.advance(rows.shape[1])
+    return run(llm, rows, plan)[:, -1]
+
+
+def _head(llm: CreativeLLM, hidden: Tensor) -> Tensor:
+    """[V, C] of the vocabulary head in the dtype of its product, cast once for all steps."""
+    is_autocast, device = torch.is_autocast_enabled(hidden.device.type), hidden.device.type
+    return llm.head_weight.to(torch.get_autocast_dtype(device) if is_autocast else hidden.dtype)
 
 
 def _choose(log_p: Tensor, options: DecodeOptions, generators: list[torch.Generator] | None) -> Tensor:
     """Next token [B] of log-probabilities [B, V]; a user's draw depends on the user's generator alone."""
     if not options.temperature:
-        return log_p.argmax(-1)
+        return log_p.max(-1).indices  # faster than argmax on a CPU
     assert generators is not None
     ordered, order = (log_p / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     hidden = ordered.cumsum(-1) - ordered >= options.top_p  # the first token is always kept

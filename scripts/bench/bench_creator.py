@@ -54,7 +54,8 @@ from hllm_torchrec.creative.mapped_table import hash_order
 from hllm_torchrec.creative.titles import SCHEMA, Creatives, commit, prepare_folder
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
-from hllm_torchrec.modules.creative.decode import DecodeOptions, _run, decode
+from hllm_torchrec.modules.creative.decode import DecodeOptions, decode, run
+from hllm_torchrec.modules.creative.decode_cache import PrefixPlan
 from hllm_torchrec.modules.encoders.base import Queries
 from hllm_torchrec.modules.encoders.sasrec import SASRec
 from hllm_torchrec.modules.encoders.shapes import SASRecShape
@@ -112,7 +113,7 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
     rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
     found = []
     for _ in range(most):
-        hidden, _ = _run(llm, rows, [])
+        hidden = run(llm, rows, PrefixPlan(*rows.shape[:2], rows.device))
         found.append((hidden[:, -1] @ llm.head_weight.T).argmax(-1))
         rows = torch.cat([rows, llm.embed(found[-1])[:, None]], 1)
     return torch.stack(found, 1)
