@@ -50,10 +50,11 @@ def decode(
     generators: list[torch.Generator] | None = None,
     item_of: Tensor | None = None,
     null: Tensor | None = None,
+    after_lengths: Tensor | None = None,
 ) -> Decoded:
     """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
 
-    All prompts have the same number of positions, so there is no padding, and responses are independent of each other.
+    Responses are independent of each other.
 
     Args:
         llm: in evaluation mode.
@@ -62,6 +63,7 @@ def decode(
         generators: one for each user, on the CPU; needed for sampling.
         item_of: int64 [B] item of each user; None: there is one item.
         null: [k, C] soft tokens of an unknown user, which guidance needs.
+        after_lengths: int64 [I], number of tokens in each row of `after`, the others are padding; None: all.
 
     Raises:
         ValueError: sampling without generators, or guidance without `null`.
@@ -76,11 +78,16 @@ def decode(
         # The second half of the rows reads the same tokens as the first one, without the user.
         soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
+    # Items whose prompts begin with the same tokens share them, too.
+    same = torch.arange(before.shape[0], device=device)
+    if before.shape[1]:
+        before, same = before.unique(dim=0, return_inverse=True)
     prefix = PrefixPlan(*before.shape, device)
     if before.shape[1]:
         run(llm, llm.embed(before), prefix)
     behind = llm.embed(after)[of]
-    plan = UserPlan(prefix.layers, of, soft.shape[1] + after.shape[1] + options.most - 1)
+    lengths = None if after_lengths is None else soft.shape[1] + after_lengths.to(device)[of]
+    plan = UserPlan(prefix.layers, same[of], soft.shape[1] + after.shape[1] + options.most - 1, lengths)
     hidden = _next(llm, torch.cat([soft.to(behind.dtype), behind], 1), plan)
     head = _head(llm, hidden)
     written, log_prob = [], torch.zeros(number, device=device)
@@ -117,7 +124,10 @@ def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
 def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:
     """Hidden state [B, C] of the last of n more positions [B, n, C] of each user."""
     plan.advance(rows.shape[1])
-    return run(llm, rows, plan)[:, -1]
+    hidden = run(llm, rows, plan)
+    if plan.lengths is None or rows.shape[1] == 1:
+        return hidden[:, -1]
+    return hidden[torch.arange(plan.number, device=hidden.device), plan.lengths - 1]
 
 
 def _head(llm: CreativeLLM, hidden: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ MOST_PADDING = 2
 
 
 class PrefixPlan:
-    """`TextPlan` of the pass over the positions before {user} of I items; `layers` are its keys and values, [I, G, L, E]
-    of each layer."""
+    """`TextPlan` of the pass over the positions before {user} of I items.
+
+    layers: the keys and values of each layer, [I, G, L, E].
+    """
 
     def __init__(self, items: int, length: int, device: torch.device) -> None:
         self.items, self.longest = items, length
@@ -39,15 +41,18 @@ class UserPlan:
         prefixes: `layers` of a `PrefixPlan`; empty: nothing stands before {user}.
         item_of: int64 [B].
         most: M.
+        lengths: int64 [B], number of positions of each user in the first pass, which is padded on the right; None: all.
     """
 
-    def __init__(self, prefixes: list[tuple[Tensor, Tensor]], item_of: Tensor, most: int) -> None:
-        self.number, self.most, self.item_of = item_of.numel(), most, item_of
+    def __init__(
+        self, prefixes: list[tuple[Tensor, Tensor]], item_of: Tensor, most: int, lengths: Tensor | None = None
+    ) -> None:
+        self.number, self.most, self.item_of, self.lengths = item_of.numel(), most, item_of, lengths
         self.before = prefixes[0][0].shape[2] if prefixes else 0
         self.prefixes = prefixes
         self._group()
         self.own: list[tuple[Tensor, Tensor]] = []
-        self.first = self.end = self._layer = 0
+        self.first = self.end = self._layer = self._padded = 0
 
     def _group(self) -> None:
         """Find the cells [I u] of the users of each item (padding repeats users), and the cell of each user [B]."""
@@ -71,8 +76,12 @@ class UserPlan:
         """Begin a pass over n = `new` more positions of each user."""
         self.first, self.end, self._layer = self.end, self.end + new, 0
         assert self.end <= self.most, "more positions than were announced"
-        device = self.item_of.device
-        self.position_ids = (self.before + torch.arange(self.first, self.end, device=device)).repeat(self.number)[None]
+        self._place = torch.arange(self.first, self.end, device=self.item_of.device).expand(self.number, -1)
+        if not self.first:
+            self._padded = new
+        elif self.lengths is not None:  # in place of the padding, which nothing has seen
+            self._place = self._place - self._padded + self.lengths[:, None]
+        self.position_ids = (self.before + self._place).flatten()[None]
         self.longest = self.before + self.end
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -83,7 +92,7 @@ class UserPlan:
         if q.shape[1] == 1:
             return self._attend_next(q[:, 0], keys, values, layer, scaling)
         assert not self.first, "several positions are the first ones of each user"
-        mask = None
+        mask = None  # what is padding lies in the future of all positions
         if self.before:
             old = (x.index_select(0, self.item_of).transpose(1, 2) for x in self.prefixes[layer])
             k, v = (torch.cat([x, new], 1) for x, new in zip(old, (k, v), strict=True))
@@ -96,7 +105,10 @@ class UserPlan:
             shape = *k.shape[:2], self.most
             self.own.append((k.new_empty(*shape, k.shape[3]), v.new_empty(*shape, v.shape[3])))
         for kept, new in zip(self.own[self._layer], (k, v), strict=True):
-            kept[:, :, self.first : self.end] = new
+            if self.lengths is None or not self.first:
+                kept[:, :, self.first : self.end] = new
+            else:
+                kept.scatter_(2, self._place[:, None, :, None].expand_as(new), new)
         keys, values = self.own[self._layer]
         return keys[:, :, : self.end], values[:, :, : self.end]
 
@@ -104,6 +116,9 @@ class UserPlan:
         """Attend with the next position of each user, q [B, H, E] -> [B, H, E]; it sees all others."""
         q = q.unflatten(1, (keys.shape[1], -1))
         scores = [q @ keys.transpose(2, 3)]
+        if self.lengths is not None:
+            later = torch.arange(self.end, device=q.device) > self._place
+            scores[0] = scores[0].masked_fill(later[:, None, None], float("-inf"))
         if self.before:
             scores.append(self._of_users(self._of_items(q) @ self.prefixes[layer][0].transpose(2, 3), q.shape[2]))
         weights = (torch.cat(scores, 3) * scaling).softmax(3, dtype=torch.float32).to(values.dtype)
