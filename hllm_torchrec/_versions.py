@@ -22,12 +22,16 @@ class Release(NamedTuple):
     """Required by torch's CUDA build; without a GPU the tests run Triton's interpreter and compiler."""
 
 
-#: Torch's minor version -> supported release, oldest first; the last one is installed by default.
+#: Torch's minor version -> supported release, oldest first.
 RELEASES = {
     "2.11": Release(torch="2.11.0", torchrec="1.6.1", fbgemm="1.6.0", triton="3.6.0"),
     "2.12": Release(torch="2.12.0", torchrec="1.7.0", fbgemm="1.7.0", triton="3.7.0"),
     "2.13": Release(torch="2.13.0", torchrec="1.8.0", fbgemm="1.8.0", triton="3.7.1"),
+    "2.14": Release(torch="2.14.1", torchrec="1.9.2", fbgemm="1.9.0", triton="3.8.0"),
 }
+
+#: Key of the release that is installed by default, with which CI runs and the published results were made.
+DEFAULT = "2.13"
 
 REMEDY = "from the checkout, run: bash scripts/install.sh --cpu (or --cuda, or auto)"
 
@@ -135,4 +139,4 @@ def _print_release(torch: str) -> None:
 
 
 if __name__ == "__main__":
-    _print_release(sys.argv[1] if len(sys.argv) > 1 else list(RELEASES)[-1])
+    _print_release(sys.argv[1] if len(sys.argv) > 1 else DEFAULT)

@@ -39,11 +39,13 @@ def build_parser() -> CommandParser:
         help="probability that a cluster likes an item: by the late-fusion head (default), or by the predictor of "
         "creative.losses.match; none: all clusters",
     )
-    pairs.add_argument("--top", type=natural, default=0, metavar="N", help="best clusters of an item (default: 0, all)")
-    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="least match (default: 0)")
+    pairs.add_argument(
+        "--top", type=natural, default=0, metavar="N", help="select the N best clusters of an item (default: 0, all)"
+    )
+    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="minimum match (default: 0)")
     texts = parser.add_argument_group("texts")
     texts.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampled titles; 0: the likeliest words (default)"
+        "--temperature", type=float, default=0.0, help="temperature of sampling; 0: greedy decoding (default)"
     )
     texts.add_argument("--top-k", type=natural, default=50, help="sample from the K likeliest tokens (default: 50)")
     texts.add_argument(
@@ -56,9 +58,9 @@ def build_parser() -> CommandParser:
         metavar="G",
         help="choose tokens by (1 + G) times their logits with the user minus G times those without (default: 0)",
     )
-    texts.add_argument("--seed", type=natural, default=0, help="of sampled titles (default: 0)")
+    texts.add_argument("--seed", type=natural, default=0, help="seed of sampled titles (default: 0)")
     texts.add_argument(
-        "--retries", type=natural, default=2, help="further draws of a sampled title that breaks a rule (default: 2)"
+        "--retries", type=natural, default=2, help="further samples of a title that breaks a rule (default: 2)"
     )
     texts.add_argument(
         "--source", metavar="COLUMN", help="text column that replaces a title that breaks a rule (default: title)"
@@ -68,7 +70,7 @@ def build_parser() -> CommandParser:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="least share of a title's names, numbers and content words that the item's texts have (default: 1)",
+        help="minimum share of a title's names, numbers and content words that the item's texts contain (default: 1)",
     )
     texts.add_argument("--no-filters", action="store_true", help="accept every title that has an end and is not empty")
     return parser
@@ -141,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _dense(dataset: "Dataset", raw_ids: list[str], file: Path) -> "Ints":
-    """Ascending dense ids of the items that `file` names."""
+    """Return the ascending dense ids of raw item ids, which were read from `file`."""
     import numpy as np
     import pyarrow as pa
 

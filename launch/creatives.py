@@ -1,4 +1,4 @@
-"""`hllm creatives`: makes and shows tables of personalized texts of items, and evaluates a run on them.
+"""`hllm creatives`: builds, imports and prints tables of personalized texts, and evaluates a run on them.
 
 hllm creatives build --dataset data/ml-100k --writer template --name lines
 hllm creatives build --dataset data/ml-100k --writer openai --base-url http://localhost:8000/v1 --model M --name titles
@@ -38,29 +38,38 @@ def build_parser() -> CommandParser:
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
     show.add_argument("--rows", type=int, default=10, help="number of rows (default: 10)")
-    evaluate = actions.add_parser("evaluate", help="likelihoods of a run's texts with the right user, none and another")
+    evaluate = actions.add_parser(
+        "evaluate", help="likelihoods of texts by a run, given the right, no, or another user"
+    )
     evaluate.add_argument("--run", type=Path, required=True, metavar="DIR", help="run that was trained on a table")
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
-    evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
+    evaluate.add_argument(
+        "--most", type=int, default=0, help="score at most this many texts, spaced evenly (default: all)"
+    )
     evaluate.add_argument(
         "--clusters",
         type=Path,
         nargs="+",
         default=[],
         metavar="DIR",
-        help="also evaluate with the centers of hllm cluster",
+        help="also evaluate with the centers of these clusters (hllm cluster) in place of the users",
     )
     evaluate.add_argument(
         "--users", type=natural, default=0, metavar="N", help="rank the right user of N texts among 100 users"
     )
     evaluate.add_argument(
-        "--write", type=natural, default=0, metavar="N", help="generate N texts, compare them with the references"
+        "--write", type=natural, default=0, metavar="N", help="generate N texts and compare them with the references"
     )
     evaluate.add_argument(
-        "--titles", type=Path, metavar="DIR", help="also measure the diversity of titles of hllm create"
+        "--titles",
+        type=Path,
+        metavar="DIR",
+        help="also measure the diversity of the titles in this folder of hllm create",
     )
-    evaluate.add_argument("--lamp", type=Path, metavar="FILE", help="write predictions in LaMP's form to this file")
+    evaluate.add_argument(
+        "--lamp", type=Path, metavar="FILE", help="write predictions in the format of LaMP to this file"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
     titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     """Run an action.
 
     Raises:
-        ValueError: the dataset or the table does not exist, or does not fit.
+        ValueError: the dataset, the table, the run or an option is not usable.
     """
     act = {
         "build": run_build,
@@ -130,11 +139,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     clusters = [Clusters.open(path) for path in args.clusters]
     titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
-        # Each rank writes texts of its own, which needs whole weights.
+        # Each rank generates its share of the texts independently, for which it needs the complete weights.
         config = in_one_process(run_config(args.run)) if args.write else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
-        # The catalogue is encoded once, and not for each condition.
+        # The catalogue is encoded once for all conditions.
         with loaded.weights, experiment.evaluation_items():
             vectors = creative_vectors(experiment, args.split)
             centers = centers_of(vectors, clusters, loaded.fingerprint)

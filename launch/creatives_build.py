@@ -1,4 +1,4 @@
-"""Options and job of `hllm creatives build`: a table by a rule, by a language model, or by a writer of your own."""
+"""Options and job of `hllm creatives build`: texts by a rule, by a language model, or by a custom writer."""
 
 import argparse
 import sys
@@ -30,18 +30,20 @@ _OPTIONS = {
     "local": ("model", "judge", *_BY_MODEL),
     "module:Name": _BY_MODEL,
 }
-"""Options of each writer, beside those of all."""
+"""Options of each writer, in addition to those of all writers."""
 
 
 def add_build_options(build: CommandParser) -> None:
-    """Add the options of `build`. Those of one writer have no default here, so that others can refuse them."""
+    """Add the options of `build`. Options of single writers default to None, so that other writers can refuse them."""
     build.add_argument(
         "--writer",
         default="template",
         help="template (a rule, the default), openai (a server), local (a Hugging Face directory), or module:Name",
     )
     build.add_argument("--title", default="title", help="text column with an item's name (default: title)")
-    build.add_argument("--least", type=positive, default=5, help="earlier likes that a text needs (default: 5)")
+    build.add_argument(
+        "--least", type=positive, default=5, help="minimum number of earlier likes for a text (default: 5)"
+    )
     build.add_argument(
         "--fractions",
         type=float,
@@ -58,30 +60,30 @@ def add_build_options(build: CommandParser) -> None:
     model.add_argument("--model", help="openai: the server's name of the model; local: its directory")
     model.add_argument("--facts", nargs="+", metavar="COLUMN", help="text columns with facts of an item (default: all)")
     model.add_argument("--history", type=positive, help="latest likes that the writer reads (default: 50)")
-    model.add_argument("--per-user", type=natural, help="latest likes of a user that get a text (default: 1; 0: all)")
-    model.add_argument("--users", type=natural, help="users, drawn by --seed (default: 0, all)")
-    model.add_argument("--answer-tokens", type=positive, help="tokens of an answer at most (default: 512)")
-    model.add_argument("--temperature", type=float, help="of sampling; 0: the likeliest token (default: 0.7)")
+    model.add_argument("--per-user", type=natural, help="latest likes of a user to write for (default: 1; 0: all)")
+    model.add_argument("--users", type=natural, help="number of users, drawn by --seed (default: 0, all)")
+    model.add_argument("--answer-tokens", type=positive, help="maximum number of tokens of an answer (default: 512)")
+    model.add_argument("--temperature", type=float, help="temperature of sampling; 0: greedy (default: 0.7)")
     model.add_argument("--seed", type=natural, help="seed of users and of sampling (default: 0)")
     model.add_argument(
-        "--attempts", type=positive, help="sampled answers to a prompt, until one has its JSON (default: 3)"
+        "--attempts", type=positive, help="answers to sample until one has the JSON asked for (default: 3)"
     )
     model.add_argument("--judge", metavar="MODEL", help="model of the same writer that must confirm each text twice")
     server = build.add_argument_group("writer openai")
     server.add_argument("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
     server.add_argument("--key-from", metavar="NAME", help="environment variable that holds the key (default: no key)")
-    server.add_argument("--at-once", type=positive, help="requests at the same time (default: 4)")
-    server.add_argument("--max-requests", type=positive, help="stop after so many requests; a rerun goes on")
-    server.add_argument("--max-tokens", type=positive, help="stop after so many tokens of prompts and answers")
+    server.add_argument("--at-once", type=positive, help="number of concurrent requests (default: 4)")
+    server.add_argument("--max-requests", type=positive, help="stop after this many requests; a rerun continues")
+    server.add_argument("--max-tokens", type=positive, help="stop after this many tokens of prompts and answers")
     filters = build.add_argument_group("filters of texts by a model")
-    filters.add_argument("--longest", type=positive, help="characters of a text at most (default: 300)")
-    filters.add_argument("--added-words", type=natural, help="words that the source lacks, at most (default: 10)")
-    filters.add_argument("--support", type=float, help="least share of words that the facts have (default: 1)")
-    filters.add_argument("--allowed", type=Path, metavar="FILE", help="words that a text may have beside the facts'")
+    filters.add_argument("--longest", type=positive, help="maximum number of characters of a text (default: 300)")
+    filters.add_argument("--added-words", type=natural, help="maximum number of words not in the title (default: 10)")
+    filters.add_argument("--support", type=float, help="minimum share of words that the facts contain (default: 1)")
+    filters.add_argument("--allowed", type=Path, metavar="FILE", help="words that a text may also contain")
     filters.add_argument("--encoder", metavar="DIR", help="sentence encoder (hllm fetch minilm) of --least-cosine")
-    filters.add_argument("--least-cosine", type=float, help="of a text and the item's facts (default: 0.5)")
+    filters.add_argument("--least-cosine", type=float, help="minimum cosine of a text and the facts (default: 0.5)")
     filters.add_argument(
-        "--alike", type=float, help="share of common words that makes two texts of an item the same (default: 0.9)"
+        "--alike", type=float, help="share of common words from which two texts of an item are equal (default: 0.9)"
     )
 
 
@@ -124,7 +126,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace, names: Iterable[str], **renamed: str) -> dict[str, Any]:
-    """The options that were given; renamed: option -> name of its field."""
+    """Return the options that were given; renamed: option -> name of its field."""
     return {renamed.get(name, name): value for name in names if (value := getattr(args, name)) is not None}
 
 
@@ -165,14 +167,14 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
         "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
         "prompts": prompts_hash(),
     }
-    # The lock is held until the table is written: a user who is forgotten in the meantime would be in the table.
+    # The lock is held until the table is written, because `hllm forget` in between would miss the texts of the build.
     with answers_lock(folder):
         built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
         _write_built(args, dataset, built, facts)
 
 
 def _write_built(args: argparse.Namespace, dataset: "Dataset", built: "Built", facts: dict[str, Any]) -> None:
-    """Write the texts of a language model, and print their number and the reasons of those that were left out."""
+    """Write the texts of a language model; print their number, and how many were left out for each reason."""
     if built.errors:
         say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
     reasons = [f"{count:,}: {reason}" for reason, count in built.left_out.items()]
@@ -207,7 +209,7 @@ def _encoder(args: argparse.Namespace) -> "TextCosine | None":
 
 
 def _writers(args: argparse.Namespace) -> "tuple[Writer, Writer | None]":
-    """The writer and the judge, which may be the same model; they share the limits of requests and tokens."""
+    """Open the writer and the judge (None: no judge), which share the limits of requests and tokens."""
     from hllm_torchrec.creative.writing.openai_writer import Budget, Endpoint, OpenAIWriter
     from hllm_torchrec.creative.writing.writer import custom_writer
 
@@ -234,7 +236,7 @@ def _writers(args: argparse.Namespace) -> "tuple[Writer, Writer | None]":
 def _write(
     args: argparse.Namespace, dataset: "Dataset", rows: "pa.Table", dropped: "pa.Table | None", facts: dict[str, Any]
 ) -> str:
-    """Write the table; returns its path and its counts, as text."""
+    """Write the table; returns a text with its path and counts."""
     import numpy as np
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Options and job of `hllm creatives import`: tables of personalized texts that were made elsewhere."""
+"""Options and job of `hllm creatives import`: tables of existing personalized texts."""
 
 import argparse
 from collections import Counter
@@ -12,7 +12,7 @@ _OPTIONS = {
     "lamp": ("task", "questions", "outputs", "split"),
     "table": ("files", "drop_bad"),
 }
-"""Options of each source, beside those of all."""
+"""Options of each source, in addition to those of all sources."""
 _NEEDED = ("files", "task", "questions", "outputs")
 
 
@@ -22,20 +22,24 @@ def add_import_options(parser: CommandParser) -> None:
         "--source",
         required=True,
         choices=list(_OPTIONS),
-        help="hllm_creator (the published table) and lamp make the dataset as well; table is for an existing dataset",
+        help="hllm_creator (the published format) and lamp also make the dataset; table is for an existing dataset",
     )
     parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="hllm_creator: Parquet; table: any table")
     parser.add_argument("--task", choices=("LaMP-4", "LaMP-5"), help="lamp: headlines of news, or titles of papers")
     parser.add_argument("--questions", nargs="+", type=Path, metavar="FILE", help="lamp: *_questions.json")
     parser.add_argument(
-        "--outputs", nargs="+", type=Path, metavar="FILE", help="lamp: *_outputs.json; the last of several is test"
+        "--outputs",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="lamp: *_outputs.json; the last of several files is the test part",
     )
     parser.add_argument(
         "--split",
         choices=("leave_one_out", "time"),
         help="hllm_creator, lamp: division of the dataset's events (default: leave_one_out)",
     )
-    parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out rows with unknown ids")
+    parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out invalid rows")
     parser.add_argument(
         "--fractions",
         type=float,

@@ -5,8 +5,9 @@
     hllm forget --dataset data/shop --item i31 --dry-run
 
 The events of these users and items are removed from every version of the dataset, and later appends skip them. Below
-the folders of --runs, --stores and --predictions, the command recognizes runs, nights, stores, predictions, indexes and
-journals by their contents, and prints what it found in each of them. Dense ids of other users and items do not change,
+the folders of --runs, --stores and --predictions, the command recognizes runs, nights, stores, predictions, indexes,
+journals, event logs of services, clusters of users and titles by their contents, and prints the number of entries that
+it found in each of them. Dense ids of other users and items do not change,
 and runs can still be loaded.
 
 --erase also removes every byte: old files of the dataset, the rows of item tables and their optimizer state, and
@@ -45,7 +46,7 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Forget the users and items, and print what was found where.
+    """Forget the users and items, and print a report.
 
     Returns:
         1 if something was left unchanged or an id still exists in a file, else 0.

@@ -1,9 +1,10 @@
 """Late-fusion head whose item-dependent part is computed once for all items.
 
 The first layer of the head reads [u, e, u * e], so its output is W_u u + W_e e + W_p (u * e) + b. W_e e is stored for
-each item, W_u u + b is computed once per user, and only W_p (u * e), a third of the layer, for each pair.
+each item, W_u u + b is computed once per user, and only W_p (u * e), a third of the layer, for each pair. A head with
+evidence adds a projection of it to u, which is then computed for each pair, as W_u u is.
 
-Legend: N items, M pairs, R users, D width, H width of the first hidden layer.
+Legend: N items, M pairs, R users, D width, H width of the first hidden layer, F columns of evidence.
 """
 
 import torch
@@ -14,7 +15,7 @@ from hllm_torchrec.modules.heads import PredictionHead
 
 
 class PreparedHead:
-    """Scores pairs of users and items as `PredictionHead` does in late fusion without evidence, up to rounding.
+    """Scores pairs of users and items as `PredictionHead` does in late fusion, up to rounding.
 
     Args:
         head: in evaluation mode, with a hidden layer (`can_prepare`).
@@ -35,13 +36,19 @@ class PreparedHead:
         return torch.cat([normed, F.linear(normed, self._of_item)], dim=1)
 
     @torch.no_grad()
-    def score(self, users_RD: Tensor, user_of_pair: Tensor | None, items: Tensor) -> Tensor:
+    def score(
+        self, users_RD: Tensor, user_of_pair: Tensor | None, items: Tensor, evidence: Tensor | None = None
+    ) -> Tensor:
         """Logits [M] of user-item pairs.
 
         user_of_pair: [M] int64, index of each pair's user in `users_RD`; None: a single user, R = 1. items: [M, D + H],
-        rows of `items()`.
+        rows of `items()`. evidence: [M, F] of the pairs if the head was built with evidence, else None.
         """
         item_MD, hidden_MH = items.split([self._of_item.shape[1], self._of_item.shape[0]], dim=1)
+        if self.head.read_evidence is not None:
+            assert evidence is not None, "the head was built for evidence"
+            of_pair = users_RD if user_of_pair is None else users_RD.index_select(0, user_of_pair)
+            users_RD, user_of_pair = of_pair + self.head.read_evidence(evidence), None  # a row for each pair
         users = self.head.user_norm(users_RD)
         of_users = F.linear(users, self._of_user, self._bias)
         if user_of_pair is not None:
@@ -51,9 +58,9 @@ class PreparedHead:
         for layer in self._later:
             hidden = layer(hidden)
         logits: Tensor = self.head.out(hidden).squeeze(-1) + self.head.dot_scale * product.mean(dim=-1)
-        return logits
+        return logits if self.head.wide is None else logits + self.head.wide(evidence).squeeze(-1)
 
 
 def can_prepare(head: PredictionHead) -> bool:
-    """True for a late-fusion head without evidence that has a hidden layer."""
-    return head.fusion.query_is_user and head.wide is None and len(head.mlp) > 0
+    """True for a late-fusion head that has a hidden layer."""
+    return head.fusion.query_is_user and len(head.mlp) > 0

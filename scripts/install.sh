@@ -4,16 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13] [--hashes] [--no-venv]
+usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13|2.14] [--hashes] [--no-venv]
 
 Makes .venv beside setup.py and installs into it. If nothing has changed, a second run takes a moment.
 
   --cpu, --cuda   build of torch and fbgemm to install
   auto            the build that is installed, else CUDA if nvidia-smi lists a GPU, else CPU (the default)
   --dev           also install the packages for the tests (ruff, mypy, pytest ...)
-  --torch X.Y     version of torch, with the torchrec and fbgemm built for it (default: the newest supported)
+  --torch X.Y     version of torch, with the torchrec and fbgemm built for it (default: 2.13)
   --hashes        install only files whose SHA-256 is in scripts/requirements/requirements-hashes.txt, except torch
-                  and setuptools; only for CPU and the newest torch, without --dev
+                  and setuptools; only for CPU and the default torch, without --dev
   --no-venv       install into the Python that $PYTHON names (default: python3), without making .venv
   --help          this text
 

@@ -293,7 +293,8 @@ GOOD = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}
         GOOD,
         {"torch": "2.12.1", "torchrec": "1.7.0", "fbgemm-gpu": "1.7.0"},
         {"torch": "2.11.0a0+git123", "torchrec": "1.6.1", "fbgemm-gpu": "1.6.0"},
-        {"torch": "2.15.0", "torchrec": "1.9.2", "fbgemm-gpu": "1.9.0"},  # newer than tested: only a warning
+        {"torch": "2.14.0", "torchrec": "1.9.0", "fbgemm-gpu": "1.9.0"},
+        {"torch": "2.15.0", "torchrec": "1.10.0", "fbgemm-gpu": "1.10.0"},  # newer than tested: only a warning
     ],
 )
 def test_matching_versions_are_accepted(installed: dict[str, str]) -> None:
@@ -308,6 +309,7 @@ def test_matching_versions_are_accepted(installed: dict[str, str]) -> None:
         ({**GOOD, "torch": "2.12.0"}, r"torch 2\.12 needs torchrec 1\.7, not 1\.8\.0"),
         ({**GOOD, "fbgemm-gpu-cpu": "1.7.0"}, r"torch 2\.13 needs fbgemm-gpu-cpu 1\.8, not 1\.7\.0"),
         ({**GOOD, "torch": "2.9.1"}, r"torch 2\.9\.1 is too old; supported: torch 2\.11\.0 with"),
+        ({**GOOD, "torch": "2.14.1"}, r"torch 2\.14 needs torchrec 1\.9, not 1\.8\.0"),
         ({**GOOD, "torch": "2.15.0"}, r"torchrec 1\.8\.0 was built for another torch than 2\.15"),
         ({**GOOD, "fbgemm-gpu": "1.8.0"}, "overwrite each other's files"),
     ],

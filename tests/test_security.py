@@ -126,6 +126,14 @@ def test_a_configuration_imports_no_class(tmp_path: Path) -> None:
         load_config(["--config", str(tmp_path / "c.yaml")])
 
 
+@pytest.mark.parametrize("number", ["0x" + "f" * 10**6, "9" * 10**6])
+def test_a_number_of_a_million_digits_is_refused_by_file(number: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"seed: {number}\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: .*limit .*digits") as found:
+        load_config(["--config", str(tmp_path / "c.yaml")])
+    assert len(str(found.value)) < 1000
+
+
 def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]

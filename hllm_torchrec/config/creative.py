@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config
 
 USER = "{user}"
-"""The place of the soft tokens in a prompt."""
+"""Placeholder of the soft tokens in a prompt."""
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -24,20 +24,20 @@ class SoftPromptConfig:
     hidden: int = 0
     """Width of the projection's hidden layer; 0: one linear layer without bias, as published."""
     scale: Literal["words", "none"] = "words"
-    """words: tokens are RMS-normalized and multiplied by a learned gain that starts at the word vectors' RMS; none: as
-    published."""
+    """words: soft tokens are RMS-normalized and multiplied by a learned gain, which is initialized to the RMS of the
+    word embeddings; none: neither, as published."""
     normalize: Literal["none", "standardize", "whiten"] = "none"
-    """Of user vectors, by statistics that are measured before the first step, as `item_llm.standardise` and
-    `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
-    In training the mean is that of the step's users, and gradients do not move what they have in common. none: as
-    published."""
+    """Normalization of user vectors, as `item_llm.standardise` and `item_llm.whiten` normalize item embeddings. It
+    subtracts the mean user vector, which would otherwise make the soft tokens of all users nearly the same. The
+    statistics are measured before the first step; in training, the mean of the step's users is subtracted instead.
+    none: no normalization, as published."""
     text_decay: float = 0.0
-    """Above 0: the mean text embedding of what the user liked, an event weighing this times as much as the next, is
-    appended to the user vector (late fusion). The vector of a run that ranks says little of what its user's likes are
-    about."""
+    """Above 0: the mean text embedding of the items that the user liked is appended to the user vector (late fusion).
+    The weight of an event in this mean is multiplied by this factor for each later event. Reason: the user vector of a
+    run that was trained to rank holds little information about the topics of the user's likes."""
     dropout: float = 0.15
-    """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
-    `creative_gap` compares with."""
+    """Probability in training that the learned tokens of unknown users (null) replace the user's soft tokens. So null
+    is trained both for unknown users and as the baseline of `creative_gap`."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class CreativeLossConfig:
     """Weights of the losses; 0 leaves a loss out."""
 
     write: float = 1.0
-    """Of the response's cross-entropy, per token."""
+    """Weight of the cross-entropy of the response, per token."""
     match: float = 0.0
-    """Of the Item-User Predictor's binary cross-entropy: the creative's item against sampled ones."""
+    """Weight of the Item-User Predictor's binary cross-entropy: the creative's item against sampled items."""
     recon: float = 0.0
-    """Of the cross-entropy, per token, of the user's profile (a column of the table), written from the user vector."""
+    """Weight of the cross-entropy, per token, of the user's profile (a column of the table) given the user vector."""
     align: float = 0.0
-    """Of the contrastive loss of user vectors and their profiles, read by the Creative LLM; negatives are those of
-    other users of the step, on all ranks."""
+    """Weight of the contrastive loss between user vectors and the Creative LLM's representations of the users'
+    profiles. Negatives are the rows of other users in the step, on all ranks."""
 
     @property
     def read_profiles(self) -> bool:
@@ -69,21 +69,24 @@ class MatchConfig:
     width: int = 128
     """Width of both tokens (2,048 in the published model)."""
     blocks: int = 2
-    """Number of blocks."""
+    """Number of mixer blocks, or of hidden layers of the MLP."""
     negatives: int = 8
-    """Items sampled per step, shared by its users; those of a user's own sequence are left out."""
+    """Number of items sampled per step, the same for all users of the step. Items of a user's own sequence or creatives
+    are not negatives of this user."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Texts on users' interests, which `losses.recon` and `losses.align` read: the column `profile` of the table."""
+    """Profiles: texts about users' interests in the table's column `profile`, read by `losses.recon` and
+    `losses.align`."""
 
     prompt: str = "Interests of this user:{user}"
-    """Text before a profile for `losses.recon`: {user}, once, is the place of its soft token."""
+    """Prompt before a profile in `losses.recon`. It contains {user} exactly once, where the soft token is inserted."""
     max_length: int = 256
-    """Maximum number of tokens of a profile, with the end token. A longer one is cut, and its end is no target."""
+    """Maximum number of tokens of a profile, including the end token. A longer profile is truncated and has no end
+    token."""
     temperature: float = 0.05
-    """Initial temperature of `losses.align`, learned."""
+    """Initial value of the learned temperature of `losses.align`."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class CreativeConfig:
     """Personalized texts of items, written by a causal language model that reads a user vector as soft tokens."""
 
     enabled: bool = False
-    """Train on the table `data`. Such a run trains the losses below, on passes over the users of the table; late fusion
-    (the user vector is the [USER] output), or none."""
+    """Train on the table `data`. Such a run trains only the losses below, in forward passes over the table's users. It
+    needs late fusion (the user vector is the [USER] output) or fusion none (the hidden state of the last position)."""
     data: str = ""
     """Name of a table of `hllm creatives`: <dataset>/creatives/<name>."""
     pretrained: str | None = None
@@ -102,26 +105,28 @@ class CreativeConfig:
     shape: dict[str, Any] | None = None
     """Hugging Face config of a decoder with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Keep the first n layers (none given: all)."""
+    """Number of first layers that are kept; null: all layers."""
     trainable: bool = True
-    """False: the soft prompt alone is trained (and the user encoder, if it is trainable)."""
+    """False: the Creative LLM is frozen; the soft prompt, the heads of the losses and the user encoder (if it is
+    trainable) are trained."""
     freeze_words: bool = False
     """Freeze the word embeddings and the vocabulary head."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel, as `item_llm.attention`."""
     prompt: str = "{user}{title}\n"
-    """Text before the response: {user}, once, is the place of the soft tokens; every other name in braces is a text
-    column of the dataset or a column of the table."""
+    """Text before the response. It contains {user} exactly once, where the soft tokens are inserted. Every other name
+    in braces is a text column of the dataset, or source, description or profile of the table."""
     max_prompt_length: int = 1024
     """Maximum number of tokens of a prompt, without soft tokens."""
     max_response_length: int = 128
-    """Maximum number of tokens of a response, with the end token. A longer one is cut, and its end is no target."""
+    """Maximum number of tokens of a response, including the end token. A longer response is truncated and has no end
+    token."""
     over_long: Literal["error", "drop"] = "error"
-    """A prompt beyond max_prompt_length: an error, or the creative is left out, and counted."""
+    """Handling of a prompt that is longer than max_prompt_length: an error, or the creative is dropped and counted."""
     per_batch: int = 32
-    """Creatives per rank and step."""
+    """Maximum number of creatives per rank and step, on average over the ranks."""
     evaluated: int = 512
-    """Creatives of the validation part that evaluations during training score, spread evenly; 0: all."""
+    """Number of creatives of the validation part, spaced evenly, that an evaluation during training scores; 0: all."""
     soft: SoftPromptConfig = field(default_factory=SoftPromptConfig)
     """Soft tokens."""
     losses: CreativeLossConfig = field(default_factory=CreativeLossConfig)
@@ -140,7 +145,7 @@ class CreativeConfig:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names in braces of the prompt, but {user}."""
+        """Distinct names in braces in the prompt, without {user}."""
         return tuple(dict.fromkeys(name for name in PLACEHOLDER.findall(self.prompt) if name != USER[1:-1]))
 
 
@@ -167,7 +172,7 @@ CREATIVE_BOUNDS = {
 
 
 def creative_problems(config: "Config") -> Iterator[str]:
-    """Broken rules of `creative`, as 'field: value: rule; remedy'."""
+    """Yield a message for each broken rule of `creative`, as 'field: value: rule; remedy'."""
     creative = config.creative
     if not creative.enabled:
         if any(stage.trains == "creative" for stage in config.stages):

@@ -1,9 +1,9 @@
 """k-means on the user vectors of a store, and the assignment of users to the fitted clusters.
 
 A fit reads at most SAMPLE users: mini-batch k-means first, then a few iterations of Lloyd's algorithm on the whole
-sample, which move centers without users to the farthest users. Then all users of the store are assigned. While the
-smallest cluster has fewer than `least` users, its center is removed and its users are assigned to the nearest remaining
-center. Every user is therefore in the cluster of the nearest center.
+sample, in which centers without users are moved to the farthest users. Then all users of the store are assigned. While
+the smallest cluster has fewer than `least` users, its center is removed and its users are assigned to the nearest
+remaining center. Every user is therefore in the cluster of the nearest center.
 
 Legend: n users, D width of their vectors, K clusters.
 """
@@ -41,8 +41,8 @@ _MINI_BATCH, _PASSES, _TRIALS = 4096, 20, 3
 class ClusterSettings:
     """Settings of a fit.
 
-    clusters: K; center: vector of a cluster for prompts, the mean of its users or the medoid; least: minimum number of
-    users of a cluster; seed: of the sample and of k-means.
+    clusters: K; metric: distance, see `clusters`; center: vector that represents a cluster in prompts, the mean of its
+    users or the medoid; least: minimum number of users of a cluster; seed: random seed of the sample and of k-means.
     """
 
     clusters: int
@@ -56,8 +56,8 @@ class ClusterSettings:
 class ClusterReport:
     """Result of `cluster_users`.
 
-    users: number of users in the store; new, moved, gone: number of users who were added, changed their cluster, or
-    left since the previous assignment (0 after a fit); notes: messages for the operator.
+    users: number of users in the store; new, moved, gone: number of users who were added, changed their cluster, or are
+    no longer in the store since the previous assignment (0 after a fit); notes: messages for the operator.
     """
 
     clusters: Clusters
@@ -72,7 +72,7 @@ class StoredUsers:
     """The users of an embedding store, sorted by the hash of their ids.
 
     Raises:
-        ValueError: the store is empty, or holds other vectors than users'.
+        ValueError: the store is empty, or contains other vectors than those of users.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class StoredUsers:
         return found
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Yield the rows of all users and their vectors, in blocks."""
+        """Yield the rows and vectors of all users, in blocks of at most _AT_ONCE users."""
         for first in range(0, len(self), _AT_ONCE):
             rows = np.arange(first, min(first + _AT_ONCE, len(self)))
             yield rows, self.vectors(rows)
@@ -172,7 +172,10 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
 
 
 def _mean_and_scale(sample: Floats, metric: Metric) -> tuple[Floats, Floats]:
-    """Return the mean [D] of vectors [n, D], and their standard deviation (1 for other metrics, and if it is 0)."""
+    """Return the mean [D] and the scale [D] of vectors [n, D].
+
+    The scale is the standard deviation for the metric standardized (1 where it is 0), and 1 for other metrics.
+    """
     mean, deviation = sample.mean(0, dtype=np.float64), sample.std(0, dtype=np.float64)
     is_scaled = (deviation > 0) & (metric == "standardized")
     return mean.astype(np.float32), np.where(is_scaled, deviation, 1).astype(np.float32)
@@ -181,7 +184,7 @@ def _mean_and_scale(sample: Floats, metric: Metric) -> tuple[Floats, Floats]:
 def _k_means(x: Doubles, clusters: int, seed: int) -> Floats:
     """Fit k-means to x [n, D]; returns the centers [K, D].
 
-    It runs on one thread: sums over several threads have no fixed order, and a repeated fit would differ.
+    It runs on one thread, because sums over several threads have no fixed order, and repeated fits would differ.
     """
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans

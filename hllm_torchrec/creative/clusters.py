@@ -45,13 +45,13 @@ SCHEMA = pa.schema(
     ]
 )
 NO_CLUSTER = -1
-"""Stands for the cluster of a user who has none."""
+"""Cluster number of a user who is not in a cluster, and of the null title."""
 Metric = Literal["euclidean", "standardized", "cosine"]
 
 
 @dataclass(frozen=True)
 class Centers:
-    """Centers of a fit: metric, and the arrays of the module docstring (float32)."""
+    """Result of a fit: its metric, and the float32 arrays that the module docstring describes."""
 
     metric: Metric
     mean: Floats
@@ -143,9 +143,9 @@ class Clusters:
 
     @property
     def is_behind(self) -> bool:
-        """True if the store of user vectors has a newer version than the one that was assigned.
+        """True if the store of user vectors has a newer version than the one whose users were assigned.
 
-        False if there is no store at the recorded path any more.
+        False if the store no longer exists at the recorded path.
         """
         path = Path(self.facts["users"]["path"])
         return (path / "store.json").is_file() and read_manifest(path).version > self.facts["users"]["version"]
@@ -157,7 +157,7 @@ class Clusters:
 
 
 def _checked(facts: Any) -> dict[str, Any]:
-    """Return the contents of clusters.json after checking the entries that are used; any exception means damage."""
+    """Check the entries of clusters.json that are used, and return its contents. Any exception means damage."""
     if facts["format"] != _FORMAT:
         raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
     settings, users = dict(facts["settings"]), dict(facts["users"])
@@ -179,8 +179,8 @@ def write_clusters(
 
     Args:
         facts: further entries of clusters.json.
-        users: table with `SCHEMA`, sorted by the hash of the id.
-        hashes: uint64 [n] these hashes.
+        users: table with the columns `SCHEMA`, sorted by the hashes of the ids.
+        hashes: uint64 [n], the sorted hashes.
     """
     with atomic_folder(path, replace=True, marker=FILE) as folder:
         arrays: dict[str, Any] = {name: getattr(centers, name) for name in _ARRAYS}

@@ -2,7 +2,7 @@
 
 The facts of an item are its source text and its description. A description may contain sentences that instruct a
 language model ("ignore all previous instructions"). They do not count as facts, so a text that follows them is not
-supported. These sentences are recognized by a list of phrases, which makes such attacks harder and not impossible.
+supported. These sentences are recognized by a list of phrases, which makes such attacks harder but not impossible.
 """
 
 import re
@@ -17,9 +17,10 @@ from hllm_torchrec.creative.support import stem, support, words
 class TextRules:
     """Limits of the filters.
 
-    longest: largest number of characters; added_words: largest number of words that the source does not contain, with
-    repetitions; support: smallest share of content words that occur in the facts; allowed: words that need no fact;
-    alike: two texts of an item are nearly equal if they share at least this part of their words (0: never).
+    longest: maximum number of characters; added_words: maximum number of words that the source does not contain,
+    counted with repetitions; support: minimum share of content words that occur in the facts; allowed: words that may
+    occur without being in the facts; alike: Jaccard index of their words from which two texts of an item are nearly
+    equal (0: never).
     """
 
     longest: int = 300
@@ -30,7 +31,10 @@ class TextRules:
 
 
 class Verdict(NamedTuple):
-    """checks: name -> value for filters that compute one; reasons: names of the rules that a text breaks."""
+    """Result of `check_text`.
+
+    checks: filter -> value, for filters that compute one; reasons: names of the rules that the text breaks.
+    """
 
     checks: dict[str, float]
     reasons: list[str]
@@ -65,7 +69,7 @@ _TO_A_MODEL = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")  # noqa: RUF001
 _COPIED_WORDS = 6
-"""A text that has this number of consecutive words of the instructions is a copy of them."""
+"""A text that contains this many consecutive words of the instructions counts as a copy of them."""
 
 
 def check_text(
@@ -81,7 +85,7 @@ def check_text(
     Args:
         source: text of the item that `text` replaces, such as its title.
         instructions: instructions to the writer, which the text must not repeat.
-        forbidden: words such as ids of users, which the text must not contain unless the facts do.
+        forbidden: words, such as ids of users, that the text may contain only if the facts contain them.
     """
     rules = rules or TextRules()
     if not text.strip():
@@ -112,22 +116,22 @@ def facts_of(description: str) -> list[str]:
 
 
 def added_words(text: str, source: str) -> int:
-    """Number of words of `text` that do not occur in `source`."""
+    """Count the words of `text`, with repetitions, that do not occur in `source`."""
     known = {stem(word) for word in words(source)}
     return sum(stem(word) not in known for word in words(text))
 
 
 def copies(text: str, instruction: str) -> bool:
-    """True if `text` contains several consecutive words of an instruction."""
+    """True if `text` contains _COPIED_WORDS consecutive words of an instruction."""
     own, told = ([word.casefold() for word in words(one)] for one in (text, instruction))
     runs = {tuple(told[i : i + _COPIED_WORDS]) for i in range(len(told) - _COPIED_WORDS + 1)}
     return any(tuple(own[i : i + _COPIED_WORDS]) in runs for i in range(len(own) - _COPIED_WORDS + 1))
 
 
 def nearly_equal(texts: Sequence[str], alike: float) -> list[bool]:
-    """For each text of one item, True if an earlier text, itself not marked, has nearly the same words.
+    """Mark the texts of an item that have nearly the same words as an earlier unmarked text: True for marked texts.
 
-    The measure is the Jaccard index of the sets of word stems.
+    Two texts have nearly the same words if the Jaccard index of their sets of word stems is at least `alike`.
     """
     kept: list[set[str]] = []
     found = []

@@ -22,7 +22,8 @@ def forget_users(path: Path, users: Collection[str], dry_run: bool = False) -> t
     """Remove the assignments of users, given by raw ids.
 
     Returns:
-        The number of users who were assigned, and what remains to be done by the operator ("" for nothing).
+        The number of given users who are in a cluster, and a message about what the operator still has to do ("":
+        nothing).
 
     Raises:
         ValueError: the clusters are damaged.
@@ -41,7 +42,7 @@ def forget_users(path: Path, users: Collection[str], dry_run: bool = False) -> t
 
 
 def forget_items(path: Path, items: Collection[str], dry_run: bool = False) -> int:
-    """Remove the titles of items, given by raw ids, and all titles that are not committed yet.
+    """Remove the titles of items, given by raw ids, and all titles that have not been committed yet.
 
     Returns:
         The number of committed titles of the items.
@@ -59,7 +60,7 @@ def forget_items(path: Path, items: Collection[str], dry_run: bool = False) -> i
             facts = {name: value for name, value in read_facts(path).items() if name != "files"}
             kept = titles.filter(pc.invert(gone))
             commit(path, kept, facts | {"titles": len(kept), "fallbacks": pc.sum(kept["fallback"]).as_py() or 0})
-        elif items:  # rounds contain no item ids, so they are removed as a whole
+        elif items:  # rounds contain no item ids, so all of them are removed
             remove_folder(path / "rounds")
             (path / "rounds").mkdir()
     return found

@@ -43,7 +43,7 @@ from hllm_torchrec.modules.lora import merged
 ITEMS_AT_ONCE = 4096
 """Number of items whose pairs are scored and whose prompts are tokenized at a time."""
 ROUND_TITLES = 512
-"""Approximate number of titles that a rank generates before it saves them; a crash loses at most these."""
+"""Approximate number of titles that a rank generates before it saves them; more are not lost in a crash."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CreateReport:
     items: number of items with titles; too_long: number of items without titles, because their prompts are too long;
     titles: number of titles; generated: number of titles that the folder did not contain before; fallbacks: number of
     titles that were replaced by the item's source text; reasons: number of replaced titles by reason; equal_to_null:
-    share of the titles for clusters whose text is that of the item's null title (without replaced ones).
+    share of the titles for clusters that equal the item's null title, without replaced titles.
     """
 
     items: int
@@ -74,11 +74,12 @@ def create_titles(
         clusters: clusters of users that were embedded by the same checkpoint.
         output: folder of the titles.
         items: ascending dense ids of the items that get titles; titles of other items in the folder stay. None: all
-            items, and titles of other items are removed.
+            items except withdrawn ones, whose titles are removed.
 
     Raises:
         ValueError: the run was trained without texts; the clusters belong to another checkpoint; the run cannot score
-            pairs as `options` ask; `output` holds other files, titles of other items with other options, or is in use.
+            pairs as `options` ask; `output` contains other files, titles of other items with another origin, or is in
+            use.
     """
     experiment, section = loaded.experiment, loaded.experiment.config.creative
     if not section.enabled:
@@ -128,7 +129,7 @@ class _Job:
         self.too_long = self.generated = 0
 
     def can_be_added(self, origin: dict[str, Any]) -> bool:
-        """True if the folder has titles, to which others of this origin may be added.
+        """Check that titles with `origin` may be added to those in the folder; False if the folder has none.
 
         Raises:
             ValueError: the titles in the folder have another origin.
@@ -145,7 +146,10 @@ class _Job:
         return True
 
     def generate(self, items: Ints, longest: int) -> None:
-        """Generate the titles of items [n] that the folder lacks. Collective; longest: maximum length of a prompt."""
+        """Generate the missing titles of items [n]. Collective.
+
+        longest: maximum number of tokens of a prompt; items with longer prompts get no titles.
+        """
         known = written(self.output)["key"]
         with progress(items.size, "create titles", rank() == 0, "items") as bar:
             for chunk in np.split(items, range(ITEMS_AT_ONCE, items.size, ITEMS_AT_ONCE)):
@@ -155,7 +159,7 @@ class _Job:
                 bar.update(chunk.size)
 
     def _requests(self, items: Ints, longest: int) -> list[TitleRequest]:
-        """Return the titles of items [n], and add them to `self.pairs`. Collective."""
+        """Return the requests for all titles of items [n], and add them to `self.pairs`. Collective."""
         rule = self.options.pairs
         scores = match_scores(self.writer.experiment, rule.match, self.clusters.centers.centers, items)
         requests: list[TitleRequest] = []
@@ -192,7 +196,7 @@ class _Job:
         write_round(self.output, [row for batch in own for row in self.writer.write(batch)])
 
     def commit(self, keep_others: bool, origin: dict[str, Any]) -> CreateReport:
-        """Commit all titles; called on one rank. keep_others: the committed titles of other items stay."""
+        """Commit all titles; called on rank 0 only. keep_others: keep the committed titles of other items."""
         pairs, texts = pa.concat_tables(self.pairs).combine_chunks(), written(self.output)
         found = texts.take(pc.index_in(pairs["key"], value_set=texts["key"]))
         columns = {name: (pairs if name in pairs.column_names else found)[name] for name in SCHEMA.names}

@@ -1,4 +1,4 @@
-"""Summary of likelihoods of personalized texts, with intervals over users."""
+"""Summary of the likelihoods of personalized texts, with confidence intervals over users."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -43,12 +43,14 @@ def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: 
 
 
 def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Nats per creative and per token of each condition, and what the right user is worth against each other one.
+    """Average the negative log-likelihoods of each condition, and compare each condition with the right user.
 
-    Differences are paired, with 95% intervals by resampling users. `gap` = null - right is the headline;
-    shuffled - right overstates it, because it also includes the cost of being confidently wrong. kept: the share of
-    null - right that is left if the center of a user's cluster stands for the user,
-    (null - cluster) / (null - right), which says little where null - right is near 0.
+    Returns:
+        nll, nll_per_token: means of each condition in nats per creative and per token; differences: mean paired
+        difference of each condition and right, with a 95% interval by resampling users. null - right is the main
+        result; shuffled - right is larger, because it also includes the cost of confident wrong predictions. kept: for
+        each number of clusters (null - cluster) / (null - right), the share of the gain that remains if the center of
+        the user's cluster replaces the user vector. It is unreliable if null - right is near 0.
     """
     right, tokens = scores.nll["right"], max(1, int(scores.tokens.sum()))
     found: dict[str, Any] = {
@@ -73,7 +75,7 @@ def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[
 
 
 def described(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that `hllm creatives evaluate` prints after the likelihoods, for what was measured."""
+    """Yield the lines that `hllm creatives evaluate` prints for the optional measurements in `found`."""
     for name, one in found["kept"].items():
         low, high = one["interval"]
         yield f"  kept by {name:<12} {one['share']:8.1%}  95% over users [{low:.1%}, {high:.1%}]"

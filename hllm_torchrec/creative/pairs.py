@@ -1,8 +1,8 @@
 """Selection of the clusters of users for which an item gets a title, by predicted probabilities.
 
-The match of an item and a cluster is the probability that a user with the cluster's center as vector likes the item. It
-is predicted by the run's late-fusion head ("head") or by its Item-User Predictor ("predictor"). A run on texts does not
-train the head. If it trains the user encoder, the head reads other user vectors than those it was trained on.
+The match of an item and a cluster is the probability that a user whose vector is the cluster's center likes the item.
+It is predicted by the run's late-fusion head ("head") or by its Item-User Predictor ("predictor"). A run on texts does
+not train the head. If it trains the user encoder, the head gets other user vectors than those it was trained on.
 
 Legend: n items, K clusters, D width of users' vectors.
 """
@@ -26,8 +26,8 @@ Match = Literal["head", "predictor", "none"]
 class PairRule:
     """Rule of the selection.
 
-    match: predictor of the match, "none" for all clusters; top: number of clusters of an item with the largest match
-    (0: all); above: minimum match.
+    match: predictor of the match, "none" for all clusters; top: number of clusters with the largest matches that are
+    selected for an item (0: all); above: minimum match.
     """
 
     match: Match = "head"
@@ -35,10 +35,10 @@ class PairRule:
     above: float = 0.0
 
     def check(self, experiment: Experiment) -> None:
-        """Check that a model can predict the match, and that the rule makes sense.
+        """Check that a model can predict the match, and that the rule is consistent.
 
         Raises:
-            ValueError: it cannot, or top and above are given without a match.
+            ValueError: the model cannot predict the match, or top or above is given with match "none".
         """
         hllm, evidence = experiment.hllm, experiment.evidence is not None
         if self.match == "none" and (self.top or self.above):
@@ -52,7 +52,7 @@ class PairRule:
             )
 
     def selected(self, match: Floats) -> Ints:
-        """Return the ascending clusters that an item with matches [K] gets titles for; of equal ones the first."""
+        """Select clusters for an item with matches [K], in ascending order; of equal matches the first ones count."""
         if self.match == "none":
             return np.arange(match.size)
         best = np.argsort(-match, kind="stable")[: self.top or None]
@@ -76,7 +76,7 @@ def match_scores(experiment: Experiment, match: Match, centers: Floats, items: I
             experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
         )
         targets = vectors_by_features(experiment, collator, items)
-        users = users[:, : hllm.user.width]  # the mean text of what they liked, if any, is no input of the head
+        users = users[:, : hllm.user.width]  # the head does not read the mean text of `creative.soft.text_decay`
         rows = [hllm.head(users, one.expand(len(users), -1)) for one in targets]
         logits = hllm.biased(torch.cat(rows)).view(items.size, -1)
     # Rounded, so that the selection does not depend on the number of ranks among which the items were encoded.

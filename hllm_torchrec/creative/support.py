@@ -1,6 +1,6 @@
 """Lexical support of a text: whether each of its numbers, names and content words occurs in the facts of an item.
 
-Words are compared without case, accents and endings of inflection. This finds words that no fact contains. It does not
+Words are compared without case, accents and inflectional endings. This finds words that no fact contains. It does not
 find a wrong combination of words that the facts contain, such as `Tom Hanks` from `Tom Cruise` and `Colin Hanks`.
 Negations count as content words, because `no sugar` is not supported by `sugar`. The list of function words is English;
 for other languages the caller passes allowed words. Chinese and Japanese texts, which have no spaces, are compared by
@@ -31,15 +31,18 @@ _ENDINGS = ("ing", "ed", "es", "s")
 
 @dataclass(frozen=True)
 class Support:
-    """words: number of content words of a text, with numbers and names; missing: those that occur in no fact, in the
-    order and spelling of the text."""
+    """Result of `support`.
+
+    words: number of content words of a text, including numbers and names; missing: content words that occur in no fact,
+    in the order and spelling of the text.
+    """
 
     words: int
     missing: tuple[str, ...]
 
     @property
     def share(self) -> float:
-        """Share of the words that are supported; 1 for a text without any."""
+        """Share of the content words that are supported; 1 for a text without content words."""
         return 1.0 - len(self.missing) / self.words if self.words else 1.0
 
 

@@ -1,12 +1,13 @@
-"""Writer `template`: a text chosen by a rule from the history, true by construction. For tests and demonstrations.
+"""Writer `template`: texts made by a rule from the history, for tests and demonstrations. They are true of the item.
 
-For an item that a user likes, with at least two values of a categorical item feature (such as genres), the text names
-the value with the largest lift among the user's latest likes, and the latest of these items that has it:
+The rule applies to items that a user likes and that have at least two values of a categorical feature (such as genres).
+The text names the value of the item with the largest lift among the user's latest likes, and the latest liked item that
+has this value:
 
     lift(v) = (share of v among the last `recent` likes) / (share of v among all likes of the dataset)
 
-Likes of the item's own second are not seen. Texts are made by this rule, not by people: a model that reproduces them
-has learned the rule, no more.
+Only likes of strictly earlier seconds are used. Because the texts are made by a rule, a model that reproduces them has
+only learned this rule.
 """
 
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ class TemplateRule:
     """Settings of the rule; see the module docstring.
 
     feature: categorical item feature; name: text column with an item's name; recent: number of latest likes that are
-    read; least: earlier likes without which there is no text; template: the text, with {value} (the
-    chosen feature value) and optionally {liked} (the name of the latest liked item that has it).
+    used; least: minimum number of earlier likes for a text; template: the text, with {value} (the chosen value of the
+    feature) and optionally {liked} (the name of the latest liked item that has this value).
     """
 
     feature: str = "genres"
@@ -39,7 +40,7 @@ class TemplateRule:
     template: str = "{value}, for fans of {liked}"
 
     def problems(self, dataset: Dataset) -> Iterator[str]:
-        """Yield what does not fit a dataset."""
+        """Yield a message for each setting that is wrong for a dataset."""
         if self.feature not in dataset.manifest["item_features"]:
             known = ", ".join(dataset.manifest["item_features"]) or "none"
             yield f"--feature {self.feature}: no item feature of {dataset.root}; it has {known}"
@@ -51,7 +52,7 @@ class TemplateRule:
 
 
 def write_by_template(dataset: Dataset, rule: TemplateRule) -> tuple[pa.Table, dict[str, int]]:
-    """Rows of a table of creatives (`creative_table.SCHEMA`), and the number of likes without a text, by reason.
+    """Return rows for a table of texts (columns of `creative_table.SCHEMA`), and the likes without a text by reason.
 
     Raises:
         ValueError: the dataset lacks the feature or the text column.
@@ -77,7 +78,7 @@ def write_by_template(dataset: Dataset, rule: TemplateRule) -> tuple[pa.Table, d
 
 
 def _base_shares(dataset: Dataset, values: Ints, offsets: Ints) -> np.ndarray:
-    """Share of each value of the feature among all likes of the dataset (an item may have several)."""
+    """Compute the share of all likes of the dataset whose item has each value (an item may have several values)."""
     counts, likes = np.zeros(int(values.max(initial=0)) + 1), 0
     for user in range(1, dataset.num_users):
         events = dataset.user_events(user)
@@ -120,7 +121,10 @@ class _Maker:
                     rows[name].append(value)
 
     def _text(self, own: Ints, recent: Ints) -> str | None:
-        """Text of an item with the values `own`, for the latest likes `recent`, oldest first."""
+        """Write the text of an item with the values `own`; recent: items of the latest likes, oldest first.
+
+        None if no recent item has one of the values.
+        """
         of_recent = [self._of(int(item)) for item in recent]
         lifts = [sum(int(v in of_item) for of_item in of_recent) / len(recent) / self.base[v] for v in own]
         best = int(np.argmax(lifts))
@@ -129,5 +133,5 @@ class _Maker:
         value = own[best]
         liked = next(int(item) for item, of_item in zip(recent[::-1], of_recent[::-1], strict=True) if value in of_item)
         texts = {"value": self.labels[value], "liked": self.names[liked]}
-        # One pass over the template: braces in a title stay as they are.
+        # A single pass over the template, so that braces in inserted titles are not replaced.
         return PLACEHOLDER.sub(lambda found: texts.get(found[1], found[0]), self.rule.template)

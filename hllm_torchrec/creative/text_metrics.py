@@ -43,7 +43,8 @@ def _n_grams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Return the number of different n-grams of some texts over the number of all; NaN if there are none."""
+    """Return the number of distinct n-grams of texts divided by the number of all their n-grams; NaN if there are
+    none."""
     found = [gram for text in texts for gram in _n_grams(text, n)]
     return len(set(found)) / len(found) if found else float("nan")
 
@@ -55,8 +56,8 @@ def diversity(items: Sequence[str], clusters: Sequence[int], texts: Sequence[str
         items, clusters, texts: item, cluster (-1: null title) and text of each title.
 
     Returns:
-        distinct_1, distinct_2: see `distinct`; most_frequent: share of the item's most frequent title; equal_to_null:
-        share of titles that equal the item's null title. NaN if no item has titles for clusters.
+        distinct_1, distinct_2: see `distinct`; most_frequent: share of an item's titles that equal its most frequent
+        one; equal_to_null: share of titles that equal the item's null title. NaN if no item has titles for clusters.
     """
     of_item: dict[str, list[str]] = defaultdict(list)
     null: dict[str, str] = {}

@@ -34,10 +34,10 @@ CUT = "no end token within the maximum length"
 class CreateOptions:
     """Options of `hllm create`.
 
-    pairs: selection of the clusters that an item gets titles for; temperature, top_k, top_p, guidance: see
-    `DecodeOptions`; seed: of sampled titles; retries: further samples if a title breaks a rule; source: text column
-    that replaces such a title (None: title, or the dataset's first text column if it has no title); rules: limits of
-    `filters.check_text`, None: a title must only have an end token and not be empty.
+    pairs: selection of the clusters for which an item gets titles; temperature, top_k, top_p, guidance: see
+    `DecodeOptions`; seed: random seed of sampled titles; retries: maximum number of further samples if a title breaks a
+    rule; source: text column that replaces a title which still breaks a rule (None: title, or the first text column of
+    a dataset without one); rules: limits of `filters.check_text`, None: a title only needs an end token and some text.
     """
 
     pairs: PairRule = field(default_factory=PairRule)
@@ -61,7 +61,10 @@ class CreateOptions:
 
 @dataclass(frozen=True)
 class TitleRequest:
-    """A title to generate. key: hash of everything that the title depends on; item: dense id; prompt: of the item."""
+    """A title to generate.
+
+    key: hash of everything that the title depends on; item: dense id; prompt: tokens of the item's prompt.
+    """
 
     key: str
     item: int
@@ -77,7 +80,7 @@ class TitleWriter:
         centers: [K, D] vector of each cluster.
 
     Raises:
-        ValueError: the prompt names a column that only tables of texts have, or `options.source` is no text column.
+        ValueError: the prompt names a column that the dataset does not have, or `options.source` is not a text column.
     """
 
     def __init__(self, experiment: Experiment, weights: str, centers: Floats, options: CreateOptions) -> None:
@@ -116,17 +119,17 @@ class TitleWriter:
         return self.tokenizer.prompts(texts, items.size)
 
     def requests(self, item: int, prompt: TextTokens, clusters: Sequence[int]) -> list[TitleRequest]:
-        """Return the titles to generate for an item and some clusters, with their keys."""
+        """Return the requests for the titles of an item for some clusters, with their keys."""
         of_item = hash_json([self._depends, prompt.before, prompt.after, *self.facts(item)])
         keys = [hash_json([of_item, self._of_center[cluster], self._seed(item, cluster)])[:32] for cluster in clusters]
         return [TitleRequest(key, item, cluster, prompt) for key, cluster in zip(keys, clusters, strict=True)]
 
     def facts(self, item: int) -> tuple[str, str]:
-        """Return what a title may state about an item: its source text, and the columns of the prompt, one per line."""
+        """Return the facts of an item: its source text, and the text columns of the prompt, one per line."""
         return self._source[item] or "", "\n".join(values[item] or "" for values in self._columns.values())
 
     def _seed(self, item: int, cluster: int) -> str:
-        """Return the part of the seed of a sampled title that identifies it; an empty string for greedy decoding."""
+        """Return a text from which the seed of a sampled title is derived; empty for greedy decoding."""
         return f"{self.options.seed} {cluster} {self._raw_ids[item]}" if self.options.temperature else ""
 
     @torch.no_grad()
@@ -189,7 +192,7 @@ def batches(requests: Sequence[TitleRequest], response: int) -> Iterator[list[Ti
 
     Args:
         requests: the titles to generate.
-        response: number of positions of soft tokens and response.
+        response: maximum number of positions of the soft tokens and the response together.
     """
 
     def lengths(one: TitleRequest) -> tuple[int, int]:

@@ -55,8 +55,8 @@ WRITTEN = pa.schema(
     ]
 )
 """Columns of a generated title. key: hash of everything that the title depends on; log_prob: log-likelihood of the
-generated tokens; tokens: their number; fallback: text is the item's source text, because the generated one broke the
-rules in reasons."""
+generated tokens; tokens: their number; fallback: the text is the item's source text, because the generated text broke
+the rules in reasons."""
 SCHEMA = pa.schema(
     [
         pa.field("raw_item_id", pa.large_string()),

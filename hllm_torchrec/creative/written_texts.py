@@ -2,7 +2,7 @@
 
 A text is generated for each creative under several conditions: with the vector of the right user, with the learned
 vector for unknown users (null), and with other given vectors, such as centers of clusters. The overlap of the null text
-with the reference is a baseline, because the null text is generated from the item alone.
+with the reference is the baseline without a user, because the null text is generated from the item alone.
 
 Legend: N creatives, D width of a user vector.
 """
@@ -46,9 +46,10 @@ def written_texts(
         most: number of creatives.
 
     Returns:
-        conditions: for each one the means of `MEASURES`, and the share of texts that equal the null text; right - null:
-        the mean difference of each measure with a 95% interval over users; support_of_references; cost: texts and
-        tokens per second and peak memory of this rank.
+        texts: number of creatives; conditions: for each condition the means of `MEASURES`, and the share of texts that
+        equal the null text; right - null: mean difference of each measure, with a 95% interval over users;
+        support_of_references: mean support of the references; cost: texts and tokens per second, and peak memory, of
+        this rank.
     """
     loader = vectors.loader
     experiment.hllm.eval()
@@ -79,7 +80,7 @@ def written_texts(
 
 
 def texts_of_part(experiment: Experiment, vectors: CreativeVectors) -> list[tuple[str, str]]:
-    """Raw item id and greedy text for each creative of the part, in the part's order. All ranks must call it."""
+    """Generate a text greedily for each creative of the part; returns (raw item id, text) in its order. Collective."""
     loader = vectors.loader
     experiment.hllm.eval()
     own = np.arange(rank(), len(loader), world_size())
@@ -97,7 +98,7 @@ def _requests(
 ) -> tuple[TitleWriter, list[TitleRequest]]:
     """Return a request for one text for each of n items, and the writer.
 
-    users: [n, D] user vectors; is_null: bool [n], the learned vector replaces the user vector.
+    users: [n, D] user vectors; is_null: bool [n], whether the null tokens replace the user vector.
     """
     # Each creative is treated as a cluster with the user's vector as center.
     writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(rules=None))

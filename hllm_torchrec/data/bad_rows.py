@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,25 @@ class BadRowLog:
 
 def describe_time(text: str | None, second: int | None) -> str:
     """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None."""
-    if second is None:
-        hint = ": set the time unit to iso8601" if text and re.match(r"\s*\d{4}-\d\d-\d\d", text) else ""
-        return f"the time {text!r} is not a number or date of the stated unit{hint}"
     # If the value is in range when read in a finer unit, it most likely has that unit: suggest it.
-    for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
-        if MAX_SECOND < second <= MAX_SECOND * scale:
-            return (
-                f"the time {text!r} is beyond 2099 if it is in seconds; it looks like {unit}. Set the time "
-                f"unit to {unit}" + ("" if unit != "nanoseconds" else " (not supported: divide by 1000 first)")
-            )
+    number = int(text) if text and re.fullmatch(r"\s*\d{1,19}\s*", text) else second
+    if number is not None and (second is None or second > MAX_SECOND):
+        for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
+            if MAX_SECOND < number <= MAX_SECOND * scale:
+                return (
+                    f"the time {text!r} is beyond 2099 in its unit; it looks like {unit}. Set the time unit to {unit}"
+                )
+    if second is None:
+        hint = ""
+        if text and re.match(r"\s*\d{4}-\d\d-\d\d", text):
+            hint = ": set the time unit to iso8601" if _is_iso(text) else ": write it like 2024-01-31T12:00:00+01:00"
+        return f"the time {text!r} is not a number or date of the stated unit{hint}"
     return f"the time {text!r} (second {second}) is outside 1970-01-01..2099-12-31 UTC"
+
+
+def _is_iso(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text.strip().removesuffix(" UTC"))
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,7 @@
-"""`CreativeBatch`: the texts of a batch's requests, optional in a `HybridBatch`. N creatives, K negatives of a step."""
+"""`CreativeBatch`: the personalized texts of a batch's requests, an optional part of a `HybridBatch`.
+
+Legend: N creatives (rows of a table of texts), K negatives of a step, Y_n tokens and w_n weight of response n.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -24,9 +27,9 @@ class CreativeBatch(Pipelineable):
     texts: PackedTexts
     """Prompts and responses."""
     may_match: Tensor
-    """[N, K] bool: the negative is not an item of the user's sequence, nor of the user's creatives."""
+    """[N, K] bool: False where the negative is an item of the user's sequence or of the user's creatives."""
     profiles: PackedTexts | None = None
-    """Profiles as responses to their prompt; None: no loss reads them."""
+    """Profile prompts with the profiles as responses; None: no loss reads profiles."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CreativeBatch":
         """A copy on `device`."""
@@ -60,10 +63,10 @@ class CreativeBatch(Pipelineable):
 
     @property
     def profile_weight(self) -> float:
-        """Denominator of L_recon: as `token_weight`, of the profiles."""
+        """Denominator of L_recon: the same as `token_weight` for profiles; 0 without profiles."""
         return 0.0 if self.profiles is None else float((self.weights.double() * self.profiles.response_tokens).sum())
 
     @property
     def pairs(self) -> float:
-        """Pairs of the matching loss: each creative's own item, and the negatives that may be used."""
+        """Number of pairs of L_match: one for each creative's own item, and one for each True in `may_match`."""
         return float(self.weights.numel() + self.may_match.sum())

@@ -1,8 +1,11 @@
-"""`CreativeLoader`: batches of passes over users, each with up to PER_PASS creatives of the user.
+"""`CreativeLoader`: batches for the training and evaluation on personalized texts (creatives).
 
-A creative is one more query of a user's pass: it sees the events of strictly earlier seconds, at least half of
-`max_history` of them if there are so many. The plan of an epoch is a function of (table, world size, seed, epoch), as
-in `Loader`, whose interface this has.
+The user encoder reads a user's history in one pass for up to PER_PASS creatives, each of which is a query at its own
+second: it sees only events of strictly earlier seconds. Every query of a pass sees at least the latest half of
+`max_history` of these events (or all, if there are fewer). The plan of an epoch is a function of (table, world size,
+seed, epoch). The interface is that of `Loader`.
+
+Legend: N creatives of the part.
 """
 
 from collections import OrderedDict
@@ -27,7 +30,7 @@ from hllm_torchrec.data.pieces import assign_balanced
 from hllm_torchrec.data.visibility import visible_before
 
 PER_PASS = 4
-"""Most creatives of one pass over a user: a step then has several users."""
+"""Maximum number of creatives of one pass, so that a step has texts of several users."""
 _USERS_KEPT = 4096
 
 
@@ -35,14 +38,15 @@ class CreativeLoader:
     """Iterates over the batches of creatives for one rank.
 
     Args:
-        collator: builds the passes; its visibility is by second.
-        part, tokens: the creatives and their texts.
-        spec: seed, shuffle, max_history, prefetch and timeout of the loader.
-        per_batch: creatives per rank and step, at about the same number of tokens on every rank.
-        never_alone: the last user of an epoch joins the step before, instead of having one alone.
+        collator: builds the batches; its visibility must be by second.
+        part, tokens: the creatives of a part, and their texts as tokens.
+        spec: settings, of which seed, shuffle, max_history, prefetch and timeout are used.
+        per_batch: maximum number of creatives of a step divided by the number of ranks. The ranks of a step get about
+            the same number of tokens.
+        never_alone: if only one user would be left for the last step of an epoch, add this user to the step before.
 
     Raises:
-        ValueError: the part has no creative.
+        ValueError: the part has no creatives.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class CreativeLoader:
 
     @cached_property
     def _seen(self) -> Ints:
-        """[N] number of events that each creative sees: those of strictly earlier seconds."""
+        """[N] number of events before the second of each creative."""
         found = np.empty(len(self.tokens), np.int64)
         users = self.part.user_ids[self.tokens.rows]
         for rows in np.split(np.arange(users.size), np.flatnonzero(np.diff(users)) + 1):
@@ -80,7 +84,7 @@ class CreativeLoader:
         return found
 
     def seconds(self, index: Ints) -> Ints:
-        """Second UTC of creatives; of those that see everything, the one after the user's last event."""
+        """Return the seconds (UTC) of creatives; for a creative that sees all events, the earliest second that does."""
         seconds = self.part.timestamps[self.tokens.rows[index]].copy()
         for i in np.flatnonzero(seconds == WHOLE_HISTORY):
             events = self._events(int(self.part.user_ids[self.tokens.rows[index[i]]]))
@@ -90,7 +94,7 @@ class CreativeLoader:
 
     @cached_property
     def passes(self) -> list[Ints]:
-        """Creatives (indices into the tokens) of each pass, of one user and in order of time."""
+        """Creatives of each pass, as indices into the tokens: all of one user, in order of time."""
         users, found = self.part.user_ids[self.tokens.rows], []
         first = 0
         for i in range(1, users.size + 1):
@@ -100,12 +104,12 @@ class CreativeLoader:
         return found
 
     def _fits(self, first: int, last: int) -> bool:
-        """True if one pass can show both creatives what they see: see `_window`."""
+        """True if the window of events for the creatives `first` to `last` has at most `max_history` events."""
         start, end = self._window(first, last)
         return end - start <= self.spec.max_history
 
     def _window(self, first: int, last: int) -> tuple[int, int]:
-        """Range of events of a pass from creative `first` to `last`."""
+        """Return (start, end) of the events that a pass for the creatives `first` to `last` reads."""
         end = int(self._seen[last])
         return min(
             max(0, end - self.spec.max_history), max(0, int(self._seen[first]) - self.spec.max_history // 2)
@@ -116,14 +120,17 @@ class CreativeLoader:
         return len(self._plan(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
-        """This rank's batches from `first_step` on. Close the generator to stop before its end."""
+        """Yield this rank's batches from `first_step` on. Close the generator to stop before its end."""
         plan = self._plan(epoch)[first_step:]
         where = f"{self.dataset.root}: creatives, rank {self.rank} of {self.world_size}, epoch {epoch}"
         batches = (self._build(ranks[self.rank], epoch, first_step + i) for i, ranks in enumerate(plan))
         return prefetch(batches, self.spec.prefetch, self.spec.timeout, where)
 
     def _plan(self, epoch: int) -> list[list[Ints]]:
-        """Passes of every step and rank; which of them form a step does not depend on the number of ranks' shares."""
+        """Return the passes of each step and rank, as indices into `passes`.
+
+        The passes of a step depend on `per_batch` x `world_size` only, not on how they are divided among the ranks.
+        """
         count = len(self.passes)
         order = np.arange(count)
         if self.spec.shuffle:
@@ -141,7 +148,7 @@ class CreativeLoader:
         return plan
 
     def _users_of(self, passes: Ints) -> Ints:
-        """The different users of some passes."""
+        """Return the distinct users of passes."""
         return np.unique(self.part.user_ids[self.tokens.rows[[self.passes[one][0] for one in passes]]])
 
     def _build(self, passes: Ints, epoch: int, step: int) -> HybridBatch:
@@ -168,7 +175,7 @@ class CreativeLoader:
         return replace(batch, creative=creative)
 
     def _piece(self, index: Ints) -> Piece:
-        """The pass of the creatives `index`: what they see, without exposures."""
+        """Return the piece of a pass for the creatives `index`: their events and requests, without exposures."""
         rows = self.tokens.rows[index]
         user = int(self.part.user_ids[rows[0]])
         events = self._events(user)
@@ -184,7 +191,7 @@ class CreativeLoader:
         )
 
     def _own_items(self, user: int) -> Ints:
-        """Items of a user's events and creatives, which are no negatives of the user."""
+        """Return the items of a user's events and creatives; they are not used as negatives for this user."""
         first, last = np.searchsorted(self.part.user_ids, [user, user + 1])
         return np.union1d(self._events(user).item_ids, self.part.item_ids[first:last])
 

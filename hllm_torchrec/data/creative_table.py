@@ -1,11 +1,12 @@
-"""`CreativeTable`: personalized texts of items, a row (user, second, item, text), beside a dataset's versions.
+"""`CreativeTable`: a table of personalized texts (creatives) of a dataset; a row is (user, second, item, text).
 
-    <dataset>/creatives/<name>/manifest.json                     counts, origin, split, vocabulary marks, files
+    <dataset>/creatives/<name>/manifest.json                     counts, writer, marks of the ids, hashes of the files
     <dataset>/creatives/<name>/{train,valid,test}/part-0.parquet rows sorted by user and second
     <dataset>/creatives/<name>/dropped.parquet                   rows that were left out, with reasons
     <dataset>/creatives/.answers/<name>/*.jsonl                  answers of the language model that wrote the rows
 
-Rows hold raw ids. A table serves every version of the dataset whose ids continue those it was made with.
+Rows contain raw ids. A table can be used with each version of the dataset that has the ids with which the table was
+made, with or without further ids.
 """
 
 import json
@@ -50,13 +51,13 @@ SCHEMA = pa.schema(
         pa.field("origin", pa.string()),
     ]
 )
-"""Columns of a table. timestamp: second UTC, whose strictly earlier events the user vector sees (null: all events);
-source, description, profile: texts of the row (null: the dataset's text columns are all there is); origin: template,
-llm:MODEL, human, import:NAME."""
+"""Columns of a table. timestamp: second (UTC); the user vector reads events of strictly earlier seconds (null: all
+events); source, description, profile: texts that a prompt may name (null: the dataset's text column of this name, if it
+has one); origin: writer of the text, such as template, llm:MODEL or import:SOURCE."""
 CHECKS = pa.field("checks", pa.map_(pa.string(), pa.float32()))
-"""Optional column with the values of filters by their names."""
+"""Optional column: name -> value of each filter that computes one."""
 TEXTS = ("source", "description", "profile")
-"""Columns of a table that a prompt may name, beside the dataset's text columns."""
+"""Columns of a table that a prompt may name, in addition to the dataset's text columns."""
 NEEDED = ("raw_user_id", "raw_item_id", "response")
 """Columns that every table has."""
 
@@ -65,8 +66,8 @@ NEEDED = ("raw_user_id", "raw_item_id", "response")
 class CreativeRows:
     """Rows of a part of a table, sorted by user and second.
 
-    user_ids, item_ids: int64 [N] of the dataset; timestamps: int64 [N] seconds, `WHOLE_HISTORY` for all events;
-    weights: float32 [N]; rows: the table's columns as they are stored.
+    user_ids, item_ids: int64 [N] dense ids; timestamps: int64 [N] seconds, or `WHOLE_HISTORY` if the row sees all
+    events; weights: float32 [N]; rows: the stored columns of the table, in the same order.
     """
 
     user_ids: Ints
@@ -80,11 +81,11 @@ class CreativeRows:
 
 
 WHOLE_HISTORY = 1 << 40
-"""Second of a row that sees all events of its user."""
+"""Timestamp of a row that sees all events of its user."""
 
 
 class CreativeTable:
-    """Reads a table of creatives; see `open`."""
+    """A table of creatives, opened by `open`."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], dataset: Dataset) -> None:
         self.path, self.manifest, self.dataset = path, manifest, dataset
@@ -94,7 +95,7 @@ class CreativeTable:
         """Open a table of a dataset.
 
         Raises:
-            ValueError: there is none of this name, it is damaged, or it was made with other ids.
+            ValueError: no table has this name, or it is damaged, or it was made with other ids than the dataset's.
         """
         path = table_path(dataset, name)
         file = path / MANIFEST
@@ -125,7 +126,7 @@ class CreativeTable:
         return hash_json(self.manifest["files"])
 
     def part(self, split: str) -> CreativeRows:
-        """The rows of train, valid or test, which may be none.
+        """Read the rows of a part (train, valid or test), which may be empty.
 
         Raises:
             ValueError: the file is damaged, or a row has an unknown id or an empty text.
@@ -144,7 +145,7 @@ class CreativeTable:
         return CreativeRows(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
 
     def dropped(self) -> pa.Table:
-        """Rows that were left out: raw_user_id, raw_item_id, response, reasons (a list).
+        """Read the rows that were left out: raw_user_id, raw_item_id, response, reasons (a list).
 
         Raises:
             ValueError: the file is damaged.
@@ -155,24 +156,28 @@ class CreativeTable:
 
 
 def table_path(dataset: Dataset, name: str) -> Path:
-    """Folder of a table of this name."""
+    """Return the folder of a table."""
     return dataset.root / FOLDER / name
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that is no folder's, such as one with a slash."""
+    """Raise ValueError for a name that cannot be a folder's name, such as one with a slash."""
     if not NAME.fullmatch(name):
         raise ValueError(f"--name {name!r}: must be letters, digits, '-', '_' and '.', and not begin with '.'")
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise ValueError for shares of the parts that are no shares, or none of train."""
+    """Raise ValueError if a share is negative, the shares do not sum to 1, or the share of train is 0."""
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0]:
         raise ValueError(f"--fractions {fractions}: three shares, none negative, that of train above 0, that sum to 1")
 
 
 def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) -> Ints:
-    """Dense ids int64 [N] of raw user or item ids. Raises ValueError naming the first row with an unknown one."""
+    """Return the dense ids, int64 [N], of raw user or item ids.
+
+    Raises:
+        ValueError: a raw id is unknown; names the first such row, in `where`.
+    """
     known = (dataset.users if kind == "user" else dataset.items)[f"raw_{kind}_id"]
     found = pc.index_in(raw.combine_chunks().cast(known.type), value_set=known.combine_chunks())
     missing = np.flatnonzero(pc.is_null(found).to_numpy(zero_copy_only=False))
@@ -190,22 +195,22 @@ def write_table(
     dropped: pa.Table | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a table in one step; returns its folder.
+    """Write a table in one atomic step; returns its folder.
 
     Args:
-        parts: rows of each split, with at least the columns user, item and response.
+        parts: rows of each part, with at least the columns `NEEDED`.
         dropped: rows that were left out, with a column `reasons`.
         facts: further entries of the manifest.
 
     Raises:
-        ValueError: there is a table of this name, a needed column is missing, a user is in two parts, or an id is
+        ValueError: a table of this name exists, a needed column is missing, a user is in two parts, or an id is
             unknown.
     """
     path = table_path(dataset, name)
     complete = {split: _complete(parts[split], split) for split in SPLITS if split in parts}
     _check_users(complete, path)
     path.parent.mkdir(exist_ok=True)
-    # Without the lock, the second of two processes would take the table of the first for its own.
+    # Without the lock, two processes could both find no table and write one; the second would report the first's table.
     with hold_lock(path.parent / ".lock", f"{path}: another process is writing a table", wait=lock_wait()):
         if path.exists():
             raise ValueError(f"{path}: exists; choose another --name, or remove it")
@@ -242,10 +247,10 @@ def _write_files(
 
 
 def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
-    """Write every table below a dataset's folder again without the rows of users and items; returns their number.
+    """Remove the rows of users and items (raw ids) from all tables of the dataset in `root`.
 
-    The tokens of the tables, which contain the same texts, are removed, and so are a writer's answers about these users
-    and items.
+    If a table changes, the tokens of all tables are removed as well, because they contain the same texts. The answers
+    of writers about these users and items are removed, too. Returns the number of rows and answers.
 
     Raises:
         ValueError: a table is damaged.
@@ -275,17 +280,17 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
 
 
 def answers_lock(folder: Path) -> AbstractContextManager[None]:
-    """Context manager with the lock of a folder of answers. Raises Locked if another process holds it."""
+    """Context manager that holds the lock of a folder of answers. Raises Locked if another process holds it."""
     return hold_lock(folder / ".lock", f"{folder}: another process is building this table")
 
 
 def _forget_answers(folder: Path, users: Sequence[str], items: Sequence[str], dry_run: bool) -> int:
     """Remove the answers about users and items from the files in a folder; return their number."""
     found, forgotten_users, forgotten_items = 0, set(users), set(items)
-    with answers_lock(folder):  # also of a build that has no answer yet
+    with answers_lock(folder):  # even if there is no answer yet: a running build would write one about a forgotten user
         for file in sorted(folder.glob("*.jsonl")):
             with error_location(file, "remove the file (its answers are then asked for again)"):
-                # An incomplete last line, which a killed build leaves, has no newline and is left out.
+                # A killed build may leave an incomplete last line, which has no newline; it is dropped.
                 lines = file.read_bytes().split(b"\n")[:-1]
                 facts = [(one["user"], one["item"]) for one in map(json.loads, lines)]
                 gone = [user in forgotten_users or item in forgotten_items for user, item in facts]
@@ -309,7 +314,7 @@ def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]
 
 
 def _complete(rows: pa.Table, split: str) -> pa.Table:
-    """The rows in `SCHEMA`; columns that are missing are null, weights 1."""
+    """Return the rows with the columns `SCHEMA`, and `CHECKS` if they have it; missing columns are null."""
     for name in NEEDED:
         if name not in rows.column_names:
             raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(NEEDED)}")
@@ -335,7 +340,7 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
 
 
 def split_by_user(raw_user_ids: Sequence[str], fractions: Sequence[float], seed: int = 0) -> Iterator[str]:
-    """Yield the part of each row, by a hash of its user: a user's rows are in one part."""
+    """Yield the part of each row, drawn by a hash of the row's user, so that all rows of a user are in one part."""
     bounds = np.cumsum(fractions)
     for user in raw_user_ids:
         place = int(hash_json([seed, user])[:13], 16) / 2**52

@@ -1,10 +1,11 @@
-"""`CreativeTokens`: prompts and responses of a table of creatives as tokens, in memory-mapped arrays.
+"""`CreativeTokens`: tokens of the prompts and responses of a table of creatives, in memory-mapped arrays.
 
-A prompt is laid out by parts: its template is split at its placeholders, and what replaces them is never read as a
-template, nor as special tokens of the tokenizer. A text is the tokens before {user}, those after it, then the response
-and the end token. Tokens that all texts begin with, such as an instruction, are kept once.
+The template of a prompt is split at its placeholders before texts are inserted. Inserted texts are never interpreted:
+braces and special tokens in them are plain text. A tokenized text consists of the prompt's tokens before {user}, those
+after {user}, the response and the end token. The tokens with which all texts begin, such as an instruction, are stored
+once (`prefix`).
 
-Legend: N creatives, T tokens of all texts.
+Legend: N creatives.
 """
 
 import json
@@ -37,23 +38,24 @@ _FORMAT = 1
 _FACTS = "tokens.json"
 _ARRAYS = ("values", "offsets", "soft_at", "response_from", "rows")
 _PROFILES = ("profile_values", "profile_offsets", "profile_of")
-"""Arrays of the training part of a table whose profiles are read: its different profiles, and that of each creative."""
+"""Arrays of the training part if a loss reads profiles: tokens and offsets of the distinct profiles, and the index of
+each creative's profile."""
 _AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class TextTokens:
-    """Tokens of a prompt before and after {user}, without the tokens that all prompts begin with."""
+    """Tokens of a prompt before and after {user}."""
 
     before: list[int]
     after: list[int]
 
 
 class CreativeTokenizer:
-    """Lays out and tokenizes prompts and responses of a configuration.
+    """Inserts texts into the prompt of a configuration, and tokenizes prompts and responses.
 
     Raises:
-        ConfigError: there is no tokenizer, or it has no end token.
+        ConfigError: no tokenizer is configured, or the tokenizer has no end token.
     """
 
     def __init__(self, section: CreativeConfig) -> None:
@@ -69,11 +71,11 @@ class CreativeTokenizer:
         self._parts = [PLACEHOLDER.split(half) for half in section.prompt.split(USER)]
 
     def prompts(self, texts: Mapping[str, Sequence[str]], number: int) -> list[TextTokens]:
-        """Tokens of `number` prompts; texts: column -> text of each."""
+        """Tokenize `number` prompts; texts: column -> text of each prompt."""
         halves = []
         for parts in self._parts:
             filled = [
-                # Every second part is the name of a column: its text is inserted as it is.
+                # Every second part is the name of a column, whose text is inserted unchanged.
                 "".join(part if i % 2 == 0 else texts[part][row] or "" for i, part in enumerate(parts))
                 for row in range(number)
             ]
@@ -81,22 +83,22 @@ class CreativeTokenizer:
         return [TextTokens(self._begin + before, after) for before, after in zip(*halves, strict=True)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of responses with the end token; a response that is cut to `max_response_length` has none."""
+        """Tokenize responses and append the end token; truncation to `max_response_length` removes it."""
         most = self.section.max_response_length
-        # A response is a word of its own behind the prompt.
+        # A space separates the response from the prompt, unless the prompt ends with a space, a newline or {user}.
         lead = "" if self.section.prompt.endswith((" ", "\n", USER)) else " "
         found = [[*ids, self.end] for ids in self._ids([lead + " ".join(text.split()) for text in texts])]
         return [ids[:most] for ids in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response's tokens."""
+        """Return the text of a response's tokens, on one line."""
         text: str = self.tokenizer.decode([one for one in ids if one != self.end], skip_special_tokens=True)
         return " ".join(text.split())
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # split_special_tokens: a title that spells a special token is text.
+        # split_special_tokens: the name of a special token in a title is tokenized as plain text.
         found: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -104,7 +106,7 @@ class CreativeTokenizer:
 
 
 class CreativeTokens:
-    """Tokens of one part of a table; see the module docstring."""
+    """Tokens of one part of a table, read from a folder of `build_creative_tokens`; see the module docstring."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
@@ -118,11 +120,11 @@ class CreativeTokens:
 
     @property
     def lengths(self) -> Ints:
-        """[N] tokens of each text, without the prefix."""
+        """[N] number of tokens of each text, without the prefix."""
         return np.diff(self.offsets)
 
     def gather(self, index: Ints) -> PackedTexts:
-        """The texts at `index` [n]."""
+        """Pack the texts at `index` [n]."""
         starts, lengths = self.offsets[index], self.lengths[index]
         return PackedTexts(
             token_ids=torch.from_numpy(self.values[concat_ranges(starts, lengths)].astype(np.int64)),
@@ -133,7 +135,8 @@ class CreativeTokens:
         )
 
     def gather_profiles(self, index: Ints) -> PackedTexts | None:
-        """The profiles of the creatives at `index` [n] as responses to their prompt; None: they are not read."""
+        """Pack the profile of each creative at `index` [n] as response to the profile prompt; None: no loss reads
+        it."""
         if not self._profiles:
             return None
         values, offsets, of = self._profiles
@@ -148,7 +151,7 @@ def _profile_files(folder: Path, split: str) -> list[Path]:
 
 
 def pack_texts(prompts: Sequence[TextTokens], responses: Sequence[Sequence[int]], prefix: torch.Tensor) -> PackedTexts:
-    """Pack prompts, whose beginning is `prefix`, with a response each."""
+    """Pack prompts, which all begin with `prefix`, each with its response."""
     first = prefix.numel()
     texts = [[*p.before[first:], *p.after, *r] for p, r in zip(prompts, responses, strict=True)]
     flat = [token for text in texts for token in text]
@@ -162,10 +165,11 @@ def pack_texts(prompts: Sequence[TextTokens], responses: Sequence[Sequence[int]]
 
 
 def build_creative_tokens(dataset: Dataset, table: CreativeTable, section: CreativeConfig) -> Path:
-    """Folder of the tokens of a table for a configuration; builds them if they do not exist.
+    """Return the folder of a table's tokens for a configuration; builds the tokens if they do not exist.
 
     Raises:
-        ConfigError: a prompt names an unknown column, or is longer than it may be (`creative.over_long`: error).
+        ConfigError: the prompt names an unknown column, a prompt is too long (with `creative.over_long: error`), or a
+            training row has no profile although a loss reads profiles.
         ValueError: the table is damaged.
     """
     tokenizer = CreativeTokenizer(section)
@@ -209,7 +213,10 @@ def build_creative_tokens(dataset: Dataset, table: CreativeTable, section: Creat
 def _tokenize_profiles(
     section: CreativeConfig, part: CreativeRows, rows: Ints, table: CreativeTable
 ) -> tuple[tuple[list[int], list[int]], list[Ints]]:
-    """Tokens of the profiles' prompt before and after {user}, and the arrays of _PROFILES; rows: [N] of the part."""
+    """Return the tokens of the profile prompt before and after {user}, and the arrays of `_PROFILES`.
+
+    rows: [N] row of the part of each creative.
+    """
     column = part.rows["profile"].take(pa.array(rows)).combine_chunks().dictionary_encode()
     missing = column.null_count + sum(not text.strip() for text in column.drop_null().to_pylist())
     if missing:
@@ -237,7 +244,7 @@ def _check_columns(dataset: Dataset, section: CreativeConfig) -> None:
 
 
 def item_columns(dataset: Dataset, section: CreativeConfig) -> dict[str, list[str]]:
-    """Text columns of the dataset that the prompt names, by item id (item 0 is unknown)."""
+    """Return the text columns of the dataset that the prompt names: column -> text by item id (0: unknown item)."""
     names = [name for name in section.columns if name in dataset.manifest["text_columns"]]
     table = dataset.text(names) if names else pa.table({})
     return {name: ["", *table[name].to_pylist()] for name in names}
@@ -256,10 +263,10 @@ def _prompts(tokenizer: CreativeTokenizer, dataset: Dataset, part: CreativeRows)
 
 
 def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
-    """Longest list of tokens with which all texts begin."""
+    """Return the longest list of tokens with which all texts begin."""
     if not texts:
         return []
-    low, high = min(texts), max(texts)  # as lists compare, these two differ first
+    low, high = min(texts), max(texts)  # in lexicographic order: any prefix of these two is one of all texts
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return list(low[:length])
 
@@ -267,7 +274,7 @@ def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
 def _tokenize_part(
     tokenizer: CreativeTokenizer, part: CreativeRows, prompts: Sequence[TextTokens], prefix: int, where: str
 ) -> tuple[dict[str, Ints], int]:
-    """Arrays of a part, and the number of responses that were cut; its rows index the part."""
+    """Return the arrays of a part (`rows`: rows of the part), and the number of truncated responses."""
     section = tokenizer.section
     lengths = np.array([len(one.before) + len(one.after) for one in prompts], np.int64)
     long = np.flatnonzero(lengths > section.max_prompt_length)

@@ -37,20 +37,20 @@ def _file_schema(stored: Mapping[str, pa.DataType]) -> pa.Schema:
 class EventFile:
     """An open event file; `events` are views of the mapped file.
 
-    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: a lower
-    and an upper bound of the events' seconds; None: unknown.
+    user_ids: [R] ascending; cuts: `valid_start` and `test_start` [R] int32, see the module docstring; offsets: [R + 1]
+    int64, from 0; seconds: a lower and an upper bound of the events' seconds; None: unknown.
     """
 
     path: Path
     user_ids: Ints
-    starts: Ints
+    cuts: Sequence[NDArray[np.int32]]
     offsets: Ints
     events: Events
     seconds: Sequence[int] | None = None
 
     @classmethod
     def open(cls, path: Path, rows: TableRows, seconds: Sequence[int] | None = None) -> "EventFile":
-        """Map a file, and check its users and offsets; events are checked when they are read.
+        """Map a file, and check its users and offsets; cuts and events are checked when they are read.
 
         Raises:
             ValueError: the file is damaged or has another layout; the message names the file.
@@ -69,11 +69,11 @@ class EventFile:
             if any(not np.array_equal(one.offsets.to_numpy(), offsets) for one in lists[1:]) or offsets[0] != 0:
                 raise ValueError("the list columns have different lengths per row")
         users = batch.column("user_id").to_numpy()
-        starts = np.stack([batch.column(name).to_numpy() for name in STARTS], axis=1).astype(np.int64)
+        cuts = [batch.column(name).to_numpy() for name in STARTS]
         values = [one.values.to_numpy() for one in lists]
         base = len(EVENT_COLUMNS)
         events = Events(*values[:base], extra=dict(zip(names[base:], values[base:], strict=True)))
-        file = cls(path, users, starts, offsets.astype(np.int64), events, seconds)
+        file = cls(path, users, cuts, offsets.astype(np.int64), events, seconds)
         problem = file._problem(rows)
         if problem is not None:
             raise ValueError(f"{path}: {problem}; {REMEDY}")
@@ -87,6 +87,15 @@ class EventFile:
         """[R] number of events of each row, at least 1."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def starts(self) -> Ints:
+        """[R, 2] the cuts. Raises ValueError, which names the file, if one is not in the row's events."""
+        valid, test = self.cuts
+        if ((valid < 0) | (valid > test) | (test > self.lengths)).any():
+            rule = "0 <= valid_start <= test_start <= number of events does not hold"
+            raise ValueError(f"{self.path}: {rule}; {REMEDY}")
+        return np.stack([valid, test], axis=1).astype(np.int64)
+
     def lengths_before(self, second: int) -> Ints:
         """[R] number of events of each row before a second."""
         first, last = self.seconds or (-math.inf, math.inf)
@@ -99,13 +108,10 @@ class EventFile:
     def _problem(self, rows: TableRows) -> str | None:
         if self.user_ids.size and not 1 <= self.user_ids[0] <= self.user_ids[-1] < rows.users:
             return f"users have the ids 1..{rows.users - 1}"
-        if (np.diff(self.user_ids) <= 0).any():
+        if (self.user_ids[1:] <= self.user_ids[:-1]).any():
             return "user_id must ascend"
         if (self.lengths <= 0).any() or self.offsets[-1] != len(self.events):
             return "each row must have at least one event"
-        valid, test = self.starts.T
-        if ((valid < 0) | (valid > test) | (test > self.lengths)).any():
-            return "0 <= valid_start <= test_start <= number of events does not hold"
         return None
 
     def rows_of(self, users: Ints) -> tuple[Ints, Ints]:
@@ -123,7 +129,9 @@ class EventFile:
     def columns(self, where: slice | Ints, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Columns of the events at `where` as they are stored, unchecked; views for a slice."""
         every = _by_name(self.events)
-        return {name: every[name][where] for name in names}
+        if isinstance(where, slice):
+            return {name: every[name][where] for name in names}
+        return {name: every[name].take(where) for name in names}
 
     def check(self, rows: Ints, names: Iterable[str], table_rows: TableRows) -> None:
         """Raise ValueError with file, row, column and value for the first value of `rows` [k] that is not allowed."""

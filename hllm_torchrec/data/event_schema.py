@@ -116,7 +116,8 @@ class EventSchema:
 
     @property
     def described(self) -> dict[str, Any]:
-        """Each declared column as it is in the manifest, by what it is: equal exactly for equal schemas."""
+        """Description -> declaration of each part of the schema, for comparisons: equal if and only if schemas are
+        equal."""
         found: dict[str, Any] = {f"label {one.name}": one.to_json() for one in self.labels}
         found |= {"labels": list(self.label_names), "context": [one.name for one in self.context]}
         found |= {WEIGHT: self.weighted, SAMPLING_RATE: self.sampled}

@@ -16,17 +16,19 @@ Groups of columns (`data.evidence` names them):
 - crosses: products of pairs of the CROSSED columns of the other groups, standardized before they are multiplied. With
   them a linear layer can weight one column by another, such as the user's mean by the number of the user's events.
 
-Training, evaluation and serving call the same function, `Evidence.columns`, which uses only the user's events that the
-exposure may see. The factors are fitted to the training part, so they would predict the training exposures too well.
-Training exposures are therefore predicted by a fit without their user's fold (cross-fitting), all later exposures by
-the fit of all users.
+Training, evaluation and serving call the same functions, which use only the user's events that the exposure may see:
+`Evidence.past` computes what depends on the user's events alone, `Evidence.of_exposures` the rest. The factors are
+fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
+predicted by a fit without their user's fold (cross-fitting), all later exposures by the fit of all users.
 
-Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
+Legend: n events of one user, X exposures, C different numbers of visible events, N items, E width of text embeddings, P
+components of texts, J factors, F columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,18 @@ from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.past_events import (
+    SHRINKAGE,
+    Exposures,
+    PastEvents,
+    columns_of_neighbors,
+    columns_of_users,
+    items_of_fit,
+    last_seconds,
+    mean_residuals,
+)
 from hllm_torchrec.data.run_arrays import hash_arrays, load_run_arrays
-from hllm_torchrec.data.tastes import expected_residuals
+from hllm_torchrec.data.tastes import posterior_tastes
 
 GROUPS = {
     "factors": ("expected", "item_bias"),
@@ -69,14 +81,7 @@ TEXT_GROUPS = ("neighbors", "tastes")
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
 FOLDS = 5
-SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
-"""Number of pseudo-events with residual 0 in the means over all events, and over the last RECENT events."""
-RECENT = 10
-SHARPNESS = (5.0, 10.0)
-"""Weight of a neighbor: exp(sharpness * cosine)."""
-TYPICAL_COSINE = 0.2
-"""Cosine of the SHRINKAGE pseudo-events that shrink the neighbors' mean."""
-_EXPOSURES_AT_ONCE = 1024
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def _is_new(one: Field[Any]) -> bool:
 
 def evidence_width(names: tuple[str, ...]) -> int:
     """Number of columns F of the groups `names`."""
-    return len(column_names(names)) + len(crossed_pairs(names))
+    return len(column_names(names)) + crossed_pairs(names)[0].size
 
 
 def column_names(names: tuple[str, ...]) -> list[str]:
@@ -151,30 +156,31 @@ def column_names(names: tuple[str, ...]) -> list[str]:
     return [column for name in names if name != CROSSES for column in GROUPS[name]]
 
 
-def crossed_pairs(names: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Index pairs of the columns that are multiplied with each other, each pair once, squares included."""
-    if CROSSES not in names:
-        return []
+@cache
+def crossed_pairs(names: tuple[str, ...]) -> tuple[Ints, Ints]:
+    """Indices [C], [C] of the columns that are multiplied with each other, each pair once, squares included."""
     crossed = [number for number, column in enumerate(column_names(names)) if column in CROSSED]
-    return list(combinations_with_replacement(crossed, 2))
+    pairs = list(combinations_with_replacement(crossed, 2)) if CROSSES in names else []
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    return first, second
 
 
-def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
-    """[X, F] standardized columns of the groups `names`, then the products of pairs of them.
+def standardized(raw_FX: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
+    """[F, X] standardized columns of the groups `names`, then the products of pairs of them.
 
-    raw: the columns without products; center, spread: of all columns, so that the products are standardized too; or
+    raw_FX: the columns without products; center, spread: of all columns, so that the products are standardized too; or
     only of the columns without products, so that the products are not standardized.
     """
-    width, pairs = raw.shape[1], crossed_pairs(names)
-    columns: Doubles = (raw - center[:width]) / spread[:width]
-    if not pairs:
-        return columns
+    width, (first, second) = len(raw_FX), crossed_pairs(names)
+    found = np.empty((width + first.size, raw_FX.shape[1]))
+    columns, products = found[:width], found[width:]
+    np.divide(raw_FX - center[:width, None], spread[:width, None], out=columns)
     bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
-    first, second = np.array(pairs).T
-    products = bounded[:, first] * bounded[:, second]
+    np.multiply(bounded[first], bounded[second], out=products)
     if center.size > width:
-        products = (products - center[width:]) / spread[width:]
-    return np.concatenate([columns, products], axis=1)
+        products -= center[width:, None]
+        products /= spread[width:, None]
+    return found
 
 
 def fold_of_users(user_ids: Ints) -> Ints:
@@ -205,13 +211,25 @@ class Evidence:
         self.names, self.model, self.statistics = names, model, statistics
         self.action_values, self.delay = action_values, delay
         self._text = None if text is None else unit_rows(text, model.text_center)
+        self._components = self._components_of(self._text)
 
     def with_new_items(self, text: Floats | None) -> "Evidence":
         """A copy for the catalogue followed by new items with text embeddings `text` [n, E]."""
         found = copy(self)
         if text is not None and self._text is not None:
-            found._text = np.concatenate([self._text, unit_rows(text, self.model.text_center)])
+            unit = unit_rows(text, self.model.text_center)
+            found._text = np.concatenate([self._text, unit])
+            if self._components is not None:
+                found._components = np.concatenate([self._components, self._components_of(unit)])
         return found
+
+    def _components_of(self, unit: Floats | None) -> Doubles | None:
+        """[n, P] projections of unit text embeddings [n, E] for the group "tastes", or None without it or texts."""
+        if unit is None or "tastes" not in self.names or not self.model.taste_text.size:
+            return None
+        # In blocks, because the product converts the embeddings to float64.
+        blocks = [unit[at : at + _TEXTS_AT_ONCE] @ self.model.taste_text for at in range(0, len(unit), _TEXTS_AT_ONCE)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.model.taste_text.shape[1]))
 
     @property
     def width(self) -> int:
@@ -230,102 +248,72 @@ class Evidence:
         fold = int(fold_of_users(np.array([user]))[0])
         for chosen, without in ((held_out, fold), (~held_out, None)):
             if chosen.any():
-                fit = self.model.fit_without(without)
-                raw = self._raw(events, seen[chosen], items[chosen], seconds[chosen], fit)
-                found[chosen] = standardized(raw, self.model.center, self.model.spread, self.names)
+                counts, after = np.unique(seen[chosen], return_inverse=True)
+                past = self.past(events, counts, without)
+                asked = Exposures([past], [after.size], after, items[chosen], seconds[chosen])
+                found[chosen] = self.of_exposures(asked, without)
         return found
 
-    def _raw(self, events: Events, seen: Ints, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
-        """[X, F] columns before standardization."""
-        values = event_values(events.labels, events.actions, self.action_values)
+    def past(self, events: Events, seen: Ints, without: int | None = None) -> PastEvents:
+        """What the columns need of a user's events after the first `seen[c]` of them, for each of `seen` [C].
+
+        without: fold of users without which the factors were fitted; None: the fit of all users.
+        """
+        fit, values = self.model.fit_without(without), event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value
-        past, fitted_items = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
-        groups = {
-            "factors": lambda: past.expected(fitted_items),
-            "items": lambda: self._of_items(items, seconds, fit.mean),
-            "users": lambda: np.column_stack(
-                [past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]
-            ),
-            "neighbors": lambda: past.neighbors(items, self._text),
-            "tastes": lambda: self._tastes(events.timestamps[known], past, items, seconds),
+        items, values = events.item_ids[known], values[known]
+        fitted = items_of_fit(items, fit)
+        residuals = values - fit.mean - fit.bias[fitted]
+        factors = tastes = np.empty((seen.size, 0))
+        if "factors" in self.names:
+            factors = fit.running_posterior(fitted, values, rated)
+        if "tastes" in self.names:
+            described = self._descriptors(items, self._of_items(items, events.timestamps[known], fit.mean), fit)
+            tastes = posterior_tastes(described, residuals, rated, fit.noise)
+        last, means = last_seconds(events.timestamps, seen), mean_residuals(residuals, rated)
+        return PastEvents(items, residuals, rated, seen, last, means, factors, tastes)
+
+    def of_exposures(self, asked: Exposures, without: int | None = None) -> Floats:
+        """[X, F] float32 standardized columns of exposures of any number of users; without: as for `past`."""
+        raw_FX = self._raw(asked, self.model.fit_without(without))
+        columns_FX = standardized(raw_FX, self.model.center, self.model.spread, self.names)
+        return columns_FX.T.astype(np.float32, order="C")
+
+    def _raw(self, asked: Exposures, fit: ItemFactors) -> Doubles:
+        """[F, X] columns before standardization."""
+        items, known = asked.items, items_of_fit(asked.items, fit)
+        statistics = self._of_items(items, asked.seconds, fit.mean)
+
+        def of_factors() -> tuple[Doubles, Doubles]:
+            bias = fit.bias[known]
+            return fit.mean + bias + (fit.loadings[known] * asked.of_past("factors")).sum(1), bias
+
+        def of_tastes() -> tuple[Doubles]:
+            described = self._descriptors(items, statistics, fit)
+            return (fit.mean + fit.bias[known] + (described * asked.of_past("tastes")).sum(axis=1),)
+
+        groups: dict[str, Callable[[], Iterable[Doubles]]] = {
+            "factors": of_factors,
+            "items": lambda: statistics,
+            "users": lambda: columns_of_users(asked),
+            "neighbors": lambda: columns_of_neighbors(asked, self._text),
+            "tastes": of_tastes,
         }
-        return np.concatenate([groups[name]() for name in self.names if name != CROSSES], axis=1)
+        return np.stack([column for name in self.names if name != CROSSES for column in groups[name]()])
 
-    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> Doubles:
+    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[Doubles, Doubles]:
+        """Columns [n], [n] of the group "items"."""
         count, total = self.statistics.before(items, seconds - self.delay)
-        return np.stack([(total - count * mean) / (count + SHRINKAGE), np.log1p(count)], axis=1)
+        return (total - count * mean) / (count + SHRINKAGE), np.log1p(count)
 
-    def _tastes(self, timestamps: Ints, past: "_Past", items: Ints, seconds: Ints) -> Doubles:
-        """[X, 1] expected value of the items by the user's tastes; timestamps: seconds of the events of `past`."""
-        fit, known = past.fit, _known(items, past.fit)
-        of_past = self._descriptors(past.items, timestamps, fit)
-        asked = self._descriptors(items, seconds, fit)
-        residual = expected_residuals(of_past, past.residuals, past.rated, asked, fit.noise)
-        return (fit.mean + fit.bias[known] + residual)[:, None]
-
-    def _descriptors(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
-        """[n, J] descriptors of `items` [n] from the events before `seconds` [n]; see `tastes`."""
-        statistics = (self._of_items(items, seconds, fit.mean) - self.model.taste_center) / self.model.taste_spread
-        parts = [fit.loadings[_known(items, fit)], statistics]
-        if self._text is not None:
-            parts.append(self._text[items] @ self.model.taste_text)
+    def _descriptors(self, items: Ints, statistics: tuple[Doubles, Doubles], fit: ItemFactors) -> Doubles:
+        """[n, D] descriptors of `items` [n] with `statistics` of the events before a second; see `tastes`."""
+        scaled = (np.stack(statistics, axis=1) - self.model.taste_center) / self.model.taste_spread
+        parts = [fit.loadings[items_of_fit(items, fit)], scaled]
+        if self._components is not None:
+            parts.append(self._components[items])
         return np.concatenate(parts, axis=1)
-
-
-class _Past:
-    """One user's events that have a value; exposure x sees the first rated[x] of them."""
-
-    def __init__(self, items: Ints, values: AnyFloats, rated: Ints, fit: ItemFactors) -> None:
-        self.items, self.values, self.rated, self.fit = items, values, rated, fit
-        self._fitted = _known(items, fit)
-        self.residuals = values - fit.mean - fit.bias[self._fitted]
-        self._sums = np.concatenate([[0.0], np.cumsum(self.residuals)])
-
-    def expected(self, items: Ints) -> Doubles:
-        """[X, 2]: expected value of each item for the user; the item's bias."""
-        z = self.fit.running_posterior(self._fitted, self.values, self.rated)
-        bias = self.fit.bias[items]
-        return np.stack([self.fit.mean + bias + (self.fit.loadings[items] * z).sum(1), bias], axis=1)
-
-    def means(self) -> Doubles:
-        """[X, 2]: shrunk mean residual of all visible events, and of the last RECENT of them."""
-        first = np.maximum(self.rated - RECENT, 0)
-        recent = (self._sums[self.rated] - self._sums[first]) / (self.rated - first + RECENT_SHRINKAGE)
-        return np.stack([self._user_mean, recent], axis=1)
-
-    @property
-    def _user_mean(self) -> Doubles:
-        return self._sums[self.rated] / (self.rated + SHRINKAGE)
-
-    def neighbors(self, items: Ints, text: Floats | None) -> Doubles:
-        """[X, 2] similarity-weighted mean residuals minus the user's mean, one column per value of SHARPNESS."""
-        assert text is not None
-        found = np.zeros((items.size, len(SHARPNESS)))
-        history, user_mean = text[self.items], self._user_mean
-        for start in range(0, items.size, _EXPOSURES_AT_ONCE):
-            some = slice(start, start + _EXPOSURES_AT_ONCE)
-            cosine = text[items[some]] @ history.T
-            visible = np.arange(self.items.size) < self.rated[some, None]
-            for column, sharpness in enumerate(SHARPNESS):
-                weight = np.exp(sharpness * cosine) * visible
-                total = weight.sum(1)
-                surplus = weight @ self.residuals - user_mean[some] * total
-                found[some, column] = surplus / (total + SHRINKAGE * np.exp(sharpness * TYPICAL_COSINE))
-        return found
-
-
-def _known(items: Ints, fit: ItemFactors) -> Ints:
-    """Replace items that were added after the fit by the unknown item 0 (mean loadings of the prior, bias 0)."""
-    return np.where(items < fit.bias.size, items, 0)
-
-
-def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
-    """[X] log(1 + seconds since the last visible event); 0 without a visible event."""
-    if timestamps.size == 0:
-        return np.zeros(seen.size)
-    last = timestamps[np.maximum(seen - 1, 0)]
-    return np.log1p(np.where(seen > 0, np.maximum(seconds - last, 0), 0))
 
 
 def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:

@@ -81,10 +81,10 @@ def fit_evidence(
     x, y = _training_columns(dataset, raw)
     center, spread = x.mean(0), _spread(x)
     # The products are not standardized here, because `center` covers only the columns without products.
-    products = standardized(x, center, spread, names)[:, width:]
+    products = np.ascontiguousarray(standardized(x.T, center, spread, names)[width:].T)
     center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
     penalties = np.append(np.full(width, RIDGE), np.full(products.shape[1], CROSS_RIDGE))
-    beta = _logistic_regression(standardized(x, center, spread, names), y, penalties)
+    beta = _logistic_regression(np.ascontiguousarray(standardized(x.T, center, spread, names).T), y, penalties)
     return replace(unscaled, center=center, spread=spread, weights=beta[1:], intercept=float(beta[0]))
 
 

@@ -4,6 +4,7 @@ Legend: T events with a value, of all users and parts; N items; X queries, each 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,10 +45,28 @@ class ItemStatistics:
         order = np.argsort(every, kind="stable")
         return cls(every[order], np.concatenate([[0.0], np.cumsum(value[order])]))
 
+    @cached_property
+    def _bounds(self) -> tuple[Ints, Ints]:
+        """(index of the first event [M + 1], key of the last event [M + 1], -1: none) of each item.
+
+        M: items up to the last one with an event; entry M stands for all items after it, which have no events.
+        """
+        items = np.arange(int(self.keys[-1] >> _SECOND_BITS) + 2 if self.keys.size else 1)
+        starts = np.searchsorted(self.keys, _key(items, np.zeros_like(items)))
+        ends = np.append(starts[1:], starts[-1])
+        latest = np.full(items.size, -1)
+        latest[ends > starts] = self.keys[ends[ends > starts] - 1]
+        return starts, latest
+
     def before(self, items: Ints, seconds: Ints) -> tuple[Ints, AnyFloats]:
         """(count [X], sum of values [X]) of the events of each of `items` [X] strictly before each of `seconds` [X]."""
-        first = np.searchsorted(self.keys, _key(items, np.zeros_like(items)))
-        end = np.maximum(np.searchsorted(self.keys, _key(items, np.maximum(seconds, 0))), first)
+        starts, latest = self._bounds
+        key, item = _key(items, np.maximum(seconds, 0)), np.minimum(items, starts.size - 1)
+        first, end = starts[item], starts[np.minimum(item + 1, starts.size - 1)]
+        # Requests are mostly later than all events of their items, and only the others need a search.
+        searched = np.flatnonzero(latest[item] >= key)
+        if searched.size:
+            end[searched] = np.searchsorted(self.keys, key[searched])
         return end - first, self.totals[end] - self.totals[first]
 
 

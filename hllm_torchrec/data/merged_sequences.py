@@ -189,5 +189,8 @@ class MergedSequences:
         found = np.zeros(self._rows.users, np.int32)
         for one in files:
             if len(one):
-                found[one.user_ids] += count(one).astype(np.int32)
+                first, last = int(one.user_ids[0]), int(one.user_ids[-1])
+                # A base normally has all users, so that its ids are a range.
+                is_range = last - first < len(one)
+                found[slice(first, last + 1) if is_range else one.user_ids] += count(one).astype(np.int32)
         return found

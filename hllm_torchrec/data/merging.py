@@ -108,25 +108,28 @@ class UserEvents:
     def _gathered(self, segments: _Segments, names: Collection[str]) -> Columns:
         """The columns `names` of the concatenated segments, in the columns' dtypes."""
         dtypes = {column.name: column.dtype for column in self._rows.schema.columns if column.name in names}
-        read = [self._of_file(number, segments, dtypes) for number in range(len(self._found))]
-        if len(read) == 1:
-            return {name: read[0][name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
-        # The events of a file are sorted by user, like the output, so they go to the file's output positions in order.
-        of_file = np.repeat(segments.file.astype(np.int16), segments.length)
-        columns = {name: np.empty(of_file.size, dtype) for name, dtype in dtypes.items()}
-        for number, values in enumerate(read):
-            places = np.flatnonzero(of_file == number)
-            for name, column in columns.items():
-                column[places] = values[name]
+        if not self._found:
+            return {name: np.empty(0, dtype) for name, dtype in dtypes.items()}
+        if len(self._found) == 1:
+            read = self._found[0][0].columns(_range(segments.first, segments.length), dtypes)
+            return {name: read[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+        # Most events are in one file, normally the base. They are gathered by one index for all positions, which for
+        # the events of other files points anywhere; those are few, and are written over it.
+        main = int(np.bincount(segments.file, segments.length, len(self._found)).argmax())
+        index = concat_ranges(np.where(segments.file == main, segments.first, 0), segments.length)
+        stored = self._found[main][0].columns(slice(None), dtypes)
+        columns = {
+            name: stored[name].take(index, mode="clip").astype(dtype, copy=False) for name, dtype in dtypes.items()
+        }
+        place = np.cumsum(segments.length) - segments.length
+        for number, (file, _, _) in enumerate(self._found):
+            own = np.flatnonzero(segments.file == number) if number != main else ()
+            if len(own):
+                length = segments.length[own]
+                places = concat_ranges(place[own], length)
+                for name, values in file.columns(_range(segments.first[own], length), dtypes).items():
+                    columns[name][places] = values
         return columns
-
-    def _of_file(self, number: int, segments: _Segments, names: Collection[str]) -> Columns:
-        """The columns `names` of one file's segments, in the stored dtypes; views if the segments are contiguous."""
-        own = segments.file == number
-        first, length = segments.first[own], segments.length[own]
-        if first.size and (first[1:] == first[:-1] + length[:-1]).all():
-            return self._found[number][0].columns(slice(first[0], first[-1] + length[-1]), names)
-        return self._found[number][0].columns(concat_ranges(first, length), names)
 
     def _check(self, columns: Columns, lengths: Ints) -> None:
         """Raise ValueError for a value that is not allowed."""
@@ -140,3 +143,10 @@ class UserEvents:
     def _check_file(self, number: int, names: Collection[str]) -> None:
         file, _, own = self._found[number]
         file.check(own, names, self._rows)
+
+
+def _range(first: Ints, length: Ints) -> slice | Ints:
+    """The indices first[i], ..., first[i] + length[i] - 1 of all i; a slice if they are contiguous."""
+    if first.size and (first[1:] == first[:-1] + length[:-1]).all():
+        return slice(first[0], first[-1] + length[-1])
+    return concat_ranges(first, length)

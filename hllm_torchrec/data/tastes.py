@@ -34,8 +34,8 @@ def principal_components(unit: Floats) -> Doubles:
     return projection
 
 
-def expected_residuals(past: Doubles, residuals: AnyFloats, seen: Ints, asked: Doubles, noise: float) -> Doubles:
-    """[X] E[z . d | the first seen[x] events] for exposures with descriptors `asked` [X, J]; 0 without events.
+def posterior_tastes(past: Doubles, residuals: AnyFloats, seen: Ints, noise: float) -> Doubles:
+    """[X, J] E[z | the first seen[x] events]; zeros without events.
 
     past: descriptors [n, J] of the user's events; residuals: [n]; noise: s^2.
     """
@@ -53,5 +53,4 @@ def expected_residuals(past: Doubles, residuals: AnyFloats, seen: Ints, asked: D
             weighted = weighted + some.T @ residuals[start:end] / noise
             left[row], right[row, :, 0] = precision, weighted
         z[block] = np.linalg.solve(left, right)[..., 0]
-    found: Doubles = (asked * z[which]).sum(axis=1)
-    return found
+    return z[which]

@@ -7,10 +7,12 @@ encoded from the [ITEM] vector only.
 Special tokens: tokens that the tokenizer adds before a text (BOS, [CLS]) are kept. Tokens that it adds after a text
 ([SEP]) are kept if there is a [CLS], that is for encoders, or with `keep_end`, which is set for embeddings pooled from
 the text. Otherwise they are left out, because decoder texts are followed by the [ITEM] vector. The maximum length
-includes the special tokens.
+includes the special tokens. Long texts are cut at the end, or at the start if `truncation_side` of the tokenizer is
+left.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -201,6 +203,7 @@ def build_token_store(
         "max_text_length": max_text_length,
         "items_sha256": dataset.items_fingerprint,
         **({"keep_end": True} if keep_end else {}),
+        **({"truncation_side": "left"} if _is_cut_at_start(root) else {}),
     }
     path = derived_path(dataset, "tokens", hash_texts([json.dumps(request, sort_keys=True)])[:16])
     if (path / "store.json").is_file():
@@ -222,7 +225,7 @@ def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore",
             store, digests = TokenStore.open(folder), _read_array(folder / _DIGESTS, np.uint64)
         except (ValueError, OSError):
             continue  # damaged, or from an earlier release and so without digests: it cannot be reused
-        settings = {*request, "keep_end"} - {"items_sha256"}
+        settings = {*request, "keep_end", "truncation_side"} - {"items_sha256"}
         is_same = all(store.facts.get(name) == request.get(name) for name in settings)
         if is_same and len(digests) == len(store) and (found is None or len(store) > len(found[0])):
             found = store, digests
@@ -238,6 +241,18 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         special_tokens(tokenizer)
     return tokenizer
+
+
+def _is_cut_at_start(directory: Path) -> bool:
+    """True if a tokenizer cuts long texts at their start. Found without reading the tokenizer, which takes seconds."""
+    path = directory / "tokenizer_config.json"
+    with reading_foreign(path, "fetch the directory again"):
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "truncation_side" in facts:
+            return bool(facts["truncation_side"] == "left")
+    path = directory / "tokenizer.json"
+    head = path.open("rb").read(4096) if path.is_file() else b""
+    return re.search(rb'"truncation"\s*:\s*\{[^{}]*"direction"\s*:\s*"Left"', head) is not None
 
 
 def _check_growth(path: Path) -> None:
@@ -294,12 +309,14 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", keep_end: bool = False)
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int, keep_end: bool = False
 ) -> list[list[int]]:
-    """Token ids of each text with special tokens (see the module docstring), cut to `max_text_length`."""
+    """Token ids of each text with special tokens, cut to `max_text_length` (see the module docstring)."""
     # The text is cut before the special tokens are added, so that a trailing [SEP] survives the cut.
     before, after = special_tokens(tokenizer, keep_end)
     room = max(max_text_length - len(before) - len(after), 0)
     with reading_foreign(f"{tokenizer.name_or_path}: its tokenizer", "give one that has a token for unknown words"):
         plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    if tokenizer.truncation_side == "left":
+        plain = [ids[max(len(ids) - room, 0) :] for ids in plain]
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
 
 

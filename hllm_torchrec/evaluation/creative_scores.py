@@ -1,9 +1,9 @@
-"""Likelihoods of personalized texts with the right user, with none, with another one, or with a given vector.
+"""Likelihoods of personalized texts given the right user, an unknown user, another user, or a given vector.
 
-    gap = nll(null) - nll(right)          what the user vector is worth, in nats per creative
+    gap = nll(null) - nll(right)          gain by knowing the user, in nats per creative
 
-null is the learned vector that stands for unknown users. shuffled - right (shuffled: another user's vector) overstates
-the gap: it also includes the cost of being confidently wrong.
+right: the creative's own user vector; null: the learned tokens for unknown users; shuffled: another user's vector.
+nll(shuffled) - nll(right) overstates the gain, because it also includes the cost of confident wrong predictions.
 
 Legend: N creatives of a part, D width of a user vector.
 """
@@ -28,9 +28,9 @@ from hllm_torchrec.modules.creative.creative_llm import PackedTexts
 TextsOf = Callable[[Ints], PackedTexts]
 """Function of indices [n] that returns texts."""
 PER_BATCH = 64
-"""Creatives per rank and step."""
+"""Number of creatives per rank and step."""
 MEASURED = 4096
-"""Creatives whose user vectors `measure_user_vectors` reads, on all ranks together."""
+"""Number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
 CONDITIONS = ("right", "null", "shuffled")
 
 
@@ -38,8 +38,8 @@ CONDITIONS = ("right", "null", "shuffled")
 class CreativeVectors:
     """User vectors of the creatives of a part, the same on every rank.
 
-    vectors: float32 [N, D]; known: bool [N], False without an earlier event; user_ids: int64 [N]; steps: this rank's
-    creatives of each step.
+    vectors: float32 [N, D]; known: bool [N], False if the creative sees no event; user_ids: int64 [N]; steps: indices
+    of this rank's creatives in each step.
     """
 
     loader: CreativeLoader
@@ -51,9 +51,10 @@ class CreativeVectors:
 
 @dataclass(frozen=True)
 class CreativeScores:
-    """Negative log-likelihoods in nats of the creatives of a part, float64 [N] by condition; the same on every rank.
+    """Scores of creatives of a part, the same on every rank.
 
-    rows: int64 [N] rows of the part; tokens: int64 [N] number of tokens of the response.
+    rows: int64 [N] rows of the part; user_ids: int64 [N]; tokens: int64 [N] number of tokens of the response; nll:
+    condition -> float64 [N] negative log-likelihoods in nats.
     """
 
     rows: Ints
@@ -74,11 +75,11 @@ def _evaluating(experiment: Experiment) -> Iterator[None]:
 
 
 def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
-    """User vectors of the creatives of a part, each from events of strictly earlier seconds. Collective."""
+    """Compute the user vectors of the creatives of a part, each from events of strictly earlier seconds. Collective."""
     loader, hllm = experiment.creative_loader(split, PER_BATCH), experiment.hllm
     found, steps = [], []
-    # place: row of the part -> number of the creative. Ranks score different creatives in the loader's order: each
-    # number travels with its vector as float64, which holds it exactly, and the gathered rows are sorted by it.
+    # place: row of the part -> index of the creative. Each rank computes other creatives, in the loader's order. The
+    # index is gathered with the vector, as float64, which represents it exactly; the rows are then sorted by it.
     place = np.empty(len(loader.part), np.int64)
     place[loader.tokens.rows] = np.arange(len(loader))
     with _evaluating(experiment):
@@ -99,10 +100,12 @@ def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
 
 
 def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
-    """Fit the normalization of user vectors on those of creatives of the training part, drawn at random. Collective.
+    """Fit the normalization of user vectors on random creatives of the training part. Collective.
+
+    Also measures the statistics of `HLLM.liked_texts`, if the model has it.
 
     Returns:
-        `length`, the mean L2 norm, and `common`, the L2 norm of the mean vector (the part shared by all users).
+        `length`, the mean L2 norm of user vectors, and `common`, the L2 norm of their mean.
     """
     loader, hllm = experiment.creative_loader("train", PER_BATCH, training=True), experiment.hllm
     assert hllm.creative_head is not None
@@ -121,7 +124,7 @@ def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
 
 
 def _likes_by_action(loader: CreativeLoader, actions: int) -> tuple[Tensor, Tensor]:
-    """Numbers [A] of positive labels and of labeled events by action, of users spaced evenly over the part."""
+    """Count positive labels and labeled events by action, [A] each, of a sample of users spaced evenly in the part."""
     users = np.unique(loader.part.user_ids)
     counts = np.zeros((2, actions))
     for user in users[np.linspace(0, users.size - 1, min(users.size, MEASURED // 4)).astype(np.int64)]:
@@ -144,11 +147,11 @@ def score_creatives(
     """Score the creatives of a part under each condition. Collective.
 
     Args:
-        conditions: some of CONDITIONS.
-        given: further conditions: name -> vectors [N, D] that stand for the users with an earlier event, such as
-            centers of clusters.
-        vectors: result of `creative_vectors`; None: it is computed here.
-        most: score at most this many creatives, spread evenly over the part; 0: all.
+        conditions: some of `CONDITIONS`.
+        given: further conditions: name -> vectors [N, D], such as centers of clusters. They replace the vectors of
+            users who have an earlier event.
+        vectors: result of `creative_vectors`; None: computed here.
+        most: maximum number of creatives to score, spaced evenly in the part; 0: all.
     """
     vectors = vectors or creative_vectors(experiment, split)
     chosen = np.arange(len(vectors.loader))
@@ -176,9 +179,9 @@ def score_creatives(
 def score_vectors(
     experiment: Experiment, steps: Sequence[Ints], vectors: Tensor, is_null: Tensor, texts: TextsOf
 ) -> list[Tensor]:
-    """Negative log-likelihoods of the texts of each step given vectors [N, D]. Collective.
+    """Return the negative log-likelihoods of the texts of each step given vectors [N, D]. Collective.
 
-    texts: function of indices [n] that returns the texts.
+    is_null: [N] bool, the null tokens replace the vector; texts: function of indices [n] that returns the texts.
     """
     found = []
     with _evaluating(experiment):
@@ -192,7 +195,7 @@ def score_vectors(
 
 
 def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device, number: int) -> Doubles:
-    """[N] values of all ranks in the order of the creatives."""
+    """Gather the values of all ranks, [N], in the order of the creatives; NaN for creatives that were not scored."""
     index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *steps])).double()
     both = torch.stack([index, torch.cat([torch.empty(0, dtype=torch.float64), *values])], 1)
     rows = all_gather_variable(both.to(device)).cpu().numpy()
@@ -202,9 +205,10 @@ def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device,
 
 
 def other_users(user_ids: Ints, seed: int = 0) -> Ints:
-    """[N] for each creative a random one of another user, the next in a random circular order of the users.
+    """Draw for each creative a random creative of another user; returns indices [N].
 
-    With a single user, a random creative of the same user.
+    The other user is the next one in a random circular order of the users. If there is only one user, the drawn
+    creative is one of the same user.
     """
     rng = np.random.default_rng(seed)
     users, inverse = np.unique(user_ids, return_inverse=True)
@@ -220,7 +224,7 @@ def other_users(user_ids: Ints, seed: int = 0) -> Ints:
 
 
 def creative_metrics(scores: CreativeScores) -> dict[str, float]:
-    """Means in nats per creative (and per token) for the log; `creative_gap` = null - right."""
+    """Return means for the log, in nats per creative and per token; `creative_gap` = null - right."""
     tokens = max(1, int(scores.tokens.sum()))
     found: dict[str, float] = {"creative_rows": scores.rows.size}
     for name, values in scores.nll.items():

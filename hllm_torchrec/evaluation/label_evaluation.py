@@ -1,8 +1,8 @@
-"""Evaluation of one label: the first one, or that of a further binary task.
+"""Evaluation of one label: the first label, or the label of an additional binary task.
 
-Its rows arrive once, in batches. They are sorted by score (also those of each slice), the metrics of probabilities are
-accumulated, and what influences need is kept. `metrics` then computes each row's influence on the AUC and groups the
-rows by user. Memory is bounded for any number of rows.
+The rows are added once, in batches (pass one): they are sorted by score, also per slice, and the metrics of
+probabilities are accumulated. The columns that influences need are stored. `metrics` then computes each row's influence
+on the AUC and groups the rows by user (pass two). The memory is bounded for any number of rows.
 """
 
 import math
@@ -51,7 +51,7 @@ class _SortedScores:
     slices: dict[tuple[int, str], dict[str, SortedChunks]] = field(default_factory=dict)
     """(column, slice) → model → the slice's sorted scores."""
     left_out: set[int] = field(default_factory=set)
-    """Columns of the library's own slices that have too many values: days, in predictions of years."""
+    """Columns of automatic slices with too many values, which are left out: days, if predictions cover years."""
     keys: int = 0
     """Sum of the rows' keys modulo 2^64, which does not depend on their order: a fingerprint of the exposures."""
 
@@ -60,9 +60,9 @@ class LabelEvaluation:
     """Metrics of all models on one label.
 
     Args:
-        source: the label, its models and columns; its rows come by `add`.
-        spool: memory; sorting takes as much of it as if there were no other label.
-        kept: the rows that will be added, where they are kept already.
+        source: label, models and columns; the rows are passed to `add`.
+        spool: limits of memory. Sorting uses all of it, as if there were no other label.
+        kept: the rows that will be added, if they are already stored; None: `add` stores them.
         draws, seed: resamples of the bootstrap over users, and their seed.
     """
 
@@ -116,7 +116,7 @@ class LabelEvaluation:
             self._kept.add(start, _without_slices(batch))
 
     def metrics(self) -> dict[str, Any]:
-        """The label's part of `metrics.json`, after all rows were added; what they took is free again. Collective."""
+        """Return the label's part of `metrics.json` after all rows were added, and release their memory. Collective."""
         try:
             return self._metrics()
         finally:
@@ -184,7 +184,7 @@ class LabelEvaluation:
                     weights = None if batch.weights is None else batch.weights[rows]
                     runs[model.name].add(batch.scores[model.name][rows], batch.is_positive[rows], weights)
             if sum(key[0] == column for key in ordered.slices) > MAX_SLICES:
-                if names[0].startswith(DAY_SLICE):  # nobody asked for them
+                if names[0].startswith(DAY_SLICE):  # not requested by the user
                     ordered.left_out.add(column)
                     continue
                 example = names[0].partition("=")[0]
@@ -275,7 +275,7 @@ class LabelEvaluation:
 
 
 def _without_slices(batch: RowBatch) -> RowBatch:
-    """What influences need of a batch."""
+    """Return the columns of a batch that pass two needs."""
     return RowBatch(batch.is_positive, batch.weights, batch.scores, {}, batch.users, batch.keys)
 
 

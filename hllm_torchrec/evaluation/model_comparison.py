@@ -16,7 +16,7 @@ from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
 from hllm_torchrec.evaluation.sanity_checks import Overlap, file_overlap
 
 SHOWN = {"mae": "MAE", "rmse": "RMSE", "spearman": "Spearman", "xauc": "XAUC"}
-"""Metric of a predicted number -> its name."""
+"""Key of a metric of predicted numbers -> its name in the table."""
 
 
 def compare(
@@ -56,7 +56,7 @@ def evaluate_files(
 
     Args:
         paired: exposures are paired by user and position, else by their row in the files.
-        train: files of training exposures; items that are not in them are cold, if no column says which items are.
+        train: files of training exposures. Without a column `item_is_cold`, items that are not in these files are cold.
         item_events: see `PredictionRows`.
 
     Returns:

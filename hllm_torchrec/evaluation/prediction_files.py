@@ -17,7 +17,9 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.sources.columnar import read_csv
 from hllm_torchrec.data.sources.dialect import NULL_WORDS, header_names
+from hllm_torchrec.data.sources.values import require_exact_ids
 from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
@@ -26,7 +28,8 @@ NUMBERS = ("label", "weight", "history_length", "timestamp")
 EXACT = 1 << 53
 """float64 represents every whole number up to this magnitude."""
 FINGERPRINT_CHUNK = 1 << 24
-INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
+INTEGER = re.compile(r"0|-?[1-9]\d{0,18}")
+_LEAST = NO_USER + ROWS_WITHOUT_USER
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -225,8 +228,10 @@ def _rewrite(file: Path, kinds: dict[str, pa.DataType], target: Path) -> set[str
 
 
 def _as_numbers(texts: pa.Array, kind: pa.DataType, place: str) -> pa.Array:
-    """Texts as numbers; words for a missing value are null. Raises ValueError for anything else."""
+    """Texts as numbers; true is 1, false 0, and a word for a missing value null. Raises ValueError for other texts."""
     texts = pc.utf8_trim_whitespace(texts)
+    flag = pc.index_in(pc.utf8_lower(texts), value_set=pa.array(["false", "true"]))
+    texts = pc.if_else(pc.is_valid(flag), pc.cast(flag, pa.string()), texts)
     absent = pc.fill_null(pc.is_in(texts, value_set=pa.array(["", *NULL_WORDS])), False)
     texts = pc.if_else(absent, pa.scalar(None, pa.string()), texts)
     try:
@@ -315,12 +320,24 @@ def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
 def identities(values: pa.ChunkedArray) -> np.ndarray:
     """Ids as int64 [n]: integers, including integers stored as text, are kept; other ids become a 64-bit hash.
 
-    Among 10^7 users, the probability that two have the same hash is 3e-6.
+    Among 10^7 users, the probability that two have the same hash is 3e-6. Raises ValueError for ids that were rounded.
     """
     if pa.types.is_integer(values.type) and not values.null_count:
-        return values.to_numpy().astype(np.int64)
+        limits = pc.min_max(values).as_py()
+        if len(values) == 0 or _LEAST <= limits["min"] <= limits["max"] < 2**63:
+            return values.to_numpy().astype(np.int64)
+    require_exact_ids(values, "user or item")
     texts, codes = encoded(pc.cast(values, pa.string()))
     return np.array([_identity(str(text)) for text in texts], dtype=np.int64)[codes]
+
+
+def are_absent(values: pa.ChunkedArray) -> np.ndarray:
+    """Mask (bool [n]) of missing ids: nulls, NaN, blank texts and words for a missing value, as in a table."""
+    if pa.types.is_integer(values.type):
+        return values.is_null().to_numpy()
+    values = values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+    words = pa.array(["", *NULL_WORDS], pa.string())
+    return pc.is_in(pc.utf8_trim_whitespace(pc.fill_null(pc.cast(values, pa.string()), "")), value_set=words).to_numpy()
 
 
 def encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
@@ -332,6 +349,7 @@ def encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
 
 
 def _identity(text: str) -> int:
-    if INTEGER.fullmatch(text):
+    if INTEGER.fullmatch(text) and _LEAST <= int(text) < 2**63:
         return int(text)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    found = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return found if found >= _LEAST else found + ROWS_WITHOUT_USER

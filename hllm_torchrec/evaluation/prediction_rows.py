@@ -21,6 +21,7 @@ from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.evaluation.prediction_files import (
     RowReader,
+    are_absent,
     column_names,
     encoded,
     find_files,
@@ -29,8 +30,8 @@ from hllm_torchrec.evaluation.prediction_files import (
 )
 from hllm_torchrec.evaluation.prediction_layout import RAW, ColumnLayout, PredictionModel, label_of, task_columns
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
+from hllm_torchrec.metrics.group_auc import NO_USER
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
-from hllm_torchrec.metrics.user_statistics import NO_USER
 
 MEMORY = 1 << 30
 """Default of `memory`: bytes for rows per rank."""
@@ -243,7 +244,7 @@ class PredictionRows:
         # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
-        if users is not None and (null := table[layout.user].is_null().to_numpy()).any():
+        if users is not None and (null := are_absent(table[layout.user])).any():
             users = np.where(null, NO_USER + rows[first.name], users)
         return RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
 

@@ -1,4 +1,4 @@
-"""Rows kept from the only reading of prediction files, for later passes over them."""
+"""Rows of prediction files, stored for further passes, because the files are read only once."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from hllm_torchrec.evaluation.prediction_rows import RowBatch
 
 FRACTION_SPOOLED = 8
-"""Kept rows of all labels take at most 1/8 of the memory; the rest is on disk."""
+"""The stored rows of all labels together use at most 1/8 of the memory; further rows are on disk."""
 
 
 @dataclass
 class Spool:
-    """Memory for the kept rows of all labels on this rank, and the folder for those that do not fit."""
+    """Limit of memory for the stored rows of all labels on this rank, and the folder for rows that do not fit."""
 
     memory: int
-    """Bytes for rows, of which the kept ones take a share."""
+    """Bytes for rows, including those that are being sorted; stored rows use at most 1 / FRACTION_SPOOLED of it."""
     folder: Path
     held: int = 0
     spilled: int = 0
-    """Bytes written to disk, those of other uses of the memory included."""
+    """Bytes written to disk, including those of other users of the memory, such as sorting."""
 
     @property
     def read_rows(self) -> int:
@@ -35,7 +35,8 @@ class Spool:
     def influence_rows(self) -> int:
         """Number of rows whose influences are computed together, a multiple of `read_rows`.
 
-        Each time all placements on disk are scanned, so there are many, for up to a quarter of the memory.
+        Each such computation scans all placements on disk, so the number is large: up to a quarter of the memory is
+        used.
         """
         return max(1, self.memory // 512 // self.read_rows) * self.read_rows
 
@@ -43,7 +44,7 @@ class Spool:
 class SpooledRows:
     """Batches of a label's rows in the order in which they were added; may be read several times.
 
-    They are in memory while the spool has room, and otherwise in one file. Their keys are not kept.
+    They are in memory until the limit of the spool is reached; further batches are in one file. Keys are not stored.
     """
 
     def __init__(self, spool: Spool) -> None:
@@ -54,7 +55,7 @@ class SpooledRows:
         self._file: IO[bytes] | None = None
 
     def add(self, start: int, batch: RowBatch) -> None:
-        """Keep a batch; start: the number of its first row before any was left out, see `ReadRows`."""
+        """Store a batch; start: number of its first row, counted before rows were left out; see `ReadRows`."""
         slices = [(names, codes.astype(np.min_scalar_type(-len(names) - 1))) for names, codes in batch.slices]
         columns = _columns(_replaced(batch, slices=slices))
         size = sum(column.nbytes for column in columns)
@@ -71,14 +72,15 @@ class SpooledRows:
         self._batches.append((start, _with_columns(batch, [column[:0] for column in columns]), False))
 
     def __iter__(self) -> Iterator[tuple[int, RowBatch]]:
-        """Yield (start, batch) as they were added."""
+        """Yield (start, batch) in the order in which they were added."""
         if self._file is not None:
             self._file.seek(0)
         for start, batch, complete in self._batches:
             yield start, batch if complete else self._next_in_file(batch)
 
     def joined(self, size: int) -> Iterator[RowBatch]:
-        """Yield the rows in larger batches, without slices: one begins where `size` divides a batch's start."""
+        """Yield the rows in larger batches without slices; a new one begins at each start that is a multiple of
+        `size`."""
         group: list[RowBatch] = []
         for start, batch in self:
             if start % size == 0 and group:
@@ -89,7 +91,7 @@ class SpooledRows:
             yield _joined(group)
 
     def release(self) -> None:
-        """Forget all rows, in memory and on disk."""
+        """Delete all rows, in memory and on disk."""
         self._spool.held -= self._held
         self._batches, self._held = [], 0
         if self._file is not None:
@@ -102,13 +104,13 @@ class SpooledRows:
 
 
 def _columns(batch: RowBatch) -> list[NDArray[Any]]:
-    """All arrays of a batch, but its keys."""
+    """Return all arrays of a batch except its keys."""
     columns = (batch.is_positive, batch.weights, batch.users, *batch.scores.values(), *batch.probabilities.values())
     return [column for column in columns if column is not None] + [codes for _, codes in batch.slices]
 
 
 def _with_columns(like: RowBatch, columns: list[NDArray[Any]]) -> RowBatch:
-    """The batch of which these are `_columns`."""
+    """Build a batch from its `_columns`; like: a batch with the same columns."""
     left = iter(columns)
     return RowBatch(
         next(left),

@@ -1,8 +1,8 @@
-"""Metrics of a model's further tasks, from the columns `label_<task>` and `score_<task>` of its predictions.
+"""Metrics of a model's additional tasks, from the columns `label_<task>` and `score_<task>` of its predictions.
 
-A task with a column `probability_<task>` is binary and gets the metrics of the first label, on the rows where its label
-is defined; one with `prediction_<task>` predicts a number and gets MAE, RMSE, Spearman's correlation and XAUC. All
-tasks share one reading (and pairing) of the rows.
+A task with a column `probability_<task>` is binary: it gets the metrics of the first label, computed on the rows where
+the task's label is defined. A task with a column `prediction_<task>` predicts a number: it gets MAE, RMSE, Spearman's
+correlation and XAUC. The rows are read (and paired) once for all tasks.
 """
 
 from typing import Any, Protocol
@@ -18,15 +18,14 @@ from hllm_torchrec.evaluation.spooled_rows import Spool, SpooledRows
 from hllm_torchrec.metrics.number_metrics import NumberSums, number_metrics
 
 IN_BINARY = ("rows", "users", "reference", "weighted", "models", "paired")
-"""Keys of a binary task's block, as they are of the first label."""
-
+"""Keys of the first label's block that a binary task's block also has."""
 
 ROW_BYTES = 128
-"""Memory for a row while Spearman's correlation and XAUC are computed, with what sorting needs."""
+"""Bytes per row for the computation of Spearman's correlation and XAUC, including temporary memory of sorting."""
 
 
 class TaskEvaluation(Protocol):
-    """Takes the rows of a further task once, and says what is in its block of `metrics.json`."""
+    """Computes the block of `metrics.json` for an additional task, from rows that are added once."""
 
     def add(self, start: int, rows: Any) -> None:
         """Add rows as in `ReadRows.tasks`."""
@@ -36,7 +35,7 @@ class TaskEvaluation(Protocol):
 
 
 def task_evaluation(source: PredictionRows, task: str, spool: Spool, group: Group = None) -> TaskEvaluation:
-    """The evaluation of a task among the rows `source`."""
+    """Create the evaluation of a task of the rows `source`."""
     own = source.of_task(task)
     return BinaryTask(own, spool, group) if source.layout.tasks[task] == "binary" else NumberTask(own, spool, group)
 
@@ -44,7 +43,8 @@ def task_evaluation(source: PredictionRows, task: str, spool: Spool, group: Grou
 class BinaryTask:
     """Metrics of all models on the label of a binary task: those of the first label, without bootstrap and curves.
 
-    The rows are kept while they are read, and evaluated afterwards, each task alone with the whole memory.
+    `add` only stores the rows. `metrics` evaluates them, so the tasks are evaluated one after the other, and each can
+    use all of the memory.
     """
 
     def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
@@ -52,7 +52,7 @@ class BinaryTask:
         self._rows = SpooledRows(spool)
 
     def add(self, start: int, rows: RowBatch) -> None:
-        """Keep rows."""
+        """Store rows for `metrics`."""
         self._rows.add(start, rows)
 
     def metrics(self) -> dict[str, Any]:
@@ -67,8 +67,8 @@ class BinaryTask:
 class NumberTask:
     """Metrics of all models on a task that predicts numbers.
 
-    Spearman's correlation and XAUC need all rows together, on every rank. Of more rows than the memory holds they are
-    computed on a uniform sample; sums over rows always have all of them.
+    For Spearman's correlation and XAUC every rank gathers all rows. If they do not fit into the memory, these two
+    metrics are computed on a uniform sample of the rows. MAE, RMSE and means are always computed on all rows.
     """
 
     def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
@@ -89,7 +89,7 @@ class NumberTask:
             self._join()
 
     def _join(self, share: float = 1.0) -> None:
-        """Put the parts together, and keep a smaller share of the rows while there are too many of them."""
+        """Concatenate the parts; if there are too many rows, halve the share of rows in the sample until they fit."""
         parts = [(self._rows, self._places), *self._parts]
         self._rows, self._places = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         self._parts, self._share = [], min(self._share, share)

@@ -17,7 +17,7 @@ from hllm_torchrec.evaluation.creative_scores import PER_BATCH, CreativeVectors,
 from hllm_torchrec.models.experiment import Experiment
 
 OTHERS = 99
-"""Number of candidates besides the right user."""
+"""Number of candidates in addition to the right user."""
 
 
 def user_ranks(
@@ -62,7 +62,7 @@ def user_ranks(
 def _candidates(
     vectors: CreativeVectors, known: Ints, creative: int, users: Ints, others: int, random: np.random.Generator
 ) -> Ints:
-    """Return the index of the creative, and that of one creative of each of some other users."""
+    """Return the index of the creative, and the index of a random creative of each of up to `others` other users."""
     of_others = known[vectors.user_ids[known] != vectors.user_ids[creative]]
     drawn = random.permutation(of_others)
     _, first = np.unique(vectors.user_ids[drawn], return_index=True)

@@ -1,4 +1,4 @@
-"""Forgetting as one job: the dataset first, then everything that was made from it below the given folders."""
+"""The job of `hllm forget`: forgets ids in a dataset, then in everything below given folders that was made from it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -39,7 +39,7 @@ from hllm_torchrec.lifecycle.traces import (
 
 @dataclass
 class JobReport:
-    """What was found in the dataset and in every place that was looked into; remaining: files that still have an id."""
+    """Results for the dataset and for every place that was searched; remaining: files that still contain an id."""
 
     dataset: DatasetReport
     traces: list[Trace] = field(default_factory=list)
@@ -47,7 +47,7 @@ class JobReport:
 
     @property
     def left(self) -> list[Trace]:
-        """Places that somebody has to look into."""
+        """Results for places that the operator must examine."""
         return [trace for trace in self.traces if trace.left]
 
 
@@ -62,17 +62,18 @@ def forget_everywhere(
 ) -> JobReport:
     """Forget ids in a dataset, and in runs, nights, stores, predictions and journals below `folders`.
 
-    Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
+    If it is killed, a repeated call completes the work. The dataset is changed first, so that no job that runs in the
+    meantime can write an id again.
 
     Args:
-        dataset: its folder or URL.
+        dataset: folder or URL of the dataset.
         predictions: folders, outside of the dataset's runs, with prediction files of `hllm evaluate` that use this
             dataset's dense ids.
-        erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
+        erase: also remove every byte of the ids: see `data.forgetting.forget` and `forget_in_run`.
 
     Raises:
-        ValueError: as the functions named; a folder does not exist; a night runs in one, which would embed and predict
-            with the events that it has read.
+        ValueError: an error of `data.forgetting.forget` or of a `forget_in_*`; a folder does not exist; or a night is
+            running in one, which would write embeddings and predictions from the events that it has already read.
     """
     for folder in (*folders, *predictions):
         if url_of(folder) is not None:
@@ -94,7 +95,7 @@ def forget_everywhere(
 
 
 def _nights(folders: Sequence[Path]) -> list[Path]:
-    """The folders of nights that are, hold, or are above one of `folders`."""
+    """Return the folders of nights that are in `folders`, below one of them, or the parent of one of them."""
     files = {file for folder in folders for file in (folder.parent / NIGHT_LOCK, *folder.rglob(NIGHT_LOCK))}
     return sorted({file.parent.resolve() for file in files if file.exists()})
 
@@ -116,9 +117,9 @@ def _forget_everywhere(
 
 
 def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence[Path]) -> Iterator[Place]:
-    """Each place once."""
+    """Yield each place once, even if the folders overlap."""
     seen: set[Path] = set()
-    # `predictions` first: a place that is below both is then known to have this dataset's ids.
+    # `predictions` first: a place below folders of both kinds then counts as one with this dataset's ids.
     for folder, fits in (*((one, True) for one in predictions), *((one, None) for one in folders)):
         for place in places(folder, dataset, fits):
             if place.path.resolve() not in seen:

@@ -1,7 +1,7 @@
-"""Traces of forgotten ids outside of a dataset: in stores, predictions, journals of new items, and runs.
+"""Removal of forgotten ids from the files and folders that were made from a dataset: runs, stores, predictions, ...
 
-`places` finds by their contents what this library writes below some folders, and each `forget_in_*` takes the ids out
-of one of them. All of them may be repeated: what is gone is not found again.
+`places` searches folders for files and folders of this library, which it recognizes by their contents. Each
+`forget_in_*` removes the ids from one of them, and can be repeated.
 """
 
 import json
@@ -49,7 +49,10 @@ _ROWS = 65_536
 
 @dataclass(frozen=True)
 class Target:
-    """What to forget: raw ids, and their numbers in a dataset (users, items: ascending)."""
+    """Ids to forget: raw ids (`names`), and their ascending numbers in a dataset (`users`, `items`).
+
+    erase: also overwrite or remove the bytes on disk; dry_run: only count.
+    """
 
     names: Names
     dataset: Dataset
@@ -61,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Place:
-    """Something that this library wrote. fits: whether the numbers in it are those of the dataset; None: not known."""
+    """A file or folder of this library. fits: whether its dense ids are those of the dataset; None: unknown."""
 
     kind: str
     path: Path
@@ -70,7 +73,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was found in a place. left: why it was not looked into, or what is to be done about it; "": nothing."""
+    """Result for one place.
+
+    found: number of entries with the ids; left: why the place was not searched, or what the operator must do ("":
+    nothing).
+    """
 
     place: Path
     kind: str
@@ -79,9 +86,9 @@ class Trace:
 
 
 def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator[Place]:
-    """Everything below a folder, links not followed.
+    """Yield all files and folders of this library below a folder; links are not followed.
 
-    fits: whether numbers in files that belong to no run or night are those of `dataset`.
+    fits: whether dense ids in files that belong to no run or night are those of `dataset`; None: unknown.
     """
     names = {entry.name for entry in os.scandir(folder)}
     if "store.json" in names and "runs" in names:
@@ -118,7 +125,8 @@ def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator
 
 
 def _fits(run: Path, dataset: Dataset) -> bool:
-    """True if a run's ids are the dataset's, or the first of them; of a run that does not say so, by its path."""
+    """True if a run's ids are a prefix of the dataset's; for a run without marks, if its configuration names the
+    dataset."""
     for checkpoint in checkpoints_of(run):
         marks = saved_marks(checkpoint)
         if marks is not None:
@@ -186,9 +194,9 @@ def _raw_keys(store: EmbeddingStore, raw_ids: Sequence[str]) -> pa.Array:
 
 
 def _exposure_keys(store: EmbeddingStore, target: Target) -> pa.Array:
-    """Keys of the users' exposures; if items are forgotten, also those that are other events now.
+    """Keys of the users' exposures; if items are forgotten, also keys whose position now has another event.
 
-    The events of a forgotten item are gone from all sequences, so that later exposures have other positions.
+    The events of a forgotten item were removed from all sequences, so the positions of later exposures have changed.
     """
     found: list[Ints] = []
     for keys, _, hashes in store.snapshot().rows():
@@ -216,9 +224,9 @@ def _differs(dataset: Dataset, users: Ints, positions: Ints, hashes: np.ndarray)
 
 
 def forget_in_predictions(place: Place, target: Target) -> Trace:
-    """Write a file of predictions again without the rows of the ids.
+    """Rewrite a file of predictions without the rows of the ids.
 
-    Files of `hllm evaluate` have the numbers of a dataset; those of other programs are compared by raw id.
+    Files of `hllm evaluate` contain dense ids of a dataset; files of other programs are searched for the raw ids.
     """
     with error_location(place.path):
         file = pq.ParquetFile(place.path)
@@ -271,7 +279,7 @@ def forget_in_journal(path: Path, target: Target) -> Trace:
 
 
 def forget_in_events(place: Place, target: Target) -> Trace:
-    """Delete the events that a service was given of the users and items; the users begin anew if they come back."""
+    """Delete the users' and items' events from the event log of a service. A user who returns has an empty history."""
     path = place.path
     if place.fits is False:
         return Trace(path, f"{EVENTS} on another dataset", 0)

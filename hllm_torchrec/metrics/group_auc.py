@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NO_USER, ROWS_WITHOUT_USER = -(1 << 63), 1 << 40
+"""Rows without a user have different ids in [NO_USER, NO_USER + ROWS_WITHOUT_USER). Each is an independent unit in
+standard errors, but is not counted as a user."""
+
 
 @dataclass(frozen=True)
 class AucPerGroup:

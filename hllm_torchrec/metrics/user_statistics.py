@@ -14,16 +14,13 @@ import numpy as np
 
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gather_objects, world_size
-from hllm_torchrec.metrics.group_auc import grouped_auc
+from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER, grouped_auc
 from hllm_torchrec.metrics.registry import USER_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool
 from hllm_torchrec.metrics.user_metrics import GAUC
 
 GROUPING_BYTES = 12
 """Memory for grouping a bucket's rows, as a multiple of the size of the rows."""
-NO_USER = -(1 << 63)
-"""Rows without a user have different ids in [NO_USER, NO_USER + 2^40). Each is an independent unit in standard errors,
-but is not counted as a user."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
     unique, users = np.unique(records["user"], return_inverse=True)
     is_positive = records["positive"] == 1
     sums.users += len(unique)
-    sums.rows_without_user += int((unique < NO_USER + (1 << 40)).sum())
+    sums.rows_without_user += int((unique < NO_USER + ROWS_WITHOUT_USER).sum())
     # The influence of a user is the sum over its rows: summing before squaring accounts for their correlation.
     influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
     sums.squares += (influences**2).sum(axis=1)

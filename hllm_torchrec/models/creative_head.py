@@ -2,10 +2,12 @@
 
     L_write = - sum_n w_n sum_i log p(r_ni | prompt_n with U_n, r_n,<i) / sum_n w_n Y_n
     L_match = [sum over own pairs softplus(-z) + sum over sampled ones softplus(z)] / pairs
-    L_recon = L_write of the user's profile, with a soft token and a prompt of its own
-    L_align = symmetric InfoNCE of W U_n and what the Creative LLM reads in the profile, at a learned token behind it
+    L_recon = L_write with the user's profile as response, its own prompt (`profile.prompt`) and its own soft token
+    L_align = symmetric InfoNCE of W' U_n and the Creative LLM's hidden state of a learned token after the profile
 
-Legend: Q queries, N creatives, K sampled items, U unique items, D user width, E item width, Y response tokens.
+U_n: user vector of creative n; w_n: its weight; z: logits of user-item pairs; W': a projection of its own.
+
+Legend: Q queries, N creatives, K sampled items, U unique items, D user width, E item width, Y_n tokens of response n.
 """
 
 from dataclasses import dataclass, replace
@@ -25,13 +27,16 @@ from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symme
 from hllm_torchrec.modules.precision import widen
 
 MOMENTUM = 0.1
-"""Share of a step's users in the mean that their normalization subtracts after training."""
+"""Weight of a step's mean in the running mean of user vectors, which is subtracted outside of training."""
 
 
 @dataclass
 class CreativeLosses:
-    """Sums over a micro-batch of this rank, 0-d. negatives: of L_align, over all creatives, detached; spread: mean
-    cosine of the users' vectors, detached, None with fewer than two creatives."""
+    """Losses summed over a micro-batch of this rank, 0-d tensors.
+
+    negatives: number of negatives in L_align, summed over the creatives, detached; spread: mean cosine similarity of
+    the user vectors, detached; None if there are fewer than two creatives.
+    """
 
     write: Tensor
     match: Tensor
@@ -42,13 +47,13 @@ class CreativeLosses:
 
 
 class CreativeHead(nn.Module):
-    """Soft prompt and predictor of a configuration; the Creative LLM is a part of its own (`HLLM.creative`).
+    """Soft prompt, Item-User Predictor and losses; the Creative LLM itself is `HLLM.creative`.
 
     Args:
         section: `creative` of the configuration.
         user_width, item_width: D, E.
         width: width of the Creative LLM.
-        word_scale: RMS of its word vectors.
+        word_scale: RMS of the entries of its word embeddings.
     """
 
     def __init__(
@@ -82,10 +87,11 @@ class CreativeHead(nn.Module):
                 one.normalize.measure(users)
 
     def _centered(self, users: Tensor, is_unknown: Tensor) -> Tensor:
-        """Users [N, D] shifted, so that their normalization subtracts the mean of the step's users on all ranks.
+        """Shift users [N, D] so that the normalization subtracts the mean over the step's users on all ranks.
 
-        A writer that cannot write yet pulls all users in one direction: on MovieLens by half their spread in a step, so
-        that a mean that follows slowly is not theirs. Gradients through the mean leave out what all have in common.
+        While the Creative LLM is poor, its gradients move all user vectors in the same direction: on MovieLens by half
+        of their spread per step. A running mean would lag behind. The gradient also flows through the step's
+        mean, so that its component along the common direction cancels. Also updates the running mean. Collective.
         """
         everyone = all_gather_variable(torch.cat([widen(users), (~is_unknown)[:, None].to(widen(users).dtype)], 1))
         rows, known = everyone[:, :-1], everyone[:, -1:].detach()
@@ -100,7 +106,7 @@ class CreativeHead(nn.Module):
         return [module for module in self.modules() if isinstance(module, SoftPrompt)]
 
     def forward(self, llm: CreativeLLM, users_QD: Tensor, items: Tensor | None, batch: HybridBatch) -> CreativeLosses:
-        """Losses of a batch of creatives; items: E [U, E] of the unique items."""
+        """Compute the losses of a batch of creatives; items: embeddings [U, E] of the unique items. Collective."""
         creative = batch.creative
         assert creative is not None and batch.request_query is not None
         users = raw = users_QD[batch.request_query]
@@ -122,12 +128,13 @@ class CreativeHead(nn.Module):
             found = self.align(llm, users, is_unknown, creative.profiles.responses(), creative.user_ids)
             align, negatives = found.loss_sum, (found.effective_negatives * found.count).detach()
         spread = embedding_spread(raw.detach()) if raw.shape[0] > 1 else None
-        # `users` also reaches the losses where every creative is null: a rank without users takes part.
+        # The term 0 * users keeps the user encoder in the graph if all creatives are null or the rank has none, because
+        # every rank must take part in the collectives of the backward pass.
         write = (output.nll * creative.weights).sum() + 0.0 * users.sum()
         return CreativeLosses(write, match, recon, align, negatives, spread)
 
     def write(self, llm: CreativeLLM, users: Tensor, is_null: Tensor, texts: PackedTexts) -> CreativeOutput:
-        """Log-likelihoods of responses given users [N, D], or the learned vector where `is_null` [N]."""
+        """Score responses given the user vectors [N, D], or given the learned null tokens where `is_null` [N]."""
         return llm(texts, self.soft_prompt(users, is_null))
 
     def _match(self, users: Tensor, items: Tensor, own: Tensor, negatives: Tensor, may_match: Tensor) -> Tensor:
@@ -152,13 +159,13 @@ class _Alignment(nn.Module):
     def forward(
         self, llm: CreativeLLM, users: Tensor, is_unknown: Tensor, profiles: PackedTexts, user_ids: Tensor
     ) -> SymmetricNceOutput:
-        """Loss of users [N, D] and their profiles, against those of other users on all ranks. Collective."""
+        """Compute the loss of users [N, D] and their profiles; negatives are other users of all ranks. Collective."""
         mine = self.users(users, is_unknown)[:, 0]
         theirs = llm(profiles, self.token.expand(user_ids.numel(), 1, -1)).last
-        # One exchange, as collectives with gradients must run in the same order on all ranks.
+        # Both in one exchange: collectives with gradients must run in the same order on all ranks.
         rows = all_gather_variable(torch.cat([widen(mine), widen(theirs)], 1))
         all_mine, all_theirs = rows.chunk(2, dim=1)
         everyone = all_mine, all_theirs, all_gather_variable(user_ids)
         found = symmetric_nce(mine, theirs, user_ids, self.scale(), everyone)
-        # A rank without creatives takes part in the backward pass of the exchange.
+        # The term 0 * rows lets a rank without creatives take part in the backward pass of the exchange.
         return replace(found, loss_sum=found.loss_sum + 0.0 * rows.sum())

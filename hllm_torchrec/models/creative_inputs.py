@@ -1,4 +1,4 @@
-"""`CreativeInputs`: the table of creatives of a run and its tokens, opened for a model on this rank."""
+"""`CreativeInputs`: the table of personalized texts (creatives) of a run, with its tokens and loaders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from hllm_torchrec.models.hllm import HLLM
 
 @dataclass(frozen=True)
 class CreativeInputs:
-    """A run's table of creatives. folder: its tokens."""
+    """A run's table of creatives; opened by `open`. folder: folder of its tokens."""
 
     config: Config
     dataset: Dataset
@@ -36,14 +36,15 @@ class CreativeInputs:
         """Open and tokenize the table of a configuration; None if it has none. Collective.
 
         Raises:
-            ConfigError: the tokenizer is of another vocabulary than the model, or texts are too long for it.
-            ValueError: there is no such table, or it is damaged.
+            ConfigError: the tokenizer has larger token ids than the Creative LLM, prompt and response may exceed the
+                LLM's positions, or train or valid has no texts.
+            ValueError: the table does not exist or is damaged.
         """
         if not config.creative.enabled:
             return None
         table = CreativeTable.open(dataset, config.creative.data)
         first = run_on_each_host(lambda: build_creative_tokens(dataset, table, config.creative))
-        own = derived_path(dataset, "tokens", first.name)  # hosts that share no disk may have the dataset elsewhere
+        own = derived_path(dataset, "tokens", first.name)  # without a shared disk, hosts may have different paths
         found = cls(config, dataset, table, own if own.is_dir() else first)
         if problems := list(found._problems(model)):
             raise ConfigError(problems)
@@ -70,7 +71,7 @@ class CreativeInputs:
             )
 
     def tokens(self, split: str) -> CreativeTokens:
-        """Tokens of a part."""
+        """Return the tokens of a part."""
         return CreativeTokens(self.folder, split)
 
     def loader(
@@ -84,10 +85,12 @@ class CreativeInputs:
         item_vectors: Floats | None = None,
         context: RequestContext | None = None,
     ) -> CreativeLoader:
-        """Batches of a part's creatives on this rank; training ones are shuffled, with sampled items to match."""
+        """Create this rank's loader of a part; in training it shuffles, and samples items for
+        `creative.losses.match`."""
         config, data = self.config, self.config.data
         matches = training and config.creative.losses.match > 0
-        # Visibility is by second also where exposures see earlier positions: a creative has a moment, no position.
+        # Visibility is by second even if exposures of the dataset see earlier positions (leave-one-out): a creative has
+        # a second but no position in the sequence.
         own = replace(
             spec, visibility="second", item_slots=False, negatives=config.creative.match.negatives if matches else 0
         )

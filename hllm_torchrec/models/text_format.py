@@ -16,13 +16,14 @@ from typing import Any, cast
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.data.token_store import read_tokenizer
 from hllm_torchrec.models.backbones import backbone_config
 from hllm_torchrec.models.model_files import naming_directory
 from hllm_torchrec.models.named_backbones import text_sections
 from hllm_torchrec.models.small_models import is_causal
 from hllm_torchrec.modules.encoders.item_llm import Pooling
 
-MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
+MODULES, PROMPTS, TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _REMEDY = "fetch the directory again"
 _POOLING: dict[str, Pooling] = {
     "cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "last": "last", "lasttoken": "last",
@@ -50,13 +51,17 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class SentenceFormat:
-    """Settings of a sentence-transformers directory. pooling: None if it is not supported; says: its name there."""
+    """Settings of a sentence-transformers directory.
+
+    pooling: None if it is not supported; says: its name there; lower_case: texts are lower-cased before tokenization.
+    """
 
     pooling: Pooling | None
     says: str
     normalize: bool
     prompt: str
     include_prompt: bool
+    lower_case: bool
     left_out: tuple[str, ...]
     file: Path
 
@@ -111,11 +116,22 @@ def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
             f"{name}.pooling: {section.pooling}, though {sentences.file} says {sentences.says}: the configuration is "
             "followed; leave the option out to follow the model"
         )
+    if sentences.lower_case and _distinguishes_case(Path(str(section.tokenizer or section.pretrained))):
+        yield (
+            f"{name}.pretrained: {section.pretrained}: {TRANSFORMER} says that texts are lower-cased first, which is "
+            "not done: lower-case the text columns of the source"
+        )
     if sentences.left_out:
         yield (
             f"{name}.pretrained: {section.pretrained}: its layers after the pooling ({', '.join(sentences.left_out)}) "
             "are left out: embeddings are the pooled states"
         )
+
+
+def _distinguishes_case(directory: Path) -> bool:
+    """True if the tokenizer does not lower-case texts itself."""
+    tokenizer, text = read_tokenizer(directory), "The Title of an ITEM"
+    return bool(tokenizer(text)["input_ids"] != tokenizer(text.lower())["input_ids"])
 
 
 def _reads_causally(section: ItemLLMConfig) -> bool:
@@ -169,6 +185,7 @@ def sentence_format(directory: Path) -> SentenceFormat | None:
         normalize=any(kind == "Normalize" for kind, _ in parts),
         prompt=_document_prompt(directory / PROMPTS),
         include_prompt=facts.get("include_prompt") is not False,
+        lower_case=(_read(directory / TRANSFORMER, dict) or {}).get("do_lower_case") is True,
         left_out=tuple(path for kind, path in parts if kind not in ("Transformer", "Pooling", "Normalize")),
         file=file,
     )

@@ -309,7 +309,7 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 
 def _text_lengths(creative: CreativeConfig) -> list[int]:
-    """Largest numbers of tokens of what the Creative LLM reads for a creative: a text for each loss that reads one."""
+    """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative, one text for each loss."""
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
     return [longest] + [1 + creative.profile.max_length for weight in losses if weight]

@@ -167,11 +167,12 @@ class BatchScorer(Scorer):
         for start in range(0, sum(sizes), ROWS_AT_ONCE):
             parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
             counts = [part.size for part in parts]
-            ids = torch.from_numpy(concatenated(parts)).to(x_RD.device)
+            items = concatenated(parts)
+            ids = torch.from_numpy(items).to(x_RD.device)
             rows = None  # a group of one request: the user's vector is broadcast
             if len(parts) > 1:
                 rows = torch.from_numpy(np.repeat(np.arange(len(parts)), counts)).to(ids.device)
-            evidence = self._evidence_of(requests, parts)
+            evidence = self._evidence(states, counts, items, times)
             if late:
                 logits.append(self._late(users, rows, ids, evidence))
             else:
@@ -187,13 +188,7 @@ class BatchScorer(Scorer):
             users = users_RD.expand(len(ids), -1) if rows is None else users_RD.index_select(0, rows)
             logits: Tensor = self.hllm.head(users, targets, evidence)
             return logits
-        return self._head.score(users_RD, rows, self._prepared.index_select(0, ids))
-
-    def _evidence_of(self, requests: Sequence[Request], parts: Sequence[Ints]) -> Tensor | None:
-        if self.experiment.evidence is None:
-            return None
-        columns = [self._evidence(one.state.history, part, one.time) for one, part in zip(requests, parts, strict=True)]
-        return torch.cat([column for column in columns if column is not None])
+        return self._head.score(users_RD, rows, self._prepared.index_select(0, ids), evidence)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         x_TD, times = self.inputs.history(events)

@@ -115,7 +115,7 @@ class _Cached:
     def nbytes(self) -> int:
         events = self.known.events
         columns = [getattr(events, column.name) for column in EVENT_COLUMNS] + list(events.extra.values())
-        return self.state.cache.nbytes + 2 * sum(column.nbytes for column in columns)
+        return self.state.nbytes + 2 * sum(column.nbytes for column in columns)
 
 
 class Engine:

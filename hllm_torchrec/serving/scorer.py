@@ -35,6 +35,7 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.new_item_journal import new_items
+from hllm_torchrec.data.past_events import Exposures, PastEvents
 from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.calibration import RunCalibration
@@ -316,7 +317,7 @@ class Scorer:
         return self._state(history, start, self._read(events, user.cache))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
-        state = UserState(history, start, cache, self._mark)
+        state = UserState(history, start, cache, self._mark, self._past(history, len(history)))
         return replace(state, mark=self._mark_of(state))
 
     def _mark_of(self, user: UserState) -> str:
@@ -415,7 +416,7 @@ class Scorer:
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] query for all candidates
-            evidence = self._evidence(state.history, part, moment)
+            evidence = self._evidence([state], [part.size], part, [moment])
             logits = self._logits(ask, x_QD, target_XD, user_vector, evidence)
             found[start : start + part.size] = logits.float().cpu().numpy()
         return found
@@ -434,15 +435,28 @@ class Scorer:
             logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD, evidence)
         return self.hllm.biased(logits)
 
-    def _evidence(self, history: UserHistory, candidates: Ints, time: int) -> Tensor | None:
-        """Evidence [m, F] of the candidates at `time`, or None if the model has none. `history` is complete: it is not
-        cut to `data.max_history`."""
+    def _past(self, history: UserHistory, seen: int) -> PastEvents | None:
+        """Evidence of the first `seen` events of a history, which is complete: not cut to `data.max_history`."""
+        evidence = self.experiment.evidence
+        return None if evidence is None else evidence.past(history[:seen], np.array([seen]))
+
+    def _evidence(
+        self, states: Sequence[UserState], sizes: Sequence[int], items: Ints, times: Sequence[int]
+    ) -> Tensor | None:
+        """Evidence [M, F] of the candidates `items` [M] of several requests, `sizes[r]` of request r; None if the model
+        has none."""
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        at, seen = np.full(candidates.size, time), self.rules.seen(history, time)
-        columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
-        return torch.from_numpy(columns).to(self.experiment.device)
+        pasts = []
+        for state, time in zip(states, times, strict=True):
+            past, seen = state.past, self.rules.seen(state.history, time)
+            if past is None or seen != len(state.history):  # the state has events that the request must not see
+                past = self._past(state.history, seen)
+            assert past is not None
+            pasts.append(past)
+        asked = Exposures(pasts, sizes, np.repeat(np.arange(len(sizes)), sizes), items, np.repeat(times, sizes))
+        return torch.from_numpy(evidence.of_exposures(asked)).to(self.experiment.device)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         """Append `events` to the cache."""

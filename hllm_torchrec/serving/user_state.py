@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.data.past_events import PastEvents
 from hllm_torchrec.inference.raw_ids import raw_texts
 from hllm_torchrec.modules.attention.keys_values import HistoryCache
 
@@ -68,15 +69,22 @@ class UserState:
 
     history: all events; start: index of the first event that the model uses; cache: keys and values of the events from
     `start` on. mark: identifies the model and the numbering of the items; scorers with another mark refuse the state.
-    numbers: memo of `RequestRules.numbers`, number of visible events -> numeric features [1, F] of a request; filled
-    only if all numeric features depend on the events alone, not on the time of the request.
+    past: evidence of all events, None if the model reads none. numbers: memo of `RequestRules.numbers`, number of
+    visible events -> numeric features [1, F] of a request; filled only if all numeric features depend on the events
+    alone, not on the time of the request.
     """
 
     history: UserHistory
     start: int
     cache: HistoryCache
     mark: str
+    past: PastEvents | None = None
     numbers: dict[int, Floats] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache and the evidence; not those of the history."""
+        return self.cache.nbytes + (0 if self.past is None else self.past.nbytes)
 
     @cached_property
     def highest_item(self) -> int:

@@ -1,10 +1,10 @@
 """Merging of segments: all of them (compaction), or the newest when there are many.
 
-A lookup searches every segment, so a store that is written every minute must not keep one segment per commit. After a
-commit that leaves more than MAX_SEGMENTS segments, all but the MAX_SEGMENTS / 2 oldest are merged into one. The merge
-also includes each next older segment, as long as it has no more rows than the newer segments together: the segment of
-its rows then at least doubles in size. With commits of similar size, a row is so rewritten O(log rows) times,
-regardless of the number of commits.
+A lookup searches every segment, so a store that is written every minute must not keep one segment per commit. A commit
+that leaves more than MAX_SEGMENTS segments merges the newest ones: about half of all, but no segment that is larger
+than all newer ones together, and each older segment that is not. So apart from the first time that a row is merged, its
+segment at least doubles in size, and a row is rewritten O(log rows) times, regardless of the number of commits and of
+their sizes.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,13 @@ def first_to_merge(sizes: Sequence[int]) -> int:
     """
     if len(sizes) <= MAX_SEGMENTS:
         return len(sizes)
-    first = MAX_SEGMENTS // 2
-    newer = sum(sizes[first:])
-    while first and sizes[first - 1] <= newer:
+    half = MAX_SEGMENTS // 2
+    newer = [sum(sizes[number + 1 :]) for number in range(len(sizes))]
+    # Segments of the newer half that are not merged are larger than all newer ones together. So their sizes fall at
+    # least like powers of two: there are only a few, and the next merge is not due soon.
+    first = next((number for number in range(half, len(sizes)) if sizes[number] <= newer[number]), half)
+    while first and sizes[first - 1] <= newer[first - 1]:
         first -= 1
-        newer += sizes[first]
     return first
 
 

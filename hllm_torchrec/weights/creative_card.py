@@ -1,4 +1,4 @@
-"""Section of a model card about the Creative LLM: its training texts, its soft tokens, and code that uses it."""
+"""Section of a model card about the Creative LLM: its training texts, its soft tokens, and example code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def creative_section(section: CreativeConfig, dataset: Dataset) -> str:
     """Markdown about the Creative LLM of a run on `dataset`.
 
     Raises:
-        ValueError: the run's table of texts does not exist any more, or is damaged.
+        ValueError: the run's table of texts no longer exists, or is damaged.
     """
     manifest = CreativeTable.open(dataset, section.data).manifest
     rows = {

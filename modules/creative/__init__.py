@@ -1,1 +1,1 @@
-"""HLLM-Creator (arXiv 2508.18118): titles of an item for each kind of user, from one user vector."""
+"""HLLM-Creator (arXiv 2508.18118): a language model that writes a text for an item and a user vector."""

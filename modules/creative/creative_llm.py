@@ -1,9 +1,9 @@
 """`CreativeLLM`: a causal language model that reads item texts with soft tokens of a user, and scores responses.
 
-    p(r_n | U_n, item_n) = prod_i p(r_ni | prefix, text_n with k soft tokens at soft_at_n, r_n,<i)
+    p(r_n | U_n, item_n) = prod_i p(r_ni | prefix, text_n with k soft tokens at position soft_at_n, r_n,<i)
 
-Texts are packed into one sequence without padding, and a prefix that all of them share (an instruction) is read once.
-The vocabulary head runs over the response's rows only, in chunks.
+Texts are packed into one sequence without padding. A prefix that all texts share (an instruction) is encoded once. The
+vocabulary head is applied only to the rows that predict response tokens, in chunks.
 
 Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, Y response
 tokens, C width, V words.
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """Texts one after the other, each with the place of its soft tokens and the beginning of its response.
+    """Concatenated tokens of N texts, with the positions of the soft tokens and of the response in each. All int64.
 
-    All int64. token_ids: [S]; cu_seqlens: [N + 1] from 0; soft_at: [N] number of tokens of a text before its soft
-    tokens; response_from: [N] number of tokens before its response, >= soft_at; prefix_ids: [P], before every text.
+    token_ids: [S]; cu_seqlens: [N + 1] from 0; soft_at: [N] number of tokens of a text before its soft tokens;
+    response_from: [N] number of tokens of a text before its response, >= soft_at; prefix_ids: [P] tokens before each
+    text. None of these numbers counts soft tokens or the prefix.
     """
 
     token_ids: Tensor
@@ -44,7 +45,7 @@ class PackedTexts:
     prefix_ids: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedTexts":
-        """A copy with `function` applied to each tensor."""
+        """Return a copy with `function` applied to each tensor."""
         return PackedTexts(*(function(getattr(self, field.name)) for field in fields(self)))
 
     @property
@@ -53,7 +54,7 @@ class PackedTexts:
         return lengths_from_offsets(self.cu_seqlens) - self.response_from
 
     def responses(self) -> "PackedTexts":
-        """The responses as texts of their own, with soft tokens behind and nothing to score."""
+        """Return texts that consist of the responses only, followed by soft tokens, with empty responses."""
         count = self.response_tokens
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         shift = self.cu_seqlens[:-1] + self.response_from - offsets[:-1]
@@ -62,8 +63,11 @@ class PackedTexts:
 
 
 class CreativeOutput(NamedTuple):
-    """nll: [N] negative log-likelihood of each response in nats; tokens: [N] int64 its number of tokens; last: [N, C]
-    hidden state of each text's last row."""
+    """Result of `CreativeLLM.forward`.
+
+    nll: [N] negative log-likelihood of each response in nats; tokens: [N] int64 number of tokens of each response;
+    last: [N, C] hidden state of the last row of each text.
+    """
 
     nll: Tensor
     tokens: Tensor
@@ -71,18 +75,18 @@ class CreativeOutput(NamedTuple):
 
 
 class CreativeLLM(nn.Module):
-    """Scores responses after item texts with soft tokens, by any Hugging Face decoder that can be packed.
+    """Scores responses to prompts with soft tokens, with any Hugging Face decoder that supports packed texts.
 
     Args:
         backbone: a bare model (`AutoModel`, no head) built by `build_backbone`.
         head: the vocabulary head [V, C] without bias; None: the word embeddings (a tied head).
 
     Raises:
-        ValueError: an encoder, or a decoder whose attention cannot be replaced.
+        ValueError: the backbone is an encoder, or a decoder whose attention cannot be replaced.
     """
 
     reads_text: ClassVar[bool] = False
-    """False, because gradients pass through to the soft tokens; see `ItemLLM.reads_text`."""
+    """False, because gradients flow through the LLM to the soft tokens; see `ItemLLM.reads_text`."""
 
     def __init__(self, backbone: "PreTrainedModel", head: nn.Linear | None = None) -> None:
         super().__init__()
@@ -110,20 +114,20 @@ class CreativeLLM(nn.Module):
 
     @property
     def word_scale(self) -> float:
-        """RMS of the entries of the word embeddings, as the model reads them."""
+        """RMS of the entries of the word embeddings, after the model's own scaling; 1 on the meta device."""
         words = self.backbone.get_input_embeddings()
         if words.weight.is_meta:
             return 1.0
         return float(words.weight.detach().float().square().mean().sqrt()) * getattr(words, "scalar_embed_scale", 1.0)
 
     def forward(self, texts: PackedTexts, soft: Tensor) -> CreativeOutput:
-        """Score the responses; soft: [N, k, C]. A rank without creatives runs one row, to join collectives."""
+        """Score the responses; soft: [N, k, C]. A rank without texts runs one dummy row, to join the collectives."""
         if texts.soft_at.numel() == 0:
             return CreativeOutput(*self._without_texts(soft))
         hidden, packing = self._encode(texts, soft)
         count = texts.response_tokens
         text_of = torch.repeat_interleave(count)
-        # The i-th response token is read off the row before it; soft tokens shift all rows behind them by k.
+        # The row before a response token predicts it. Soft tokens shift all rows after them by k.
         place = torch.arange(text_of.numel(), device=count.device) - (count.cumsum(0) - count)[text_of]
         place = place + texts.response_from[text_of]
         first_row = packing.last_rows - (lengths_from_offsets(texts.cu_seqlens) + soft.shape[1]) + 1
@@ -134,14 +138,15 @@ class CreativeLLM(nn.Module):
         return CreativeOutput(nll, count, hidden.index_select(0, packing.last_rows))
 
     def _encode(self, texts: PackedTexts, soft: Tensor) -> tuple[Tensor, TextPacking]:
-        """Last hidden states [P + R, C], in the order of the packing."""
+        """Encode texts with their soft tokens; returns the last hidden states [P + R, C] in the order of the
+        packing."""
         number, tokens = soft.shape[:2]
         prefix = texts.prefix_ids.numel()
         rows = lengths_from_offsets(texts.cu_seqlens) + tokens
         packing = TextPacking.of(rows, torch.full_like(rows, prefix > 0, dtype=torch.bool), prefix, causal=True)
         text, place = packing.item_of_row, packing.place_of_row
         words = self.embed(torch.cat([texts.prefix_ids, texts.token_ids]))
-        behind = place - texts.soft_at[text]  # place relative to the first soft token
+        behind = place - texts.soft_at[text]  # position relative to the first soft token
         of_word = prefix + texts.cu_seqlens[text] + place - tokens * (behind >= tokens)
         of_soft = words.shape[0] + text * tokens + behind
         source = torch.where((behind >= 0) & (behind < tokens), of_soft, of_word)
@@ -150,7 +155,7 @@ class CreativeLLM(nn.Module):
         return self._run(rows_in, packing.layout), packing
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Word embeddings [n, C] of tokens [n], as the model reads them."""
+        """Return the word embeddings [n, C] of tokens [n], after the model's own scaling."""
         words: Tensor = self.backbone.get_input_embeddings()(token_ids.long())
         return words
 
@@ -162,7 +167,7 @@ class CreativeLLM(nn.Module):
         return hidden
 
     def _without_texts(self, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[0] losses, numbers of tokens and [0, C] states whose graph holds every weight."""
+        """Return empty losses, numbers of tokens and states ([0], [0], [0, C]) whose graph contains every weight."""
         word = self.embed(soft.new_zeros(1, dtype=torch.int64))
         hidden = self._run(word + soft.sum(), TextLayout([1]))
         none = torch.zeros(1, dtype=torch.int64, device=soft.device)
@@ -177,5 +182,6 @@ class CreativeLLM(nn.Module):
         checkpoint_layers(self.backbone)
 
     def flops(self, tokens: int, keys: int) -> float:
-        """FLOPs of a forward pass over `tokens` rows that attend to `keys` keys in total, without the head."""
+        """Return the FLOPs of a forward pass over `tokens` rows that attend to `keys` keys in total, without the
+        head."""
         return backbone_flops(self.backbone, tokens, keys)

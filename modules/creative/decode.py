@@ -1,7 +1,7 @@
-"""Decoding of responses for users of items: keys and values of what stands before {user} are computed once per item.
+"""Decoding of responses for (user, item) pairs. Keys and values of the tokens before {user} are computed once per item.
 
-A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and
-a cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
+The decoding loop is our own, because `generate` of transformers silently returns wrong tokens if it gets
+`inputs_embeds` and the cache of a prefix (issues 35707 and 36151 of transformers).
 
 Legend: I items, B users, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
 V words.
@@ -18,9 +18,13 @@ from hllm_torchrec.modules.creative.decode_cache import PrefixPlan, UserPlan
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """stop: id of the end token; most: maximum number of tokens with it; temperature: 0 for the likeliest token, else
-    sampling; top_k: of the likeliest tokens (0: all); top_p: of the fewest that have this probability together;
-    guidance: g of (1 + g) logits(user) - g logits(null), from which tokens are chosen."""
+    """Options of `decode`.
+
+    stop: id of the end token; most: maximum number of tokens, including the end token; temperature: 0 for greedy
+    decoding, otherwise of sampling; top_k: sample from this number of likeliest tokens (0: from all); top_p: sample
+    from the smallest set of likeliest tokens with at least this total probability; guidance: g > 0 chooses tokens by (1
+    + g) log p(user) - g log p(null), where null is an unknown user.
+    """
 
     stop: int
     most: int
@@ -32,8 +36,12 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Decoded:
-    """tokens: int64 [B, <= most], the end token and what follows it are -1; log_prob: float32 [B], of the tokens with
-    the end token, under the model's own distribution; stopped: bool [B], False where the maximum was reached."""
+    """Result of `decode`.
+
+    tokens: int64 [B, <= most], -1 at the end token and after it; log_prob: float32 [B] log-likelihood of the tokens and
+    the end token, without temperature, truncation and guidance; stopped: bool [B], False if `most` tokens have no end
+    token.
+    """
 
     tokens: Tensor
     log_prob: Tensor
@@ -52,21 +60,21 @@ def decode(
     null: Tensor | None = None,
     after_lengths: Tensor | None = None,
 ) -> Decoded:
-    """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
+    """Generate a response for each of B (user, item) pairs with I items. The prompt is: before, soft tokens, after.
 
     Responses are independent of each other.
 
     Args:
-        llm: in evaluation mode.
-        before, after: int64 [I, p], [I, a], the prompts' tokens on both sides of {user}; of one item also [p], [a].
-        soft: [B, k, C].
-        generators: one for each user, on the CPU; needed for sampling.
-        item_of: int64 [B] item of each user; None: there is one item.
-        null: [k, C] soft tokens of an unknown user, which guidance needs.
+        llm: the model, in evaluation mode.
+        before, after: int64 [I, p], [I, a] tokens of the items' prompts before and after {user}; [p], [a] for one item.
+        soft: [B, k, C] soft tokens.
+        generators: a CPU generator for each pair; required for sampling.
+        item_of: int64 [B] index of each pair's item; None: there is one item.
+        null: [k, C] soft tokens of an unknown user; required for guidance.
         after_lengths: int64 [I], number of tokens in each row of `after`, the others are padding; None: all.
 
     Raises:
-        ValueError: sampling without generators, or guidance without `null`.
+        ValueError: sampling without a generator for each pair, or guidance without `null`.
     """
     number, device = soft.shape[0], soft.device
     if options.temperature > 0 and (generators is None or len(generators) != number):
@@ -75,10 +83,10 @@ def decode(
     if options.guidance:
         if null is None:
             raise ValueError("guidance needs the soft tokens of an unknown user")
-        # The second half of the rows reads the same tokens as the first one, without the user.
+        # The second half of the rows are the same prompts with the tokens of an unknown user.
         soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
-    # Items whose prompts begin with the same tokens share them, too.
+    # Items with the same tokens before {user} share one prefix.
     same = torch.arange(before.shape[0], device=device)
     if before.shape[1]:
         before, same = before.unique(dim=0, return_inverse=True)
@@ -112,7 +120,7 @@ def decode(
 
 
 def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
-    """Last hidden states [b, n, C] of `rows` [b, n, C], whose attention is `plan`."""
+    """Run the LLM on `rows` [b, n, C] with the attention `plan`; returns the last hidden states [b, n, C]."""
     positions = plan.position_ids + llm.first_position
     output = llm.backbone(
         inputs_embeds=rows.flatten(0, 1)[None], position_ids=positions, use_cache=False, hllm_plan=plan
@@ -122,7 +130,7 @@ def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
 
 
 def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:
-    """Hidden state [B, C] of the last of n more positions [B, n, C] of each user."""
+    """Run the LLM on the next n positions [B, n, C] of each user; returns the hidden states [B, C] of the last ones."""
     plan.advance(rows.shape[1])
     hidden = run(llm, rows, plan)
     if plan.lengths is None or rows.shape[1] == 1:
@@ -131,23 +139,24 @@ def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:
 
 
 def _head(llm: CreativeLLM, hidden: Tensor) -> Tensor:
-    """[V, C] of the vocabulary head in the dtype of its product, cast once for all steps."""
+    """Return the weight [V, C] of the vocabulary head in the dtype of its product: one cast for all steps."""
     is_autocast, device = torch.is_autocast_enabled(hidden.device.type), hidden.device.type
     return llm.head_weight.to(torch.get_autocast_dtype(device) if is_autocast else hidden.dtype)
 
 
 def _choose(log_p: Tensor, options: DecodeOptions, generators: list[torch.Generator] | None) -> Tensor:
-    """Next token [B] of log-probabilities [B, V]; a user's draw depends on the user's generator alone."""
+    """Choose the next tokens [B] by log-probabilities [B, V]. A row's sample depends only on the row's own
+    generator."""
     if not options.temperature:
         return log_p.max(-1).indices  # faster than argmax on a CPU
     assert generators is not None
     ordered, order = (log_p / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    hidden = ordered.cumsum(-1) - ordered >= options.top_p  # the first token is always kept
+    hidden = ordered.cumsum(-1) - ordered >= options.top_p  # never removes the likeliest token
     if options.top_k:
         hidden[:, options.top_k :] = True
     kept = ordered.masked_fill(hidden, 0.0).double()
     draws = torch.tensor([torch.rand((), generator=one, dtype=torch.float64).item() for one in generators])
     place = torch.searchsorted(kept.cumsum(-1), draws.to(kept.device)[:, None] * kept.sum(-1, keepdim=True), right=True)
-    # Rounding may carry a draw beyond the last token that is kept.
+    # By rounding, a draw may fall beyond the last remaining token.
     place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
     return order.gather(1, place)[:, 0]

@@ -1,4 +1,4 @@
-"""`MatchHead`: the Item-User Predictor of HLLM-Creator, a score of a user and an item.
+"""`MatchHead`: the Item-User Predictor of HLLM-Creator; it predicts whether a user likes an item.
 
 Legend: n users, m items, p pairs, D and E widths of user and item vectors, W width.
 """
@@ -19,14 +19,14 @@ class MixerBlock(nn.Module):
         self.channel_mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[p, T, W] -> [p, T, W]."""
+        """Mix tokens [p, T, W]; returns the same shape."""
         x = x + self.token_mlp(self.token_norm(x).transpose(1, 2)).transpose(1, 2)
         mixed: Tensor = x + self.channel_mlp(self.channel_norm(x))
         return mixed
 
 
 class MatchHead(nn.Module):
-    """Logit of (user, item) pairs: two towers to W, then an MLP-Mixer over the two tokens, or an MLP.
+    """Logits of (user, item) pairs: linear towers of width W, then an MLP-Mixer over the two tokens, or an MLP.
 
     Args:
         user_width, item_width, width: D, E, W.
@@ -48,21 +48,21 @@ class MatchHead(nn.Module):
         self.out = nn.Linear(2 * width, 1)
 
     def forward(self, users: Tensor, items: Tensor, pairs: Tensor) -> Tensor:
-        """users [n, D], items [m, E], pairs [p, 2] int64 (user, item) -> logits [p], at least float32."""
-        # The towers run once per user and item, however many pairs there are.
+        """Return the logits [p], at least float32, of pairs [p, 2] (int64 rows of users [n, D] and items [m, E])."""
+        # The towers run once per user and item, not once per pair.
         u, i = self.user_tower(users), self.item_tower(items)
         return self._of_towers(u[pairs[:, 0]], i[pairs[:, 1]])
 
     def _of_towers(self, u: Tensor, i: Tensor) -> Tensor:
         mixed = self.norm(self.mix(torch.stack([u, i], 1)))
-        # float32 also under autocast, as in `PredictionHead`: bfloat16 logits would tie.
+        # float32 also under autocast, as in `PredictionHead`: many bfloat16 logits would be equal.
         with torch.autocast(mixed.device.type, enabled=False):
             logits: Tensor = self.out(widen(mixed))[:, 0]
         return logits
 
     @torch.no_grad()
     def score_all(self, users: Tensor, items: Tensor, block: int = 65_536) -> Tensor:
-        """Logits [n, m] of all pairs, about `block` of them at a time."""
+        """Return the logits [n, m] of all pairs, computed for about `block` pairs at a time."""
         u, i = self.user_tower(users), self.item_tower(items)
         step = max(1, block // max(1, u.shape[0]))
         parts = []

@@ -1,10 +1,11 @@
-"""Mean text of what a user liked: the text embeddings of a history's items, weighted by how they were liked and when.
+"""Mean text embedding of a user's likes: a mean over the history's items, weighted by action and recency.
 
     c_t = sum over j <= t of gamma^(t - j) a(action_j) e_j / sum over j <= t of gamma^(t - j) a(action_j)
 
-a(action) is the share of positive labels among the training events with this action. A user encoder that is trained to
-rank holds what separates likes from dislikes, and little of what they are about: on MovieLens a linear choice of the
-genre that a user favors has .82 nats from its vectors, and .42 from c (docs/experiments.md).
+gamma is the decay, e_j the text embedding of item j. a(action) is the share of positive labels among the training
+events with this action. The vectors of a user encoder that is trained to rank separate likes from dislikes, but contain
+little information about the topics of the likes: on MovieLens a linear model that predicts the genre which a user
+favors needs .82 nats with these vectors, and .42 nats with c (docs/experiments.md).
 
 Legend: T history positions, Q queries, S slots, U unique items, E width of a text embedding, A actions.
 """
@@ -18,11 +19,11 @@ from hllm_torchrec.modules.precision import widen
 
 
 class LikedTexts(nn.Module):
-    """The mean c; see the module docstring.
+    """Computes the means c; see the module docstring.
 
     Args:
         decay: gamma in (0, 1] per event.
-        key, actions: feature of a batch that holds the action of each history position, and A; None, 1: there is none.
+        key, actions: feature of a batch with the action of each history position, and A; None and 1 without actions.
 
     Buffers (in checkpoints): shares [A] float32, a; measured, bool: whether `measure` was called.
     """
@@ -38,12 +39,12 @@ class LikedTexts(nn.Module):
 
     @torch.no_grad()
     def measure(self, positive: Tensor, events: Tensor) -> None:
-        """Set the shares from numbers of positive labels and of events by action, [A] each; 1/2 where there is none."""
+        """Set the shares from the numbers of positive labels and of events by action, [A] each; 1/2 without events."""
         self.shares.copy_(torch.where(events > 0, positive / events.clamp(min=1), 0.5))
         self.measured.fill_(True)
 
     def forward(self, texts_TE: Tensor, seq_offsets: Tensor, features: KeyedJaggedTensor, rows: Tensor) -> Tensor:
-        """Means [Q, E] at the positions `rows` [Q] of T; T = 0: zeros."""
+        """Compute the means [Q, E] at the history positions `rows` [Q]; zeros if T = 0."""
         if not len(texts_TE):
             return texts_TE.new_zeros(len(rows), texts_TE.shape[1])
         weights = self._weights(features, len(texts_TE))[:, None].to(widen(texts_TE).dtype)
@@ -51,7 +52,8 @@ class LikedTexts(nn.Module):
         return sums[:, :-1] / sums[:, -1:].clamp(min=1e-6)
 
     def _weights(self, features: KeyedJaggedTensor, positions: int) -> Tensor:
-        """[T] a(action) of the history positions, which are the first slots; without an action: action 0."""
+        """Return a(action) [T] of the history positions, which are the first slots; positions without one have action
+        0."""
         if self.key is None:
             return self.shares.expand(positions)
         bags = features[self.key]

@@ -82,7 +82,7 @@ def keys_seen(rows: PackedRows, rules: AttentionRules) -> Tensor:
     # A query's position is the number of events before it, so the same sum counts those and its own key.
     seen = torch.minimum(position, prefix) + (position - prefix).clamp(min=0).add(1).clamp(max=window)
     inside = position < prefix
-    # A context position sees all of the context (of its length); a query inside it what comes before, and itself.
+    # A context position sees all context positions; a query inside the context sees earlier positions and itself.
     context = torch.where(is_history, torch.minimum(prefix, lengths), position + 1)
     return torch.where(inside, context, seen)
 

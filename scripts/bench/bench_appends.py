@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarking import alternate, arguments, medians, report, say
+from benchmarking import Ratio, alternate, arguments, medians, ratio, report, say
 
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
@@ -105,8 +105,8 @@ def cpu_seconds(run: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of appending a day of `size` events after `before` events, and of preparing it alone."""
+def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds, by round, of appending a day of `size` events after `before` events, and of preparing it alone."""
     shop = Shop(folder / f"tables-{before}-{size}", min(60_000, before // 10), min(20_000, before // 20))
     root = prepare(shop.write("base", before, 30, whole=True), folder / f"data-{before}-{size}")
     days = [shop.write(f"day{n}", size, 60 + n, whole=False) for n in range(repeats + 1)]
@@ -120,7 +120,7 @@ def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str,
         else:
             prepare(single[number], folder / f"alone-{before}-{size}-{number}")
 
-    return medians(alternate({side: cpu_seconds(lambda side=side: one(side)) for side in at}, repeats))
+    return alternate({side: cpu_seconds(lambda side=side: one(side)) for side in at}, repeats)
 
 
 def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
@@ -151,15 +151,21 @@ def most_appended(root: Path) -> int:
     return max(versions, key=lambda v: (sum(one["events"] for one in versions[v].get("appends", ())), v))
 
 
-def reading(root: Path, part: str, repeats: int) -> dict[str, float]:
-    """CPU seconds of reading a part: of the second newest version, of the newest (its compaction), and of version 1."""
+def reading(root: Path, part: str, repeats: int) -> tuple[dict[str, Ratio], dict[str, float]]:
+    """Ratios and median CPU seconds of reading a part: of the second newest version, which has appends, of the newest
+    (its compaction), and of version 1."""
     folded = Dataset.open(root).version
     versions = {"appends": folded - 1, "folded": folded, "parquet": 1}
     events = {side: read(root, part, version) for side, version in versions.items()}
     assert events["appends"] == events["folded"]
     sides = {side: cpu_seconds(partial(read, root, part, version)) for side, version in versions.items()}
-    found = medians(alternate(sides, repeats))
-    return found | {"beside_parquet": found["appends"] / events["appends"] / found["parquet"] * events["parquet"]}
+    times = alternate(sides, repeats)
+    per_event = events["parquet"] / events["appends"]
+    ratios = {
+        "": ratio(times["appends"], times["folded"]),
+        "_beside_parquet": ratio(times["appends"], times["parquet"], per_event),
+    }
+    return ratios, medians(times)
 
 
 def read(root: Path, part: str, version: int) -> int:
@@ -176,13 +182,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     repeats = 1 if options.tiny else 3 if options.quick else 7
     sizes = [(2_000, 400)] if options.tiny else [(100_000, 4_000), (1_500_000, 4_000), (1_500_000, 100_000)]
     before, days, size = (2_000, 5, 100) if options.tiny else (1_500_000, 60 if options.quick else 365, 4_000)
-    ratios, seconds = {}, {}
+    ratios: dict[str, float] = {}
+    seconds: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-appends-") as scratch:
         for events, day in sizes:
             say(f"a day of {day:,} events after {events:,}")
-            found = append_cost(Path(scratch), events, day, repeats)
-            seconds[f"day_of_{day}_after_{events}"] = found
-            ratios[f"append_{day}_after_{events}"] = found["append"] / found["alone"]
+            times = append_cost(Path(scratch), events, day, repeats)
+            seconds[f"day_of_{day}_after_{events}"] = medians(times)
+            ratios[f"append_{day}_after_{events}"] = ratio(times["append"], times["alone"])
         say(f"{days} appends")
         root, mean = year(Path(scratch), before, days, size)
         alone_seconds = seconds[f"day_of_{sizes[0][1]}_after_{sizes[0][0]}"]["alone"]  # a day of the year's size
@@ -192,9 +199,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             copy = as_of(root, version, Path(scratch) / name)
             assert compact(copy) is not None
             for part in ("train", "test"):
-                found = seconds[f"{name}_{part}"] = reading(copy, part, repeats)
-                ratios[f"{name}_{part}"] = found["appends"] / found["folded"]
-                ratios[f"{name}_{part}_beside_parquet"] = found.pop("beside_parquet")
+                found, seconds[f"{name}_{part}"] = reading(copy, part, repeats)
+                ratios |= {f"{name}_{part}{kind}": value for kind, value in found.items()}
     shapes = {"before": before, "days": days, "events_a_day": size}
     nothing = {"matmul_peak": 0.0, "matmul_share": {}}
     return report("appends", options, {"ratios": ratios, "shapes": shapes, "cpu_seconds": seconds, **nothing})

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from bench_step import LLAMA
-from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -253,9 +253,9 @@ def peak_bytes(run: Callable[[], Tensor]) -> int:
 
 def ratios_of(name: str, point: dict[str, Any]) -> dict[str, float]:
     """The ratios of one point."""
-    seconds = point["seconds"]
+    times, parts = point["times"], {"each": point["candidates"] / point["each_extrapolated_from"], "packed": 1.0}
     return {
-        f"candidates_{kind}vs_{other}_{name}": seconds[other] / seconds[ours]
+        f"candidates_{kind}vs_{other}_{name}": ratio(times[other], times[ours], parts[other])
         for other in ("each", "packed")
         for ours, kind in (("ours", ""), ("kept", "kept_"))
     }

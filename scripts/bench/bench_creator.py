@@ -30,13 +30,11 @@ measurements that are made one after the other:
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
                              for all. 32 users. Goal: 4
 
-`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50). A ratio is left
-out if the quartiles of its pairs are more than 30% of the median apart.
+`lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50).
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,7 +48,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_loss import _status
-from benchmarking import ROOT, SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, report, say
+from benchmarking import (
+    ROOT,
+    SMOLLM2,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    ratio,
+    report,
+    say,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -72,14 +81,14 @@ SPREAD = 0.3
 DEEP = 12
 """Layers of the model of `item_kv`: with 4, half of the operations are those of the vocabulary head."""
 NEVER = -7
-"""An end token that no model writes: all titles have the same length."""
+"""An id of an end token that no model generates, so that all titles have the same length."""
 SHAPE = {**SMOLLM2, "num_hidden_layers": 4, "tie_word_embeddings": True}
 TINY = {**SHAPE, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY |= {"num_hidden_layers": 2, "vocab_size": 90}
 
 
 class Models:
-    """A causal language model of transformers, and ours with its weights."""
+    """A causal language model of transformers, and a `CreativeLLM` with the same weights."""
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -95,16 +104,16 @@ class Models:
             model.get_input_embeddings().weight.requires_grad_(False)
 
     def tokens(self, *size: int) -> Tensor:
-        """Random tokens."""
+        """Return random tokens."""
         return torch.randint(self.words, size)
 
     def soft(self, number: int) -> Tensor:
-        """Soft tokens [n, 1, C] of the size of words."""
+        """Return random soft tokens [n, 1, C] with the RMS of the word embeddings."""
         return torch.randn(number, 1, self.width) * self.ours.word_scale
 
 
 def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most] of transformers' `generate`, one user after the other."""
+    """Generate tokens [n, most] by transformers' `generate`, one user after the other."""
     words, rows = models.plain.get_input_embeddings(), []
     for one in soft:
         whole = torch.cat([words(before), one, words(after)])[None]
@@ -114,12 +123,12 @@ def generated(models: Models, before: Tensor, after: Tensor, soft: Tensor, most:
 
 
 def written(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int, item_of: Any = None) -> Tensor:
-    """Tokens [n, most] of our decoding."""
+    """Generate tokens [n, most] by our decoding."""
     return decode(models.ours, before, after, soft, DecodeOptions(NEVER, most), item_of=item_of).tokens
 
 
 def without_prefix(models: Models, text: Tensor, of: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most] of our decoding, which reads the prompt text[of] of each user in the user's own rows."""
+    """Generate tokens [n, most] by our decoding, which reads the prompt text[of] in the rows of each user."""
     llm, words = models.ours, models.ours.embed(text)[of].detach()
     none = torch.empty(1, 0, dtype=torch.int64)
     return decode(llm, none, none, torch.cat([words, soft], 1), DecodeOptions(NEVER, most)).tokens
@@ -127,7 +136,7 @@ def without_prefix(models: Models, text: Tensor, of: Tensor, soft: Tensor, most:
 
 @torch.no_grad()
 def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
-    """Tokens [n, most], each from a pass over the whole sequence."""
+    """Generate tokens [n, most]; each step reads the complete sequence again."""
     llm, number = models.ours, len(soft)
     rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
     found = []
@@ -138,39 +147,25 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
     return torch.stack(found, 1)
 
 
-def ratio(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
-    """Measure two sides in turn, the naive one first; returns `ratio_of_times`."""
+def compare(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
+    """Measure two sides in turn, the naive one first: their ratio, times `scale`, and their median seconds."""
     times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
-    return ratio_of_times(times, scale)
-
-
-def ratio_of_times(times: Mapping[str, list[float]], scale: float = 1.0) -> dict[str, Any]:
-    """Return the median of naive / ours times `scale` over pairs of times, or the reason why there is none."""
     naive, ours = times.values()
-    pairs = [scale * a / b for a, b in zip(naive, ours, strict=True)]
-    median = statistics.median(pairs)
-    low, high = np.quantile(pairs, [0.25, 0.75])
-    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
-    found["quartiles"] = [float(low), float(high)]
-    if (high - low) / median > SPREAD:
-        found["left_out"] = f"quartiles {low:.2f} to {high:.2f} of {len(pairs)} pairs: more than {SPREAD:.0%} apart"
-    else:
-        found["ratio"] = median
-    return found
+    return {"seconds": medians(times), "ratio": ratio(naive, ours, scale)}
 
 
 def _timed(run: Callable[[], Any]) -> None:
-    """Run a side; what it returns is no time."""
+    """Run a side without its result, which `alternate` would take for a time."""
     run()
 
 
 def same(one: Tensor, other: Tensor) -> None:
-    """Both sides give the same."""
+    """Assert that both sides give the same tokens."""
     assert torch.equal(one, other), "the sides differ"
 
 
 def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of decoding."""
+    """Measure the ratios of decoding."""
     tiny = options.tiny
     most, number = (3, 8) if tiny else (16, 64)
     before, after, soft = models.tokens(12), models.tokens(25), models.soft(number)
@@ -191,19 +186,19 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     ours = lambda: written(models, before.expand(groups, -1), items, soft, most, of)  # noqa: E731
     scale = USERS_OF_ALL / CLUSTERS
     found = {
-        "per_user_vs_per_cluster": ratio(
+        "per_user_vs_per_cluster": compare(
             {"generate": lambda: generated(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
-        "batched": ratio(
+        "batched": compare(
             {"users": lambda: written(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
     }
-    found["pruned"] = ratio({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds, 64 / 8)
+    found["pruned"] = compare({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds, 64 / 8)
     return found
 
 
 def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of keys and values that are computed once. deep: the model of `item_kv`."""
+    """Measure the ratios of cached keys and values. deep: the model of `item_kv`."""
     tiny, none = options.tiny, torch.empty(0, dtype=torch.int64)
     most, items = 3 if tiny else 16, 2 if tiny else 4
     text, soft = deep.tokens(items, 20 if tiny else 230), deep.soft(CLUSTERS * items)
@@ -213,7 +208,7 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
         "shared": lambda: written(deep, text, none, soft, most, of),
     }
     same(*(side() for side in sides.values()))
-    found = {"item_kv": ratio(sides, max(3, rounds // 2))}
+    found = {"item_kv": compare(sides, max(3, rounds // 2))}
     before, after = models.tokens(12), models.tokens(5 if tiny else 51)  # 64 positions
     for name, number in (("kv_cache_few", 8), ("kv_cache", 8 if tiny else 64)):
         few, longest = models.soft(number), 4 if tiny else 32
@@ -222,12 +217,12 @@ def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: in
             "cache": partial(written, models, before, after, few, longest),
         }
         same(*(side() for side in sides.values()))
-        found[name] = ratio(sides, max(3, rounds // 2))
+        found[name] = compare(sides, max(3, rounds // 2))
     return found
 
 
 def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
-    """Texts of equal lengths."""
+    """Return random packed texts of equal lengths."""
     length = prompt + response
     return PackedTexts(
         token_ids=models.tokens(number * length),
@@ -239,7 +234,7 @@ def packed(models: Models, number: int, prompt: int, response: int) -> PackedTex
 
 
 def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
-    """Mean loss of the responses' tokens; gradients are left in `.grad`."""
+    """Run forward and backward of the mean loss of the responses' tokens; gradients are left in `.grad`."""
     models.ours.zero_grad()
     output = models.ours(texts, soft)
     loss = output.nll.sum() / output.tokens.sum()
@@ -248,7 +243,7 @@ def our_step(models: Models, texts: PackedTexts, soft: Tensor) -> Tensor:
 
 
 def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0) -> Tensor:
-    """As `our_step`, by the causal language model with labels; texts padded on the right to `padded` tokens."""
+    """Run the same step by transformers' model with labels; texts are padded on the right to `padded` tokens."""
     models.plain.zero_grad()
     words = models.plain.get_input_embeddings()(texts.token_ids.view(len(soft), -1))
     at, begins = int(texts.soft_at[0]), int(texts.response_from[0])
@@ -266,26 +261,26 @@ def plain_step(models: Models, texts: PackedTexts, soft: Tensor, padded: int = 0
 
 
 def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
-    """The ratios of training steps."""
+    """Measure the ratios of training steps."""
     number, lengths = (4, (6, 3)) if options.tiny else (32, (22, 12))
     texts, soft, longest = packed(models, number, *lengths), models.soft(number), 24 if options.tiny else 512
     ours = lambda: our_step(models, texts, soft)  # noqa: E731
     torch.testing.assert_close(plain_step(models, texts, soft), ours(), rtol=1e-4, atol=1e-4)
-    found = {"train_words": ratio({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)}
+    found = {"train_words": compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)}
     models.freeze_words()
-    found["train_step"] = ratio({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)
+    found["train_step"] = compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)
     few, few_soft = packed(models, 4, *lengths), models.soft(4)
     padded = lambda: plain_step(models, few, few_soft, longest)  # noqa: E731
     least = max(3, rounds // 2)
-    found["train_padded"] = ratio({"padded": padded, "packed": lambda: our_step(models, few, few_soft)}, least)
+    found["train_padded"] = compare({"padded": padded, "packed": lambda: our_step(models, few, few_soft)}, least)
     texts, soft = packed(models, number // 2, *lengths), models.soft(number // 2)
     history = packed(models, number // 2, lengths[0] + (20 if options.tiny else 280), lengths[1])
     sides = {"text": lambda: our_step(models, history, soft), "soft": lambda: our_step(models, texts, soft)}
-    return found | {"soft_vs_text": ratio(sides, least)}
+    return found | {"soft_vs_text": compare(sides, least)}
 
 
 def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Passes of a user encoder: one for all creatives of a user, or one for each."""
+    """Measure passes of a user encoder: one for all creatives of a user, or one for each creative."""
     users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (32, 100, 8, 64)
     encoder = SASRec(SASRecShape(width=width, layers=2, heads=2, max_positions=256)).eval()
     x, queries = torch.randn(users, events, width), torch.randn(users, creatives, width)
@@ -301,11 +296,11 @@ def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
             return encoder(own.reshape(-1, width), offsets * events, times, asked, times)[1]
 
     torch.testing.assert_close(run(creatives), run(1), rtol=1e-4, atol=1e-4)
-    return ratio({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
+    return compare({"each": lambda: run(creatives), "once": lambda: run(1)}, rounds)
 
 
 def lookup(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a lookup, mean of random ones, and bytes of the files."""
+    """Measure the mean microseconds of random lookups, and the bytes of the files."""
     users, items, titles = (200, 50, 4) if options.tiny else (100_000, 125_000, 8)
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -358,7 +353,7 @@ SIDES = {"labels": plain_step, "packed": our_step}
 
 
 def measure(side: str, tiny: bool) -> int:
-    """Peak bytes of a training step above what it begins with; in a process of its own. A small step comes first.
+    """Return the peak bytes of a training step above those before it, after a small warm-up step. Needs its own process.
 
     side: name in SIDES; with " words" behind it, words and head are trained.
     """
@@ -368,14 +363,14 @@ def measure(side: str, tiny: bool) -> int:
     step(models, packed(models, 2, 4, 2), models.soft(2))
     number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
     texts, soft = packed(models, number, *lengths), models.soft(number)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     step(models, texts, soft)
     return _status("VmHWM") - before
 
 
 def memory(tiny: bool, suffix: str) -> dict[str, Any]:
-    """Peaks of both sides; those of tiny shapes are of this process, and say nothing."""
+    """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     peaks = {}
@@ -409,12 +404,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parts["train_step_memory"] = memory(options.tiny, "")
     parts["train_words_memory"] = memory(options.tiny, " words")
     found = lookup(options)
-    ratios = {name: part["ratio"] for name, part in parts.items() if "ratio" in part}
-    left_out = {name: part["left_out"] for name, part in parts.items() if "left_out" in part}
-    say(f"{ratios}; left out: {left_out}; lookup {found['microseconds']:.1f} microseconds")
+    ratios = {name: part.pop("ratio") for name, part in parts.items()}
+    say(f"{parts}; lookup {found['microseconds']:.1f} microseconds")
     shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
     shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
-    result = {"ratios": ratios, "left_out": left_out, "measured": parts, "lookup": found, "shapes": shapes}
+    result = {"ratios": ratios, "measured": parts, "lookup": found, "shapes": shapes}
     return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
 
 

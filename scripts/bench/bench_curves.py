@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import LLAMA, SMALL, GivenNegatives, labelled_piece
-from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from matplotlib.figure import Figure
 
 from hllm_torchrec.config.schema import (
@@ -181,10 +181,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     curves = {curve: measure(curve, values, default, made, repeats) for curve, values in chosen.items()}
     destroy_distributed()
-    ratios = {"step_catalogue_flat": curves["catalogue"][-1]["seconds"] / curves["catalogue"][0]["seconds"]}
+    ends = {curve: (points[0], points[-1]) for curve, points in curves.items()}
+    first, last = ends["catalogue"]
+    ratios = {"step_catalogue_flat": ratio(last["times"], first["times"])}
     for curve in ("history", "users", "negatives"):
-        first, last = ([point["seconds"] / point["item_tokens"] for point in curves[curve]][i] for i in (0, -1))
-        ratios[f"step_per_token_{curve}"] = last / first
+        first, last = ends[curve]
+        per_token = first["item_tokens"] / last["item_tokens"]
+        ratios[f"step_per_token_{curve}"] = ratio(last["times"], first["times"], per_token)
     share = {
         curve: {point[curve]: point["flops"] / point["seconds"] / peak for point in points}
         for curve, points in curves.items()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import LLAMA
-from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 
 from hllm_torchrec.config.schema import (
     Config,
@@ -126,11 +126,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             comparison.check_losses()
             seconds = medians(times)
             name = f"fusion_one_pass_h{history}"
-            ratios[name] = seconds["one by one"] / seconds["one pass"]
+            ratios[name] = ratio(times["one by one"], times["one pass"])
             tokens = comparison.shape()
             shapes[name] = {"history": history, "exposures": exposures, "tokens": tokens, "seconds": times}
             share[name] = {s: comparison.flops(b) / seconds[s] / peak for s, b in comparison.batches.items()}
-            say(f"history {history}: {seconds}, {ratios[name]:.1f} times")
+            say(f"history {history}: {seconds}")
     destroy_distributed()
     found = {"ratios": ratios, "shapes": shapes, "model": shape, "matmul_peak": peak, "matmul_share": share}
     return report("fusion", options, found)

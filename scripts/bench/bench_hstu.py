@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_candidates import peak_bytes
-from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -183,6 +183,7 @@ def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
         "seconds": medians(both),
         "seconds_forward": medians(alone),
         "times": both,
+        "times_forward": alone,
         "flops": {name: model.flops(sum(lengths), batch.pairs) for name, model in models.items()},
     }
 
@@ -190,10 +191,10 @@ def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
 def ratios_of(point: dict[str, Any], name: str) -> dict[str, float]:
     """The ratios of one batch."""
     found = {}
-    for suffix, seconds in (("", point["seconds"]), ("_forward", point["seconds_forward"])):
-        found[f"padded_vs_hstu_{name}{suffix}"] = seconds["padded"] / seconds["hstu"]
-        found[f"softmax_vs_hstu_{name}{suffix}"] = seconds["softmax"] / seconds["hstu"]
-        found[f"softmax_vs_plain_{name}{suffix}"] = seconds["softmax"] / seconds["plain"]
+    for suffix in ("", "_forward"):
+        times = point[f"times{suffix}"]
+        for other, ours in (("padded", "hstu"), ("softmax", "hstu"), ("softmax", "plain")):
+            found[f"{other}_vs_{ours}_{name}{suffix}"] = ratio(times[other], times[ours])
     return found
 
 
@@ -226,7 +227,8 @@ def on_cuda(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
             torch.cuda.synchronize()
 
         sides[backend] = run
-    return {"lengths": lengths, "seconds": medians(alternate(sides, repeats, warmup=2))}
+    times = alternate(sides, repeats, warmup=2)
+    return {"lengths": lengths, "seconds": medians(times), "times": times}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -261,8 +263,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for longest in longests:
             name = f"cuda_ml_{longest}"
             cuda[name] = on_cuda(lengths_of("ml", longest, CUDA_USERS, histories), 512, 10)
-            seconds = cuda[name]["seconds"]
-            ratios |= {f"{other}_vs_triton_{name}": seconds[other] / seconds["triton"] for other in seconds}
+            times = cuda[name]["times"]
+            ratios |= {f"{other}_vs_triton_{name}": ratio(times[other], times["triton"]) for other in times}
     shapes = {"width": width, "layers": LAYERS, "heads": HEADS, "users": USERS, "longest": list(longests)}
     found = {"ratios": ratios, "shapes": shapes, "points": points, "memory": used, "cuda": cuda or "there is none"}
     return report("hstu", options, found | {"matmul_peak": peak, "matmul_share": shares})

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from benchmarking import arguments, report, say
+from benchmarking import arguments, ratio, report, say
 
 from hllm_torchrec.data.id_map import IdMap
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         own = time.process_time() - start  # CPU seconds of making the ids, which are subtracted from both sides
         found = {side: in_own_process(side, count) for side in ("id_map", "dict")}
         ratios[f"memory_{count}"] = found["id_map"][0] / max(found["dict"][0], 1)
-        ratios[f"seconds_{count}"] = (found["id_map"][1] - own) / (found["dict"][1] - own)
+        ratios[f"seconds_{count}"] = ratio([found["id_map"][1] - own], [found["dict"][1] - own])
         sides[count] = {
             side: {"peak_bytes": size, "bytes_an_id": size / count, "cpu_seconds": seconds - own}
             for side, (size, seconds) in found.items()

@@ -11,12 +11,11 @@ The input is texts of MovieLens-100k with a prompt, each item once; the model is
     read      as shared, with the last layer computed only for the [ITEM] rows (as in training)
     products  only the matrix products of "shared", forward and backward, on buffers of the same shapes
 
-A ratio is the median over the rounds of the quotient of two times of the same round, so that slow and fast periods of
-the machine affect both times.
+`item_llm_matmul_share_*` is the time of "products" / that of "shared". --profile reports where the rest of a pass goes:
+the share of its time by operator, in float32 and in bfloat16.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from benchmarking import (
     keep_large_buffers,
     matmul_peak,
     medians,
+    ratio,
     report,
     why_no_bf16,
 )
@@ -55,6 +55,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cpu-time", action="store_true", help="measure CPU seconds of one thread, for a machine that is shared"
     )
+    parser.add_argument("--profile", action="store_true", help="also report the share of each operator of a pass")
     return parser.parse_args(given)
 
 
@@ -145,9 +146,15 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
     return forward_and_backward
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    """Median over the rounds of above / below."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+def operators(side: Side, least: float = 0.01) -> dict[str, float]:
+    """Share of each operator in the CPU seconds of a pass, largest first; those below `least` are summed as "rest"."""
+    with torch.profiler.profile() as profiled:
+        side()
+    own = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(own.values())
+    found = {name: spent / total for name, spent in sorted(own.items(), key=lambda one: -one[1])}
+    large = {name: round(share, 3) for name, share in found.items() if share >= least}
+    return {**large, "rest": round(1 - sum(large.values()), 3)}
 
 
 def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[[], float]:
@@ -213,8 +220,9 @@ def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[st
             "read_rows_alone": ratio(times["shared"], times["read"]),
         },
         "bf16": why_no_bf16(),
+        "operators": {n: operators(sides[n]) for n in ("shared", "shared_bf16") if options.profile and n in sides},
         "seconds": seconds,
-        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "ranges": {name: [min(values), max(values)] for name, values in times.items()},
         "clock": "processor seconds of one thread" if options.cpu_time else "wall seconds",
         "matmul_peak": peak,
         "matmul_share": {"item_llm": {name: flops[name] / seconds[name] / peak for name in sides}},

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import LLAMA, MAX_TEXT, PROMPT, SEPARATOR, TEXT_KEYS, Row, config_of
-from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from plain_hllm import Ints, pieces_of
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -144,7 +144,7 @@ def compare(history: int, options: argparse.Namespace) -> dict[str, Any]:
         "samples_per_second": rates,
         "seconds": times,
     }
-    return {"ratio": rates["ours"] / rates["plain"], "shape": shape}
+    return {"ratio": ratio(times["plain"], times["ours"], counts["ours"] / counts["plain"]), "shape": shape}
 
 
 def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -149,12 +149,12 @@ def memory(shape: Shape) -> dict[str, Any]:
     }
 
 
-def speed(shape: Shape, repeats: int, seconds: float) -> dict[str, float]:
-    """Median seconds of forward and backward by side."""
+def speed(shape: Shape, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of forward and backward by side and round."""
     inputs = example(shape)
     check_equal(inputs)
     sides = {side: lambda side=side: _timed(side, inputs) for side in SIDES}
-    return medians(alternate(sides, repeats, warmup=0, seconds=seconds))
+    return alternate(sides, repeats, warmup=0, seconds=seconds)
 
 
 def _timed(side: str, inputs: dict[str, Any]) -> None:
@@ -180,8 +180,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     say(f"peak above inputs: {peaks}")
     seconds, share = {}, {}
     for name, (rows, negatives, width) in shapes.items():
-        seconds[f"loss{name}"] = took = speed((rows, negatives, width), repeats, 0.0 if options.tiny else 2.0)
-        ratios[f"loss_speed{name}"] = took["plain"] / took["ours"]
+        times = speed((rows, negatives, width), repeats, 0.0 if options.tiny else 2.0)
+        seconds[f"loss{name}"] = took = medians(times)
+        ratios[f"loss_speed{name}"] = ratio(times["plain"], times["ours"])
         share[f"loss{name}"] = {side: 6 * rows * negatives * width / took[side] / peak for side in took}
         say(f"T={rows} K={negatives} D={width}: {took}")
     named = {f"loss{name}": dict(zip(("T", "K", "D"), shape)) for name, shape in shapes.items()}

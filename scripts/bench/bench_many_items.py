@@ -11,6 +11,7 @@ one thread.
 """
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, report, say
+from benchmarking import ROOT, alternate, arguments, matmul_peak, ratio, refuse_noisy, report, say
 from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
 
 from hllm_torchrec.distributed.process_group import distributed_device
@@ -91,18 +92,20 @@ def measure(engine: Engine, users: list[str], items: list[str], repeats: int) ->
     recommend: list[AnyRequest] = [RecommendRequest(user, 10, NOW) for user in asked]
     score: list[AnyRequest] = [ScoreRequest(user, own, NOW) for user, own in zip(asked, candidates, strict=True)]
     cold = [timed(lambda one=one: answered(engine, [one])) for one in recommend]  # type: ignore[misc]
-    warm = {"recommend": [], "score": []}  # type: ignore[var-annotated]
+    warm: dict[str, list[list[float]]] = {"recommend": [], "score": []}
     for one, other in zip(recommend, score, strict=True):
         sides: dict[str, Callable[[], Any]] = {
             "recommend": lambda one=one: answered(engine, [one]),
             "score": lambda other=other: answered(engine, [other]),
         }
-        for name, value in medians(alternate(sides, 3)).items():
-            warm[name].append(value)
+        for name, rounds in alternate(sides, 3).items():
+            warm[name].append(rounds)
     new = timed(lambda: answered(engine, [RecommendRequest("nobody", 10, NOW)]))
-    found = {f"{name}_ms": quantiles(values) for name, values in {**warm, "cold": cold}.items()}
-    ratio = float(np.median(warm["recommend"]) / np.median(warm["score"]))
-    return {**found, "new_user_ms": new * 1e3, "ratios": {"recommend_vs_score": ratio}}
+    of_users = {name: [statistics.median(rounds) for rounds in values] for name, values in warm.items()}
+    found = {f"{name}_ms": quantiles(values) for name, values in {**of_users, "cold": cold}.items()}
+    of_rounds = {name: np.median(values, axis=0).tolist() for name, values in warm.items()}
+    ratios, refused = refuse_noisy({"recommend_vs_score": ratio(of_rounds["recommend"], of_rounds["score"])})
+    return {**found, "new_user_ms": new * 1e3, "ratios": ratios, "refused": refused}
 
 
 def answered(engine: Engine, requests: list[AnyRequest]) -> None:

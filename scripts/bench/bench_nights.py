@@ -9,7 +9,6 @@ same ratio without the step embed, which writes the vectors of all users. Second
 process, because the machine may be shared.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarking import ROOT, arguments, matmul_peak, report, say
+from benchmarking import ROOT, arguments, matmul_peak, ratio, report, say
 
 sys.path.insert(0, str(ROOT / "scripts" / "experiments"))
 import shop  # noqa: E402
@@ -78,7 +77,7 @@ def night(folder: Path, history: int, pages: int, device: Any) -> dict[str, floa
             run_night(config, name, device, [step], report=lambda _: None)
             seconds[step].append(time.process_time() - started)
     events = sum(len(day.events) for day in days[: -NIGHTS // 2])
-    return {"events": events, **{step: statistics.median(of_step) for step, of_step in seconds.items()}}
+    return {"events": events, **seconds}
 
 
 def main() -> None:
@@ -93,11 +92,11 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="hllm-nights-") as folder:
                 found.append(night(Path(folder), history, pages, device))
                 say(str(found[-1]))
-    total = {one["events"]: sum(one[step] for step in STEPS) for one in found}
-    day = {events: seconds - one["embed"] for (events, seconds), one in zip(total.items(), found, strict=True)}
-    first = found[0]["events"]
-    ratios = {f"night_{events:.0f}": total[events] / total[first] for events in total}
-    ratios |= {f"day_{events:.0f}": day[events] / day[first] for events in day}
+    ratios: dict[str, float] = {}
+    for name, steps in (("night", STEPS), ("day", [step for step in STEPS if step != "embed"])):
+        spent = [[sum(night) for night in zip(*(one[step] for step in steps), strict=True)] for one in found]
+        for one, nights in zip(found, spent, strict=True):
+            ratios[f"{name}_{one['events']:.0f}"] = ratio(nights, spent[0])
     nothing = {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": {}}
     shapes = {"pages": pages, "histories": list(histories)}
     report("nights", options, {"ratios": ratios, "shapes": shapes, "seconds": found, **nothing})

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, report, say
+from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, ratio, report, say
 from serving_stand_in import Sizes, stand_in_dataset, stand_in_run
 from torch import nn
 
@@ -82,12 +82,12 @@ def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats:
     if worst > 1e-3:
         raise SystemExit(f"the scores differ by {worst}")
     works = {"scorer": by_scorer, "engine_one": lambda: by_engine(1), "engine": by_engine}
-    seconds = medians(alternate({name: partial(cpu_seconds, work) for name, work in works.items()}, repeats))
+    times = alternate({name: partial(cpu_seconds, work) for name, work in works.items()}, repeats)
     lengths = [state.cache.length for state in states]
     result = {
         "ratios": {
-            "engine_vs_scorer": seconds["scorer"] / seconds["engine"],
-            "engine_one_vs_scorer": seconds["scorer"] / seconds["engine_one"],
+            "engine_vs_scorer": ratio(times["scorer"], times["engine"]),
+            "engine_one_vs_scorer": ratio(times["scorer"], times["engine_one"]),
         },
         "shapes": {
             "fusion": plain.experiment.config.objective.fusion,
@@ -96,7 +96,7 @@ def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats:
             "history": {"median": float(np.median(lengths)), "max": max(lengths)},
         },
         "largest_score_difference": worst,
-        "requests_per_cpu_second": {name: USERS / value for name, value in seconds.items()},
+        "requests_per_cpu_second": {name: USERS / value for name, value in medians(times).items()},
         "outside_model": {
             "scorer": outside(plain, by_scorer),
             "engine_one": outside(engine.scorer, works["engine_one"]),

@@ -33,6 +33,7 @@ from benchmarking import (
     keep_large_buffers,
     matmul_peak,
     medians,
+    ratio,
     report,
     say,
 )
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for number, cost in enumerate(costs):
         if len(cost["seconds"]) == 2:
             name = "stage1_vs_stage2_step" + (f"_h{cost['history']}" if number else "")
-            ratios[name] = cost["seconds"]["stage1"] / cost["seconds"]["stage2"]
+            ratios[name] = ratio(cost["times"]["stage1"], cost["times"]["stage2"])
     share = {
         f"h{cost['history']}_b{cost['users']}": {
             s: cost["flops"][s] / cost["seconds"][s] / peak for s in cost["seconds"]

@@ -33,6 +33,7 @@ from benchmarking import (
     keep_large_buffers,
     matmul_peak,
     medians,
+    ratio,
     report,
     say,
     why_no_bf16,
@@ -369,9 +370,9 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
     say(f"{name}: " + ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items()))
     return {
         "ratios": {
-            name: seconds["plain"] / seconds["ours"],
-            f"{name}_nohead": seconds["plain_nohead"] / seconds["ours"],
-            **({f"{name}_fused": seconds["unfused"] / seconds["ours"]} if precision == "bf16" else {}),
+            name: ratio(times["plain"], times["ours"]),
+            f"{name}_nohead": ratio(times["plain_nohead"], times["ours"]),
+            **({f"{name}_fused": ratio(times["unfused"], times["ours"])} if precision == "bf16" else {}),
         },
         "share": {side: flops[side] / seconds[side] / peak for side in seconds},
         "row": {

@@ -1,10 +1,11 @@
 """The embedding store against plain files and Lance, and the embedding job against the Item LLM alone.
 
-    python scripts/bench/bench_store.py [--quick] [--out FILE]
+    python scripts/bench/bench_store.py [--quick] [--only store refresh job] [--out FILE]
 
 - `store_write_vs_plain`: writing 10^6 x 576 fp16 vectors with string ids, in blocks: seconds of a plain file (the bytes
   of the vectors, then fsync) / seconds of a commit (the same bytes, and checksums, ids, content hashes, index and
-  manifest, each synced).
+  manifest, each synced). `store_write_bound` is what this ratio could reach if everything that a commit can do on
+  another thread (checksums, syncs) took no time: plain file / (plain file + check for infinities + index of the ids).
 - `store_gather_vs_memmap`: look-up of 4,096 random ids: seconds of numpy's `memmap[rows]` / seconds of
   `Snapshot.gather`, in a store of int64 ids. `_strings`: the store has string ids, the memory map gets row numbers that
   are known; `_strings_dict`: the memory map's side first finds the row numbers in a Python dict. Both sides return
@@ -26,8 +27,10 @@ import argparse
 import itertools
 import os
 import shutil
+import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_step import LLAMA, SMALL
-from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from lance_table import INSTALLED, REMEDY, LanceTable
 from torch import Tensor
 
@@ -53,6 +56,7 @@ from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.store import EmbeddingStore, Snapshot
+from hllm_torchrec.store.segment import all_finite, sorted_index
 
 ASKED = 4096
 BLOCK = 16_384
@@ -86,6 +90,7 @@ QUICK = Sizes(1_000_000, 576, 100_000, 1000, 600, 16, 3)
 TINY = Sizes(500, 8, 300, 5, 60, 6, 1, 16, 20)
 
 
+PARTS = ("store", "refresh", "job")
 LANCE_RATIOS = (("write", "write", "store_int64"), ("gather", "gather_int64", "store"), ("upsert", "upsert", "store"))
 """(name of the ratio, comparison, side of the store) of each ratio to Lance."""
 
@@ -152,7 +157,28 @@ def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[flo
     }
     if INSTALLED:
         sides["lance"] = lambda: afresh(rows.write_lance, folder / "lance")
-    return alternate(sides, repeats)
+    return alternate(sides | {name: timed(part) for name, part in commit_parts(rows).items()}, repeats)
+
+
+def commit_parts(rows: Rows) -> dict[str, Callable[[], object]]:
+    """What a commit does in addition to writing the bytes of the vectors, each on one thread."""
+    blocks, ids = [rows.vectors[block] for block in rows.blocks()], pa.chunked_array([rows.keys["string"]])
+    return {
+        "finite": lambda: all(map(all_finite, blocks)),
+        "index": lambda: sorted_index(ids),
+        "checksums": lambda: [zlib.crc32(memoryview(block.numpy()).cast("B")) for block in blocks],
+    }
+
+
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """Function that calls `run` and returns its seconds."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    return seconds
 
 
 def compare_upserts(rows: Rows, folder: Path, sizes: Sizes) -> dict[str, list[float]]:
@@ -232,17 +258,20 @@ def bench_store(sizes: Sizes, folder: Path) -> dict[str, Any]:
     for name, of_sides in found.items():
         say(f"{name}: " + ", ".join(f"{side} {value:.4f} s" for side, value in of_sides.items()))
     lance = {
-        f"store_{name}_vs_lance": found[key]["lance"] / found[key][side]
+        f"store_{name}_vs_lance": ratio(seconds[key]["lance"], seconds[key][side])
         for name, key, side in LANCE_RATIOS
-        if "lance" in found.get(key, {})
+        if "lance" in seconds.get(key, {})
     }
+    strings, write = seconds["gather_string"], seconds["write"]
+    serial = [sum(round_) for round_ in zip(write["plain"], write["finite"], write["index"], strict=True)]
     return {
         "ratios": lance
         | {
-            "store_write_vs_plain": found["write"]["plain"] / found["write"]["store"],
-            "store_gather_vs_memmap": found["gather_int64"]["memmap"] / found["gather_int64"]["store"],
-            "store_gather_vs_memmap_strings": found["gather_string"]["memmap"] / found["gather_string"]["store"],
-            "store_gather_vs_memmap_strings_dict": found["gather_string"]["dict"] / found["gather_string"]["store"],
+            "store_write_vs_plain": ratio(write["plain"], write["store"]),
+            "store_write_bound": ratio(write["plain"], serial),
+            "store_gather_vs_memmap": ratio(seconds["gather_int64"]["memmap"], seconds["gather_int64"]["store"]),
+            "store_gather_vs_memmap_strings": ratio(strings["memmap"], strings["store"]),
+            "store_gather_vs_memmap_strings_dict": ratio(strings["dict"], strings["store"]),
         },
         "seconds": {"write": seconds["write"], **{k: v for k, v in found.items() if k != "write"}},
     }
@@ -301,8 +330,8 @@ def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int)
                 writer.delete([f"item-{item}" for item in rng.choice(sizes.items, sizes.new, replace=False)])
                 writer.commit()
             job("refresh", sizes.new)
-    found = medians(seconds)
-    return {"ratios": {"refresh_vs_full": found["refresh"] / found["full"]}, "seconds": {"refresh": seconds}}
+    each = [statistics.median(seconds["refresh"][at : at + 3]) for at in range(0, 3 * fulls, 3)]
+    return {"ratios": {"refresh_vs_full": ratio(each, seconds["full"])}, "seconds": {"refresh": seconds}}
 
 
 class Forward:
@@ -346,7 +375,7 @@ def bench_job(sizes: Sizes, shape: dict[str, Any], folder: Path, peak: float) ->
     say("embed job: " + ", ".join(f"{side} {sizes.job_items / value:.1f} items/s" for side, value in seconds.items()))
     flops = hllm.item_llm.flops(work)
     return {
-        "ratios": {"embed_job_vs_forward": seconds["forward"] / seconds["job"]},
+        "ratios": {"embed_job_vs_forward": ratio(times["forward"], times["job"])},
         "seconds": {"job": times},
         "share": {side: flops / value / peak for side, value in seconds.items()},
         "tokens": work.tokens,
@@ -355,24 +384,30 @@ def bench_job(sizes: Sizes, shape: dict[str, Any], folder: Path, peak: float) ->
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
-    options: argparse.Namespace = arguments(__doc__).parse_args(argv)
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure (default: all)")
+    options: argparse.Namespace = parser.parse_args(argv)
     init_distributed()
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     sizes = TINY if options.tiny else QUICK if options.quick else FULL
     small = SMALL | {"vocab_size": 64}
     with tempfile.TemporaryDirectory() as folder:
-        job = bench_job(sizes, small if options.tiny else ITEM_LLM, Path(folder), peak)
-        refresh = bench_refresh(sizes, small if options.tiny else REFRESHED, Path(folder), 1 if options.quick else 3)
-        store = bench_store(sizes, Path(folder))
+        run = {
+            "store": lambda: bench_store(sizes, Path(folder)),
+            "refresh": lambda: bench_refresh(
+                sizes, small if options.tiny else REFRESHED, Path(folder), 1 if options.quick else 3
+            ),
+            "job": lambda: bench_job(sizes, small if options.tiny else ITEM_LLM, Path(folder), peak),
+        }
+        parts = {name: run[name]() for name in reversed(PARTS) if name in options.only}
     destroy_distributed()
-    parts = (store, refresh, job)
     found = {
-        "ratios": {name: value for part in parts for name, value in part["ratios"].items()},
-        "shapes": {**sizes.__dict__, "block": BLOCK, "job_tokens": job["tokens"]},
+        "ratios": {name: value for part in parts.values() for name, value in part["ratios"].items()},
+        "shapes": {**sizes.__dict__, "block": BLOCK, "job_tokens": parts.get("job", {}).get("tokens")},
         "models": {"refresh": REFRESHED, "job": ITEM_LLM},
-        "seconds": {name: value for part in parts for name, value in part["seconds"].items()},
+        "seconds": {name: value for part in parts.values() for name, value in part["seconds"].items()},
         "matmul_peak": peak,
-        "matmul_share": {"embed_job": job["share"]},
+        "matmul_share": {"embed_job": parts["job"]["share"]} if "job" in parts else None,
     }
     return report("store", options, found)
 

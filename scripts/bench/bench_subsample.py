@@ -9,7 +9,6 @@ share; `tokens` is the ratio of the numbers of tokens that the Item LLM encoded.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, report, say
+from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, ratio, report
 
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
@@ -60,14 +59,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     steps, skipped = (2, 1) if options.tiny else (12, 8) if options.quick else (40, 15)
     found = compare(config_from_file(options.config), options, steps, skipped)
     destroy_distributed()
-    ratios = [a / b for a, b in zip(found["seconds"]["all"], found["seconds"]["share"], strict=True)]
-    say(f"subsample: {statistics.median(ratios):.2f}")
     return report(
         "subsample",
         options,
         {
             "ratios": {
-                "subsample": statistics.median(ratios),
+                "subsample": ratio(found["seconds"]["all"], found["seconds"]["share"]),
                 "tokens": found["tokens"]["all"] / found["tokens"]["share"],
             },
             "shapes": {"share": options.share, "steps": steps, "skipped": skipped, "config": options.config.name},

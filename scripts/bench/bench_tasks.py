@@ -11,7 +11,6 @@ the quotients of the same round.
 evaluations of one column each, on the same files, alternately.
 """
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import yaml
-from benchmarking import arguments, matmul_peak, report, say
+from benchmarking import arguments, matmul_peak, medians, ratio, report
 
 from hllm_torchrec.config.schema import (
     Config,
@@ -153,16 +152,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rows = 2_000 if options.tiny else 200_000 if options.quick else 1_000_000
         at_once, each = evaluation_times(folder / "predictions", rows, 1 if options.tiny else 5)
     destroy_distributed()
-    ratios = {
-        f"tasks_{side}": statistics.median(a / b for a, b in zip(seconds[side], seconds["one"], strict=True))
-        for side in ("three", "eight", "mmoe")
-    }
-    ratios["evaluate_eight"] = statistics.median(a / b for a, b in zip(at_once, each, strict=True))
+    ratios = {f"tasks_{side}": ratio(seconds[side], seconds["one"]) for side in ("three", "eight", "mmoe")}
+    ratios["evaluate_eight"] = ratio(at_once, each)
     seconds |= {"evaluate_at_once": at_once, "evaluate_each": each}
-    say(f"steps of {exposures} exposures: {ratios}")
     shapes = {"exposures": exposures, "users": users, "rounds": rounds, "rows": rows}
-    medians = {side: statistics.median(times) for side, times in seconds.items()}
-    found = {"ratios": ratios, "seconds": medians, "shapes": shapes, "matmul_peak": matmul_peak(seconds=0.1)}
+    found = {"ratios": ratios, "seconds": medians(seconds), "shapes": shapes, "matmul_peak": matmul_peak(seconds=0.1)}
     return report("tasks", options, found | {"matmul_share": None})
 
 

@@ -16,12 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, report
+from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, ratio, report
 
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
@@ -80,19 +79,20 @@ def all_batches(trainer: Trainer) -> Iterator[list[HybridBatch]]:
 
 
 def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps: int) -> float:
-    """Median seconds of a step without / with the exchange of ids ahead of the step; blocks of steps alternate."""
+    """Seconds of a block of steps without / with the exchange of ids ahead of the step, on this rank."""
     assert trainer.table_prefetcher is not None
+    size = min(BLOCK, steps)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     coming = next(batches)
     for number in range(2 * steps):
-        ahead = number // min(BLOCK, steps) % 2 == 1
+        ahead = number // size % 2 == 1
         now, coming = coming, next(batches)
         begun = time.perf_counter()
         trainer.train_step(now, coming if ahead else None)
         seconds[ahead].append(time.perf_counter() - begun)
     trainer.table_prefetcher.finish()
-    mean = global_sum(torch.tensor([median(seconds[False]), median(seconds[True])], dtype=torch.float64))
-    return float(mean[0] / mean[1])
+    without, ahead_of_it = ([sum(s[at : at + size]) for at in range(0, steps, size)] for s in seconds.values())
+    return ratio(without, ahead_of_it)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Common functions of the bench_*.py scripts: arguments, alternating timing, the machine's peak, the final JSON.
 
 Rules of every bench: the compared sides run in one process with one allocator setting, alternately, after a warm-up; a
-ratio is the ratio of medians. Speeds are also given as a share of the machine's measured matrix-product peak.
+ratio is the median over the rounds, and is refused if the rounds disagree (`ratio`, `refuse_noisy`). Speeds are also
+given as a share of the machine's measured matrix-product peak.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ SMOLLM2: dict[str, Any] = {
     "vocab_size": 49_152,
 }
 """The shape of SmolLM2-135M, with 6 of its 30 layers."""
+
+
+SPREAD_LIMIT = 0.3
+"""Largest spread of a ratio that is reported."""
+
+
+class Ratio(float):
+    """A ratio of times, and how much its rounds disagree: (third quartile - first quartile) / median."""
+
+    spread: float | None
+    """None for a single round."""
 
 
 def keep_large_buffers() -> None:
@@ -90,6 +102,41 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) -> Ratio:
+    """Median over the rounds of above / below, times `scale`.
+
+    A round measures both sides one after the other, so what slows the machine down for longer than a round cancels.
+    The quartiles are those of the same quotients. They leave a single disturbed round out, unlike the range, and are
+    interpolated linearly between the rounds (three rounds: half the range).
+
+    Args:
+        above: seconds of one side by round, as `alternate` returns them.
+        below: seconds of the other side, of the same rounds.
+        scale: factor of every quotient, for a side of which only a part was run.
+    """
+    quotients = [scale * a / b for a, b in zip(above, below, strict=True)]
+    found = Ratio(statistics.median(quotients))
+    found.spread = None
+    if len(quotients) > 1:
+        first, _, third = statistics.quantiles(quotients, n=4, method="inclusive")
+        found.spread = (third - first) / found
+    return found
+
+
+def refuse_noisy(ratios: Mapping[str, float | None]) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Return the ratios, with None for those whose spread is above `SPREAD_LIMIT`, and the reason of each refusal.
+
+    Ratios of bytes and counts have no rounds and remain.
+    """
+    spreads = {name: value.spread for name, value in ratios.items() if isinstance(value, Ratio)}
+    refused = {
+        name: f"its rounds spread over {spread:.0%} of their median, more than {SPREAD_LIMIT:.0%}"
+        for name, spread in spreads.items()
+        if spread is not None and spread > SPREAD_LIMIT
+    }
+    return {name: None if name in refused else value for name, value in ratios.items()}, refused
+
+
 def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
     """Floating-point operations per second of matrix products on this machine, with all threads that torch uses."""
     return measured_matmul_peak("cpu", dtype, seconds=seconds)
@@ -110,11 +157,15 @@ def say(text: str) -> None:
 def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
     """Print the shares of the peak, then the result as one JSON object on stdout's last line; write it to `--out`.
 
+    If a ratio is refused (see `refuse_noisy`), it is null in the JSON, and so are the shares: the time of a side was
+    not that of an idle machine. The shares are also refused if one of them is above 100%, because the peak was then
+    measured while something else ran. Both are printed. The tests' runs (`--tiny`) are not timings and print all.
+
     Args:
         bench: name of the bench.
         options: the parsed arguments.
-        found: results: `ratios`, `shapes`, `matmul_peak` (operations/s), `matmul_share` by row and side (None: the
-            bench multiplies no matrices), and any further entries.
+        found: results: `ratios` (those of times by `ratio`), `shapes`, `matmul_peak` (operations/s), `matmul_share` by
+            row and side (None: the bench multiplies no matrices), and any further entries.
     """
     machine = machine_info()
     result = {
@@ -124,6 +175,7 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
         "ratios": {},
         "shapes": {},
         **found,
+        **_trusted(found, options.tiny),
         "threads": torch.get_num_threads(),
         "allocator": {name: os.environ.get(name) for name in LARGE_BUFFERS_KEPT},
         "load": os.getloadavg()[0],
@@ -135,12 +187,27 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"share of the matrix-product peak, {found['matmul_peak'] / 1e9:.0f} GFLOP/s: {_shares(found)}")
+    for name, reason in result["refused"].items():
+        print(f"refused: {name}: {reason}; run it again with nothing else running")
+    print(f"share of the matrix-product peak, {result['matmul_peak'] / 1e9:.0f} GFLOP/s: {_shares(result)}")
     print(json.dumps(result), flush=True)
     return result
 
 
+def _trusted(found: Mapping[str, Any], tiny: bool) -> dict[str, Any]:
+    """Fields of the result that depend on whether the machine was idle."""
+    given, shares = found.get("ratios", {}), found.get("matmul_share")
+    ratios, refused = (given, {}) if tiny else refuse_noisy(given)
+    spreads = {name: value.spread for name, value in given.items() if isinstance(value, Ratio)}
+    highest = max((share for by in (shares or {}).values() for share in by.values()), default=0.0)
+    if highest > 1 and not tiny:
+        refused |= {"matmul_share": f"{highest:.0%} of the peak, which something else must have slowed down"}
+    return {"ratios": ratios, "spreads": spreads, "refused": refused, "matmul_share": None if refused else shares}
+
+
 def _shares(found: Mapping[str, Any]) -> str:
+    if found["refused"]:
+        return "refused"
     shares = found["matmul_share"] or {}
     rows = (f"{row} " + ", ".join(f"{side} {share:.1%}" for side, share in by.items()) for row, by in shares.items())
     return "; ".join(rows) or "nothing was multiplied"

@@ -1,22 +1,22 @@
-"""E1 of HLLM-Creator: does one soft token choose what a text stresses? Real users of MovieLens-100k, texts by a rule.
+"""E1: whether a soft token of the user determines what a text stresses. Users of MovieLens-100k, texts made by a rule.
 
     python scripts/experiments/creator_e1.py --work runs/creator_e1 --arms A B --seeds 0 --steps 700
 
 For every liked film with at least two genres and five earlier likes, the text is the genre of the film with the largest
-lift among the user's latest 20 likes (`hllm_torchrec.creative.template`): without the user it cannot be known. Texts of
-a fifth of the users are held out. Arms, of the same LLM, steps and seeds:
+lift among the user's latest 20 likes (`hllm_torchrec.creative.template`), which cannot be predicted without the user.
+The test part has a fifth of the users. All arms use the same LLM, number of steps and seeds:
 
-    A    item only: the learned vector that stands for unknown users, always
-    B    a soft token from the user encoder, which is trained on
-    C    the same, the user encoder frozen
-    D    the latest 20 likes with their genres as text in the prompt, no soft token
-    R    B with the paper's reconstruction of a profile of the user: the genres of what the rule reads, by lift
-    E2   B on other texts: the title of the film that the user liked next, about which the prompt says nothing
+    A    item only: null, the learned tokens of unknown users, replaces every user
+    B    a soft token from the user encoder, which is trained, too
+    C    B with a frozen user encoder
+    D    the latest 20 likes with their genres as text in the prompt, without a user vector
+    R    B with `creative.losses.recon` of a profile: the genres of the latest 20 likes with the largest lifts
+    E2   B on other texts: the title of the next film that the user liked; the prompt does not mention the film
 
-Reported on held-out users: nats per text and accuracy of the genre among the film's, with the right user, with none,
-with another one, and with the center of the user's cluster (k-means of the training users' soft tokens); and of a table
-of counts per film. Differences have 95% intervals by resampling users. Finished parts are kept: a run that is started
-again continues. Choices belong on `--split valid`.
+Reported for the users of the part: nats per text, and accuracy of the genre among the film's genres, given the right
+user, null, another user, and the center of the user's cluster (k-means of the training users' soft tokens); and both
+for a table of counts per film. Differences have 95% intervals by resampling users. Finished runs and results are reused
+by the next call. Use `--split valid` (the default) to choose settings.
 """
 
 import argparse
@@ -77,16 +77,16 @@ WRITERS: dict[str, list[str]] = {
         "--optim.creative_lr=2.0e-3",
     ],
 }
-"""The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue, at a tenth of
-the cost of a step."""
+"""The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue; its steps
+cost a tenth."""
 TABLE, FEATURE = "genres", "genres"
 AT_ONCE = 96
 AMONG = ", among the film's genres"
-"""Of nats: given that the text is one of the film's genres."""
+"""Suffix of the names of nats that are computed given that the text is one of the film's genres."""
 
 
 def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
-    """Train an arm, unless it is trained; returns its run."""
+    """Train an arm, unless this has been done; returns its run."""
     work: Path = arguments.work
     models, base = arguments.models, work / "base"
     common = [f"--data.dataset={arguments.dataset}", f"--item_llm.pretrained={models}"]
@@ -130,7 +130,7 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
 
 
 def writer_options(arguments: argparse.Namespace) -> list[str]:
-    """Options of the writer; builds the tokenizer of words."""
+    """Return the options of the Creative LLM; for "words" it also builds the tokenizer."""
     if arguments.writer == "smollm2":
         return [f"--creative.pretrained={arguments.models}", *WRITERS["smollm2"]]
     folder = arguments.work / "words"
@@ -140,9 +140,9 @@ def writer_options(arguments: argparse.Namespace) -> list[str]:
 
 
 class Choices:
-    """Candidate texts of the creatives `index` [n] of a part: one for each value that the item has.
+    """Candidate texts of the creatives `rows` [n] of a part: one for each value of the item's feature.
 
-    owner: [C] position in `index` of each candidate; is_right: [C] whether it is the creative's own text.
+    owner: [C] position in `rows` of each candidate's creative; is_right: [C] whether it is the creative's own text.
     """
 
     def __init__(self, experiment: Experiment, part: CreativeRows, rows: Ints) -> None:
@@ -164,7 +164,7 @@ class Choices:
         self._responses = tokenizer.responses(self.texts)
 
     def nll(self, experiment: Experiment, vectors: torch.Tensor, is_null: torch.Tensor) -> Doubles:
-        """Negative log-likelihood [C] of each candidate with the user vectors [n, D]."""
+        """Compute the negative log-likelihood [C] of each candidate given the user vectors [n, D]."""
         owner = torch.from_numpy(self.owner)
         order = np.argsort([len(self._prompts[n].after) for n in self.owner], kind="stable")
         steps = [order[i : i + AT_ONCE] for i in range(0, order.size, AT_ONCE)]
@@ -180,12 +180,13 @@ class Choices:
         return found
 
     def choice_nats(self, nll: Doubles) -> Doubles:
-        """[n] nats of each text among the candidates of its item: what remains if the writer chooses among them."""
+        """Compute the nats [n] of each text if the model's probabilities are normalized over the candidates of the
+        item."""
         share = np.exp(-nll)
         return -np.log(share / np.bincount(self.owner, share)[self.owner])[self.is_right]
 
     def accuracy(self, nll: Doubles) -> Doubles:
-        """[n] 1 where the creative's own text is the most likely candidate; ties count as their share."""
+        """Return [n]: 1 if the creative's own text is the most likely candidate, 1 / number of ties, or 0."""
         best = np.full(self.items.size, np.inf)
         np.minimum.at(best, self.owner, nll)
         is_best = nll <= best[self.owner]
@@ -194,7 +195,10 @@ class Choices:
 
 
 def count_table(train_part: CreativeRows, choices: Choices) -> tuple[Doubles, Doubles]:
-    """(nats, accuracy) [n] of counts of texts per item in training, smoothed by the share of each value: no user."""
+    """Compute (nats, accuracy), [n] each, of the baseline without users: counts of texts per item in the training part.
+
+    The counts are smoothed by the overall share of each text.
+    """
     counts: dict[tuple[int, str], float] = {}
     overall: dict[str, float] = {}
     for item, text in zip(train_part.item_ids.tolist(), train_part.rows["response"].to_pylist(), strict=True):
@@ -207,14 +211,15 @@ def count_table(train_part: CreativeRows, choices: Choices) -> tuple[Doubles, Do
 
 
 def popularity(trained_on: Sequence[str], texts: Sequence[str]) -> Doubles:
-    """Nats of each text by its count in training; a text that is not there counts as half a time."""
+    """Compute the nats of each text by its frequency in training; a text that does not occur there has the count
+    0.5."""
     counts = Counter(trained_on)
     total = len(trained_on) + 0.5 * len(set(texts) - counts.keys())
     return np.array([-np.log((counts[text] or 0.5) / total) for text in texts])
 
 
 def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, Any]:
-    """Figures of a trained arm on held-out users."""
+    """Evaluate a trained arm on the users of the part; the results are stored in a JSON file."""
     target = arguments.work / f"{run.name}-{arguments.split}.json"
     if target.is_file():
         return dict(json.loads(target.read_text(encoding="utf-8")))
@@ -242,7 +247,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
 def score(
     arguments: argparse.Namespace, experiment: Experiment, arm: str
 ) -> tuple[dict[str, Doubles], dict[str, Doubles], Ints]:
-    """Nats and hits [n] of texts of held-out users by condition, and their users [n]."""
+    """Compute nats and accuracies [n] of the texts of a part by condition, and the texts' users [n]."""
     assert experiment.creatives is not None
     known = creative_vectors(experiment, arguments.split)
     chosen = np.sort(np.random.default_rng(0).permutation(len(known.loader))[: arguments.evaluated])
@@ -275,7 +280,7 @@ def score(
 def nll_of_texts(
     experiment: Experiment, known: CreativeVectors, chosen: Ints, vectors: torch.Tensor, is_null: torch.Tensor
 ) -> Doubles:
-    """Negative log-likelihood [n] of the creatives `chosen` [n] with the user vectors [n, D]."""
+    """Compute the negative log-likelihoods [n] of the creatives `chosen` [n] given the user vectors [n, D]."""
     order = np.argsort(known.loader.tokens.lengths[chosen], kind="stable")
     steps = [order[i : i + AT_ONCE] for i in range(0, order.size, AT_ONCE)]
     found = np.empty(order.size)
@@ -289,9 +294,10 @@ def _texts_of(known: CreativeVectors, chosen: Ints, index: Ints) -> PackedTexts:
 
 
 def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens: SoftPrompt) -> torch.Tensor:
-    """[n, D] centers of the clusters of `vectors` [n, D], by k-means of the soft tokens of vectors [N, D].
+    """Return the cluster centers [n, D] of `vectors` [n, D], by k-means of the soft tokens of `trained_on` [N, D].
 
-    As published: in the space of the user vectors, directions that the writer does not read make most of a distance.
+    Soft tokens are clustered, as published, because distances between user vectors are dominated by directions that the
+    Creative LLM does not use.
     """
 
     def read(users: torch.Tensor) -> np.ndarray:
@@ -306,13 +312,13 @@ def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens
 
 
 def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]:
-    """Mean and 95% interval over users of what the right user is worth against each other condition, in nats."""
+    """Return mean and 95% interval over users of each condition's nats minus those of the right user."""
     if "right" not in nats:
         return {}
     found = {}
     for name in (name for name in nats if not name.startswith("right")):
         rights = [f"right{AMONG}"] if name.endswith(AMONG) else ["right"]
-        if name == "count table":  # it chooses among the film's, too
+        if name == "count table":  # its nats, too, are over the film's genres
             rights.append(f"right{AMONG}")
         for right in (right for right in rights if right in nats):
             values = nats[name] - nats[right]
@@ -321,7 +327,7 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
 
 
 def kept(nats: dict[str, Doubles]) -> dict[str, float]:
-    """Share of null - right that the centers of clusters keep."""
+    """Return the share of null - right that remains with the centers of clusters."""
     clusters = {name: values for name, values in nats.items() if name.startswith("cluster")}
     return {
         name: float((nats["null"] - values).mean() / (nats["null"] - nats["right"]).mean())
@@ -335,13 +341,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "creator_e1", help="folder of runs and results")
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--writer", choices=WRITERS, default="smollm2", help="who writes")
+    parser.add_argument("--writer", choices=WRITERS, default="smollm2", help="Creative LLM")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
-    parser.add_argument("--alone", type=float, default=0.5, help="epochs of them in which the writer learns alone")
-    parser.add_argument("--evaluated", type=int, default=1500, help="texts of held-out users that are scored")
-    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="whose users are held out")
+    parser.add_argument(
+        "--alone", type=float, default=0.5, help="first epochs, in which only the Creative LLM is trained"
+    )
+    parser.add_argument("--evaluated", type=int, default=1500, help="number of texts to score")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="part to evaluate on")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")
     parser.add_argument("options", nargs="*", help="options of `hllm train` for the arms, after --")
     arguments = parser.parse_args(argv)

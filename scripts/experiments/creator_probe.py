@@ -1,12 +1,13 @@
-"""What a writer could know at most of a text that is a genre of the film: a linear choice from what is given of users.
+"""Upper bounds for E1: how well a linear layer chooses the genre that is the text, by what is known about the user.
 
     python scripts/experiments/creator_probe.py --work runs/creator_e1 --steps 600
 
-Genres of the film are scored by a linear layer (a perfect writer: it has to learn no language), on E1's table, which
-`creator_e1.py` builds, and its base run. Given is nothing, the genres of what the rule reads (the latest 20 likes), of
-more than it reads, the user vector of the base run as it is, or the user vector while its encoder is trained on. Nats
-and accuracy on the validation users, at the end. The configuration's user vector has the mean text of what the user
-liked as a part; with `-- --creative.soft.text_decay=0` it is the user encoder's alone.
+A linear layer scores the genres of the film; unlike a Creative LLM it does not have to learn a language. The table and
+the base run are those of `creator_e1.py`. Inputs of the layer are one of: nothing; the shares of genres among the
+user's latest 20 likes (which determine the text), latest 64 likes, or latest 128 events; the user vector of the base
+run; the user vector while its encoder is trained with the layer. Prints nats and accuracy on the validation users after
+training. By the configuration the user vector includes the mean text embedding of the user's likes; with `--
+--creative.soft.text_decay=0` it is only the output of the user encoder.
 """
 
 import argparse
@@ -36,7 +37,11 @@ MASKED = -1e9
 
 
 class Texts:
-    """Texts of a part as choices. may: [N, G] genres of the film; right: [N] the text; counts: of each window."""
+    """Texts of a part as choices among G genres.
+
+    may: [N, G] bool genres of the film; right: [N] genre that is the text; counts: window of the history -> [N, G]
+    shares of the genres.
+    """
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         part = CreativeTable.open(dataset, TABLE).part(split)
@@ -56,13 +61,13 @@ class Texts:
         self.counts = {name: torch.from_numpy(np.stack(rows)) for name, rows in windows.items()}
 
     def scores(self, logits: Tensor) -> list[float]:
-        """[nats, accuracy] of logits [N, G]."""
+        """Return [nats, accuracy] of logits [N, G]."""
         masked = logits.masked_fill(~self.may, MASKED)
         return [float(cross_entropy(masked, self.right)), float((masked.argmax(1) == self.right).float().mean())]
 
 
 def fit(given: dict[str, Tensor], texts: dict[str, Texts], steps: int = 600) -> list[float]:
-    """[nats, accuracy] of the validation texts, of a linear choice from fixed vectors {split: [N, F]}."""
+    """Fit a linear layer to fixed vectors {split: [N, F]}; returns [nats, accuracy] of the validation texts."""
     torch.manual_seed(0)
     mean, deviation = given["train"].mean(0), given["train"].std(0) + 1e-6
     layer = nn.Linear(mean.numel(), texts["train"].may.shape[1])
@@ -77,7 +82,7 @@ def fit(given: dict[str, Tensor], texts: dict[str, Texts], steps: int = 600) -> 
 
 
 def train_on(trainer: Trainer, texts: dict[str, Texts], steps: int) -> list[float]:
-    """[nats, accuracy] of the validation texts with a linear choice and the user encoder trained together."""
+    """Train a linear layer and the user encoder together; returns [nats, accuracy] of the validation texts."""
     experiment, hllm = trainer.experiment, trainer.hllm
     layer = nn.Linear(hllm.user_vector_width, texts["train"].may.shape[1])
     optimizer = torch.optim.AdamW(layer.parameters(), lr=trainer.config.optim.lr, weight_decay=0.0)
@@ -106,12 +111,12 @@ def train_on(trainer: Trainer, texts: dict[str, Texts], steps: int) -> list[floa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print [nats, accuracy] of each as JSON."""
+    """Print [nats, accuracy] for each input as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "creator_e1", help="folder of creator_e1.py")
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--steps", type=int, default=600, help="of 32 texts, with the user encoder; 0: none")
+    parser.add_argument("--steps", type=int, default=600, help="steps of 32 texts with the user encoder; 0: none")
     parser.add_argument("options", nargs="*", help="options of `hllm train`, such as --optim.user_lr, after --")
     arguments = parser.parse_args(argv)
     dataset = Dataset.open(arguments.dataset)

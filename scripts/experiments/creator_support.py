@@ -9,8 +9,8 @@ other      another item, chosen at random
 one word   the item itself, but one content word of the sentence is replaced by one of another item's description
 negated    the item itself, but "not" is inserted
 
-Prints the share of texts that the filter drops, as JSON. Replaced words may be related to the item by chance, and an
-inflected form of a fact's word is supported, so that "one word" need not be 1.
+Prints the share of texts that the filter drops, as JSON. The share of "one word" may be below 1, because the facts may
+contain the new word by chance, and the filter accepts an inflected form of a fact's word.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LEAST_WORDS = 5
 
 
 def drop_rates(descriptions: Sequence[str], titles: Sequence[str], count: int, seed: int) -> dict[str, float]:
-    """Share of texts of each kind that the filter drops, and the number of texts.
+    """Compute the share of texts of each kind that the filter drops; also returns the number of texts.
 
     Args:
         descriptions, titles: texts of the items.

@@ -1,7 +1,8 @@
-"""Tables of the experiments with personalized texts on MovieLens, beside those of `hllm creatives build`.
+"""Tables of the experiments with personalized texts on MovieLens that `hllm creatives build` cannot make.
 
-history    E1's table with the films that the rule reads as text (column `profile`), for a model without users
-next       E2: the title and year of each film that a user liked, as a text about the user
+history     E1's table; its column `profile` lists the user's latest likes, for a model without user vectors
+interests   E1's table; its column `profile` has the genres of the latest likes with the largest lifts
+next        E2's table: the response is the title and year of the next film that the user liked
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +24,23 @@ from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.visibility import visible_before
 
 RECENT, LEAST = 20, 5
-"""Latest likes that the texts are about, and the fewest: as `hllm creatives build` by default."""
+"""Number of latest likes that a text is made from, and minimum number of earlier likes; defaults of `hllm creatives
+build`."""
 FRACTIONS = (0.7, 0.1, 0.2)
-"""Shares of the users in each part, as there."""
+"""Shares of the users in each part; defaults of `hllm creatives build`."""
 
 
 def add_history(dataset: Dataset, source: str, name: str, columns: Sequence[str] = ("title", "genres")) -> None:
-    """Write the table `source` with the user's latest likes as `profile`, unless it exists."""
+    """Write a copy of the table `source` whose profiles list the user's latest likes, unless it exists."""
     films = _names(dataset, columns)
     _add_profiles(dataset, source, name, lambda recent: "; ".join(films[item] for item in recent))
 
 
 def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genres", most: int = 5) -> None:
-    """Write the table `source` with the values that the latest likes have most of, by lift, unless it exists."""
+    """Write a copy of the table `source` whose profiles are the values with the largest lifts among the latest likes.
+
+    An existing table is not changed.
+    """
     values, offsets = dataset.feature_ids("item", feature)
     labels = ["", *dataset.feature_values(feature).to_pylist()]
     has = np.zeros((offsets.size - 1, len(labels)), bool)
@@ -52,7 +57,7 @@ def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genr
 
 
 def _add_profiles(dataset: Dataset, source: str, name: str, describe: Callable[[Ints], str]) -> None:
-    """Write the table `source` with what `describe` says of the user's latest likes as `profile`."""
+    """Write a copy of the table `source` with profile = describe(items of the latest likes), unless it exists."""
     if table_path(dataset, name).exists():
         return
     table, parts = CreativeTable.open(dataset, source), {}
@@ -69,7 +74,7 @@ def _add_profiles(dataset: Dataset, source: str, name: str, describe: Callable[[
 
 
 def write_next(dataset: Dataset, name: str, columns: Sequence[str] = ("title", "year")) -> None:
-    """Write the table of each user's next liked film, unless it exists."""
+    """Write the table with each user's next liked film as text, unless it exists."""
     if table_path(dataset, name).exists():
         return
     films = _names(dataset, columns)
@@ -87,7 +92,7 @@ def write_next(dataset: Dataset, name: str, columns: Sequence[str] = ("title", "
 
 
 def word_tokenizer(dataset: Dataset, folder: Path) -> int:
-    """Write a tokenizer of the words in the catalogue's texts, and of punctuation; returns its number of words."""
+    """Write a tokenizer of the words and punctuation in the catalogue's texts; returns the size of its vocabulary."""
     split = Sequence_([WhitespaceSplit(), Split(Regex(r"[(),:;.]"), "isolated")])
     known = {"[UNK]": 0, "[END]": 1}
     for name in dataset.manifest["text_columns"]:
@@ -101,13 +106,13 @@ def word_tokenizer(dataset: Dataset, folder: Path) -> int:
 
 
 def _names(dataset: Dataset, columns: Sequence[str]) -> list[str]:
-    """The two text columns of each item, as "first (second)"; item 0 is unknown."""
+    """Return the two text columns of each item as "first (second)"; item 0 is the unknown item."""
     first, second = (dataset.text([name])[name].to_pylist() for name in columns)
     return ["", *(f"{a} ({b})" for a, b in zip(first, second, strict=True))]
 
 
 def _likes(dataset: Dataset, user: int) -> tuple[Ints, Ints]:
-    """(items, seconds) of a user's liked events, in order of time."""
+    """Return (items, seconds) of a user's likes, in order of time."""
     events = dataset.user_events(user)
     liked = np.flatnonzero(events.labels == 1)
     return events.item_ids[liked], events.timestamps[liked]

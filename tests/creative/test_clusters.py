@@ -1,4 +1,4 @@
-"""Clusters of users: assigned by the function of the fit, none of them a single person, kept by later assignments."""
+"""Clusters of users: fit and later assignment use the same distance, minimum size of a cluster, damaged files."""
 
 import json
 import shutil

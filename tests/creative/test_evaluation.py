@@ -1,4 +1,4 @@
-"""What a run's texts are worth: what clustering keeps, retrieval of users, overlap, diversity."""
+"""Evaluation of a run on texts: gain that remains with clusters, retrieval of users, ROUGE, diversity."""
 
 import json
 import math

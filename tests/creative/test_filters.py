@@ -1,4 +1,4 @@
-"""Filters of texts: each rule drops what it names, and nothing else."""
+"""Filters of texts: each rule drops the texts that it describes, and no others."""
 
 import pytest
 

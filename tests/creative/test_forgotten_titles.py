@@ -1,4 +1,4 @@
-"""`hllm forget` reaches clusters and titles: no id is left in them, and what only a new fit removes is said."""
+"""`hllm forget` in clusters and titles: no id remains, and a center that only a new fit can remove is reported."""
 
 import shutil
 from collections.abc import Iterator

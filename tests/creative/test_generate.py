@@ -1,4 +1,4 @@
-"""`hllm create`: a title depends on its item and cluster alone; a job goes on after a kill; bad input is one line."""
+"""`hllm create`: a title depends only on its item and cluster; a killed job can be continued; errors are one line."""
 
 import json
 import re

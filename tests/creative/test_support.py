@@ -1,4 +1,4 @@
-"""Lexical support: a word that no fact has is found, however it is written; a word of the facts is not."""
+"""Lexical support: words that no fact contains are found in any spelling, and words of the facts are not reported."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""From a trained run to a user's title of an item: embed, cluster, create, look up."""
+"""Lookup of titles for users, after the steps embed, cluster and create."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Tables of creatives: what is written is read by any later version of the dataset, and what is wrong is named."""
+"""Tables of creatives: reading with later versions of the dataset, errors, the template rule, tokens, forgetting."""
 
 import shutil
 from pathlib import Path

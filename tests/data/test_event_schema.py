@@ -208,6 +208,8 @@ def test_a_mistake_in_a_declaration_is_one_line(tmp_path: Path, changes: dict[st
         ("like", "2", r"events\.csv, row 2: the label like is 0 or 1; it is another value"),
         ("stars", "7", r"events\.csv, row 2: the label stars is one of 1, 2, 3; it is another value"),
         ("watch", "-1", r"events\.csv, row 2: the label watch is a number above -1 \(log1p\); it is another value"),
+        ("watch", "1e39", r"events\.csv, row 2: the label watch is a number above -1 \(log1p\); it is another value"),
+        ("price", "1e39", r"events\.csv, row 2: price is a finite number, or unknown; it is another value"),
         ("watch", "long", r"events\.csv, row 2: the label watch is a number above -1"),
         ("price", "dear", r"events\.csv, row 2: price is a finite number, or unknown; it is another value"),
         ("weight", "nan", r"events\.csv, row 2: weight is empty; a weight is a number of at least 0\. Correct the row"),

@@ -12,6 +12,7 @@ from hllm_torchrec.data.evidence import CROSSES, FOLDS, GROUPS, Evidence, Eviden
 from hllm_torchrec.data.evidence_fit import fit_evidence
 from hllm_torchrec.data.item_factors import FactorOptions, event_values, fit_factors, training_ratings
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.past_events import Exposures
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import SPLITS
 from tests.helpers import fixtures
@@ -128,6 +129,37 @@ def test_columns_are_those_of_a_plain_loop_over_the_events(part: str, delay: int
     for (user, item, second), row in list(found.items())[::9]:
         without = int(fold_of_users(np.array([user]))[0]) if part == "train" else None
         np.testing.assert_allclose(row, by_loops(user, item, second, delay, without), rtol=2e-4, atol=2e-4)
+
+
+def test_exposures_of_several_users_have_the_columns_of_one_user_at_a_time() -> None:
+    by_length = sorted(fixtures.pieces("test"), key=len)
+    pieces, computed = [by_length[0][:0], *by_length[:2], by_length[-1]], evidence()
+    items = [np.array(one) for one in ([3], [1, 3, 0, 7], [], [7, 2])]
+    second = max(int(piece.timestamps.max(initial=0)) for piece in pieces) - 1
+    seen = [int(np.searchsorted(piece.timestamps, second)) for piece in pieces]
+    pasts = [computed.past(piece[:count], np.array([count])) for piece, count in zip(pieces, seen, strict=True)]
+    sizes = [one.size for one in items]
+    asked = Exposures(
+        pasts, sizes, np.repeat(np.arange(4), sizes), np.concatenate(items).astype(int), np.full(sum(sizes), second)
+    )
+    found = np.split(computed.of_exposures(asked), np.cumsum(sizes)[:-1])
+    for ours, piece, count, ids in zip(found, pieces, seen, items, strict=True):
+        at = np.full(ids.size, second)
+        theirs = computed.columns(piece, np.full(ids.size, count), ids.astype(int), at, 7, fitted=False)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert seen[0] == 0 and seen[-1] < len(pieces[-1]) and found[-1].std() > 0.1
+
+
+def test_item_statistics_count_the_events_before_a_second() -> None:
+    statistics, known = ItemStatistics.of_dataset(fixtures.dataset()), [e for e in all_events() if e[3] == e[3]]
+    for second in (0, known[0][2], known[40][2], known[40][2] + 1, max(e[2] for e in known) + 1):
+        items = np.array([0, 1, 5, 5, fixtures.dataset().num_items + 2])
+        count, total = statistics.before(items, np.full(items.size, second))
+        values = [[e[3] for e in known if e[1] == item and e[2] < second] for item in items]
+        np.testing.assert_array_equal(count, [len(one) for one in values])
+        np.testing.assert_allclose(total, [sum(one) for one in values])
+    empty = ItemStatistics(np.empty(0, np.int64), np.zeros(1))
+    assert [array.tolist() for array in empty.before(np.array([0, 4]), np.array([9, 9]))] == [[0, 0], [0.0, 0.0]]
 
 
 def test_each_training_user_is_predicted_by_a_fit_without_its_fold() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.feather
@@ -65,6 +66,53 @@ def test_a_folder_as_spark_writes_it_is_read_with_the_columns_in_its_names(tmp_p
         (part / ".part-0.parquet.crc").write_bytes(b"crc")
     expected = sequences(prepared(shop(tmp_path)), "test")
     assert sequences(prepared(shop(tmp_path, events={"path": "events"})), "test") == expected
+
+
+def test_values_in_names_of_folders_are_unescaped(tmp_path):
+    for user in ("a b", "c:d", "e%f", "g/h", "ü"):
+        part = tmp_path / "events" / f"user={quote(user, safe='')}"
+        part.mkdir(parents=True)
+        pq.write_table(
+            pa.table({"item": ["i0", "i1", "i2"], "time": [5, 6, 7], "label": [0, 1, 0]}), part / "part-0.parquet"
+        )
+    found = prepared(shop(tmp_path, events={"path": "events"}), split="leave_one_out")
+    assert sorted(found.users["raw_user_id"].to_pylist()) == ["a b", "c:d", "e%f", "g/h", "ü"]
+
+
+def test_a_column_that_differs_from_the_name_of_its_folder_is_refused(tmp_path):
+    inside = tmp_path / "label=1"
+    inside.mkdir()
+    with pytest.raises(ValueError, match=r"column label has '0', and the name of its folder says label=1; rename"):
+        prepared(shop(inside))
+    positive = [event for event in EVENTS if event[3] == 1]
+    assert prepared(shop(inside, positive)).manifest["counts"]["events"] == len(positive)
+
+
+def test_files_that_were_joined_with_their_headers_are_refused(tmp_path):
+    half = [*ITEMS[:3], ("item", "title", "genre"), *ITEMS[3:]]
+    with pytest.raises(ValueError, match=r"i\.csv, row 5: the header again \(item, title\).*remove this row"):
+        prepared(shop(tmp_path, catalogue=half))
+    renamed = [*ITEMS[:3], ("item", "another title", "genre"), *ITEMS[3:]]
+    assert "item" in prepared(shop(tmp_path, catalogue=renamed)).items["raw_item_id"].to_pylist()
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [[event[k] for event in EVENTS] for k in range(4)]
+    arrays = [pa.array(column) for column in (columns[0], *columns)]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["user", *EVENT_NAMES]), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"e\.parquet: column user is there twice; rename one of them"):
+        prepared(shop(tmp_path, events={"path": "e.parquet"}))
+
+
+def test_a_json_array_is_named_and_integers_of_any_size_are_ids(tmp_path):
+    users = [2**63 + n if n % 2 else -n for n in range(4)]
+    rows = [dict(zip(EVENT_NAMES, (users[int(event[0][1])], *event[1:]))) for event in EVENTS]
+    mapping = shop(tmp_path, events={"path": "e.json"})
+    (tmp_path / "e.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"e\.json is one JSON array; write one object per line"):
+        prepared(mapping)
+    (tmp_path / "e.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(prepared(mapping).users["raw_user_id"].to_pylist()) == set(map(str, users))
 
 
 @pytest.mark.parametrize("kind", ["feather", "jsonl", "jsonl.gz"])
@@ -180,7 +228,14 @@ def test_a_mistake_in_the_mapping_names_its_field(tmp_path, changes, message):
             r"time: 1700000000 in milliseconds is in 1970; it looks like seconds\. Set the time unit",
         ),
         ("microseconds", lambda t: t * 1000, r"in microseconds is in 1970; it looks like milliseconds"),
-        ("seconds", lambda t: t * 1000, r"beyond 2099 if it is in seconds; it looks like milliseconds"),
+        ("seconds", lambda t: t * 1000, r"beyond 2099 in its unit; it looks like milliseconds"),
+        ("microseconds", lambda t: t * 10**9, r"beyond 2099 in its unit; it looks like nanoseconds"),
+        ("seconds", lambda t: "1.7E+09", r"times like 1\.7E\+09 were rounded, as spreadsheets do"),
+        (
+            "iso8601",
+            lambda t: "2024-01-31 EST",
+            r"is not a number or date of the stated unit: write it like 2024-01-31T",
+        ),
         ("seconds", lambda t: 20240101 + t % 28, r"looks like a date; set the time unit: time_unit: iso8601"),
         ("seconds", lambda t: "2024-01-01", r"'2024-01-01' is not a number.*set the time unit to iso8601"),
     ],

@@ -80,6 +80,26 @@ def test_encoder_tokens_are_those_of_the_tokenizer_itself(dataset, tmp_path):
         assert store.gather(np.array([item]))[0].tolist() == whole
 
 
+@pytest.mark.parametrize("side", ["option", "tokenizer.json"])
+def test_long_texts_are_cut_at_the_side_that_the_tokenizer_names(dataset, tmp_path, side):
+    folder = tiny_tokenizer(tmp_path / "tokenizer", **ENCODER, pad_token="[PAD]", truncation_side="left")
+    options = {"prompt": PROMPT, "keys": KEYS, "max_text_length": 20}
+    if side == "tokenizer.json":  # with padding, which is never applied
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.backend_tokenizer.enable_truncation(6, direction="left")
+        tokenizer.backend_tokenizer.enable_padding(length=32)
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        facts = json.loads((folder / "tokenizer_config.json").read_text())
+        del facts["truncation_side"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    store = TokenStore.open(build_token_store(dataset, folder, **options))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for item, text in enumerate(expected_texts()):
+        expected = tokenizer(text, truncation=True, max_length=20, padding=False)["input_ids"]
+        assert store.gather(np.array([item]))[0].tolist() == expected
+    assert store.facts["truncation_side"] == "left"
+
+
 def test_special_tokens_of_a_decoder_leave_out_what_would_follow_the_text(tmp_path):
     for number, (kind, expected) in enumerate([(DECODER, ([0], [])), (ENCODER, ([2], [3])), (PLAIN, ([], []))]):
         folder = tiny_tokenizer(tmp_path / str(number), **kind)

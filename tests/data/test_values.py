@@ -42,6 +42,30 @@ def test_ids_of_every_exact_type(values):
     assert as_id_strings(values, "user").to_pylist() == ["7", None, "8"]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            pa.array([7, 2**24], pa.float32()),
+            "type float, which rounds whole numbers above 16777216, and larger values",
+        ),
+        (pa.array(np.array([7, 2**11], np.float16)), "type halffloat, which rounds whole numbers above 2048"),
+        (pa.array([7, 2.0**53]), "type double, which rounds whole numbers above 9007199254740992"),
+        (pa.array(["7", "9.78014E+12"]), r"user ids like '9\.78014E\+12' are numbers in scientific notation"),
+        (pa.array(["7", "1e+05"]), r"user ids like '1e\+05'"),
+    ],
+)
+def test_ids_that_were_rounded_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        as_id_strings(values, "user")
+
+
+def test_ids_that_only_look_rounded_are_read():
+    texts = ["1.2340E+03", "1E5", "E+12", "a+b", "1.5e+1x", "+4915112345"]
+    assert as_id_strings(pa.array(texts), "user").to_pylist() == texts
+    assert as_id_strings(pa.array([2.0**53 - 1, 2.0**24]), "user").to_pylist() == ["9007199254740991", "16777216"]
+
+
 def test_words_for_null_are_ids_if_the_mapping_says_so():
     assert as_id_strings(pa.array(["NA", "-"]), "user", nulls=("-",)).to_pylist() == ["NA", None]
 
@@ -79,6 +103,17 @@ def test_dates_are_the_seconds_of_their_midnight():
     assert parse_seconds(pa.array([20231114]), "iso8601").to_pylist() == [day]
     assert are_dates_as_numbers(pa.array(["20231114", "20240101"]))
     assert not are_dates_as_numbers(pa.array([20231114, SECOND]))
+
+
+@pytest.mark.parametrize(
+    "spelling", [pa.array, lambda values: pa.array(map(str, values)), lambda v: pa.array(v, pa.uint64())]
+)
+def test_nanoseconds_are_rounded_down_exactly(spelling):
+    end_of_day = SECOND // 86_400 * 86_400 + 86_399
+    values = spelling([SECOND * 10**9, end_of_day * 10**9 + 999_999_999, 5])
+    assert parse_seconds(values, "nanoseconds").to_pylist() == [SECOND, end_of_day, 0]
+    floats = pa.array([SECOND * 1e9, float("nan")])
+    assert parse_seconds(floats, "nanoseconds").to_pylist() == [SECOND, None]
 
 
 def test_what_does_not_hold_a_time_is_named():

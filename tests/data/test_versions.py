@@ -15,7 +15,7 @@ from hllm_torchrec.data.versions import kept_versions, remove_versions, write_lo
 from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems
 from hllm_torchrec.launch.dataset import main
 from tests.data.test_append import append, everything, shop, without_cleanup
-from tests.helpers.schedules import acting_before
+from tests.helpers.schedules import acting_before, schedules
 from tests.helpers.source_files import ITEMS, memory_source, random_events
 
 
@@ -130,6 +130,31 @@ def test_another_dataset_takes_the_place_in_one_step_and_the_old_files_go(tmp_pa
     )
     assert [path.name for path in (root / "vectors").iterdir()] == ["mine.npy"]  # factors were fitted to other items
     assert everything(dataset)[0] == everything(Dataset.open(prepare(other, tmp_path / "alone")))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["append", "compact", "overwrite"])
+def test_a_reader_sees_one_version_whatever_replaces_the_dataset(tmp_path, action):
+    before, after, root = grown(tmp_path, days=1), tmp_path / "after", tmp_path / "read"
+    shutil.copytree(before, after)
+    if action == "append":
+        append(after, tmp_path / "day", [("new", "x", 5, 99)], ["x"])
+    elif action == "compact":
+        compact(after)
+    else:
+        prepare(memory_source(tmp_path / "other", random_events(80, seed=5), ITEMS[::-1]), after, overwrite=True)
+
+    def put(state):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(state, root)
+
+    versions = [everything(Dataset.open(state)) for state in (before, after)]
+    results = dict(schedules(lambda: everything(Dataset.open(root)), lambda: put(after), root, lambda: put(before)))
+    assert len(results) > 10
+    for k, found in results.items():
+        gone = action == "overwrite" and isinstance(found, ValueError | FileNotFoundError)
+        assert gone or found in versions, (k, found)
+    assert versions[1] in results.values() and (action == "overwrite" or versions[0] in results.values())
 
 
 def test_the_first_source_again_is_reused_unless_it_is_to_replace_what_was_appended(tmp_path):

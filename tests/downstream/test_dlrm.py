@@ -243,9 +243,11 @@ def test_features_that_there_are_not_are_named() -> None:
 
 def test_broken_rules_are_reported_together() -> None:
     with pytest.raises(ConfigError) as raised:
-        BaselinesConfig(dlrm=DLRMConfig(width=0, top=(), bottom=(8, 0), user_dropout=1.0, numeric_features=()))
+        broken = {"width": 0, "top": (), "bottom": (8, 0), "experts": 1, "user_dropout": 1.0, "numeric_features": ()}
+        BaselinesConfig(dlrm=DLRMConfig(**broken))
     assert raised.value.problems == [
         "dlrm.width: 0: must be >= 1",
+        "dlrm.experts: 1: must be >= 2",
         "dlrm.user_dropout: 1.0: must be >= 0 and < 1",
         "dlrm.bottom: [8, 0]: every layer must be at least 1 wide",
         "dlrm.top: empty: torchrec's DLRM needs at least one",

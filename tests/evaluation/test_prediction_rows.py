@@ -11,9 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, fingerprint_files, identities, seconds_of
+from hllm_torchrec.evaluation.prediction_files import (
+    RowReader,
+    are_absent,
+    find_files,
+    fingerprint_files,
+    identities,
+    seconds_of,
+)
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows, RowBatch, known_items
+from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER
 from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 EVERY = ColumnLayout(weight="weight", user="user_id", item="item_id", slices=("country",))
@@ -318,6 +326,47 @@ def test_ids_of_any_kind_become_integers() -> None:
     assert len(set(identities(pa.chunked_array([["7", "07", "7.0", "99999999999999999999"]])).tolist())) == 4
     mixed = hash_columns(np.array([1, 1, 2]), np.array([5, 6, 5]))
     assert len(set(mixed.tolist())) == 3 and hash_columns(np.array([2]), np.array([5]))[0] == mixed[2]
+
+
+def test_integers_of_64_bits_are_equal_in_every_type_and_never_rows_without_a_user() -> None:
+    numbers = [2**63 - 1, -(2**63), -(2**63) + 5, 2**60 + 1]
+    found = identities(pa.chunked_array([numbers])).tolist()
+    assert found == identities(pa.chunked_array([[str(number) for number in numbers]])).tolist()
+    assert len(set(found)) == 4 and min(found) >= NO_USER + ROWS_WITHOUT_USER
+    large = [2**63, 2**64 - 1]
+    unsigned = identities(pa.chunked_array([pa.array(large, pa.uint64())])).tolist()
+    assert unsigned == identities(pa.chunked_array([[str(number) for number in large]])).tolist()
+    assert min(unsigned) >= NO_USER + ROWS_WITHOUT_USER
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["a", None, "nan", "None", " ", "", "NaN"]),
+        pa.array(["a", None, "nan", "None", " ", "", "NaN"]).dictionary_encode(),
+        pa.array([1.0, None, float("nan")]),
+        pa.array([1, None]),
+    ],
+)
+def test_words_for_a_missing_value_are_no_user(values: pa.Array) -> None:
+    assert are_absent(pa.chunked_array([values])).tolist() == [False] + [True] * (len(values) - 1)
+
+
+def test_ids_that_were_rounded_are_refused(tmp_path: Path) -> None:
+    rows = columns(20)
+    for user, message in (("9.78014E+12", "scientific notation"), (np.float32(2**24 + 2), "rounds whole numbers")):
+        rows["user_id"] = np.array([user] * 20)
+        path = write_parquet(rows, tmp_path / "rows")
+        with pytest.raises(ValueError, match=f"column 'user_id' of .*{message}"):
+            all_batches(opened(path, tmp_path))
+
+
+def test_labels_in_words_are_read_as_numbers(tmp_path: Path) -> None:
+    rows = columns(20)
+    rows["label"] = rows["label"] == 1
+    (batch,) = all_batches(opened(write_csv(rows, tmp_path / "a.csv"), tmp_path))
+    assert "true" in (tmp_path / "a.csv").read_text()
+    np.testing.assert_array_equal(batch.is_positive, rows["label"])
 
 
 def test_arrow_timestamps_are_seconds() -> None:

@@ -1,4 +1,4 @@
-"""A tiny table of creatives of the generated shop, its tokenizer, and settings of a run that trains on it."""
+"""Tables of creatives for the generated shop, their tokenizer, and settings of a run that trains on them."""
 
 import shutil
 from functools import cache
@@ -57,7 +57,7 @@ CHAT = (
 
 @cache
 def tiny_model(chat: bool = True) -> Path:
-    """A tiny random Llama with a word-level tokenizer, whose template has special tokens."""
+    """Make a tiny random Llama with a word-level tokenizer, whose chat template (if `chat`) has special tokens."""
     path = fixtures.folder() / f"local-writer-{chat}"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir())
     tokenizer.chat_template = CHAT if chat else None
@@ -71,7 +71,7 @@ def tiny_model(chat: bool = True) -> Path:
 
 @cache
 def shop(rule: str = "time") -> Dataset:
-    """A copy of the shop with a table `lines`: a third of the users in each part."""
+    """Copy the shop and add a table `lines`, with half of the users in train and a quarter in each other part."""
     path = fixtures.folder() / f"creative-shop-{rule}"
     shutil.copytree(fixtures.dataset(rule).root, path)
     dataset = Dataset.open(path)
@@ -85,7 +85,7 @@ def shop(rule: str = "time") -> Dataset:
 
 @cache
 def country_table(name: str) -> None:
-    """A table whose texts name the user's country ("countries"), or any country ("random")."""
+    """Add a table whose texts name the user's country (name "countries"), or a random country (any other name)."""
     dataset, random = shop(), np.random.default_rng(0)
     rows: dict[str, list[Any]] = {column: [] for column in ("raw_user_id", "raw_item_id", "timestamp", "response")}
     raw_items = dataset.items["raw_item_id"].to_pylist()

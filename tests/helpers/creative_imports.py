@@ -1,4 +1,4 @@
-"""Invented samples in the published formats: ten of HLLM-Creator's table, ten of LaMP."""
+"""Invented samples in the published formats: ten of HLLM-Creator's table, five of LaMP by default."""
 
 import json
 from pathlib import Path
@@ -32,13 +32,13 @@ def creator_rows() -> list[dict[str, Any]]:
 
 
 def write_creator(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    """The rows as Parquet."""
+    """Write the rows as Parquet."""
     pq.write_table(pa.Table.from_pylist(creator_rows() if rows is None else rows), path)
     return path
 
 
 def lamp_files(folder: Path, name: str, task: str = "LaMP-4", count: int = 5) -> tuple[Path, Path]:
-    """Questions and outputs."""
+    """Write files of questions and outputs; returns their paths."""
     text = {"LaMP-4": "text", "LaMP-5": "abstract"}[task]
     questions = [
         {

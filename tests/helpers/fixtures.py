@@ -5,8 +5,10 @@ things: users of 1 to 45 events, seconds with several events, events that are no
 text, items without events, features with no value or three.
 """
 
+import shutil
 import tempfile
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +80,11 @@ USER: dict[str, Any] = {**LLAMA, "hidden_size": 16, "num_key_value_heads": 4, "v
 
 @cache
 def folder() -> Path:
-    """A folder of this process."""
-    _KEPT.append(tempfile.TemporaryDirectory(prefix="hllm-tests-"))
-    return Path(_KEPT[-1].name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory] = []
+    """A folder that is deleted when the process that made it ends, also if multiprocessing started that process."""
+    made = Path(tempfile.mkdtemp(prefix="hllm-tests-"))
+    # not a TemporaryDirectory: multiprocessing ends its processes by os._exit, which skips the finalizers of objects
+    Finalize(None, shutil.rmtree, args=(made, True), exitpriority=0)
+    return made
 
 
 def write_shop(target: Path, seed: int = 0) -> Path:

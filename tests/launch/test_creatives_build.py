@@ -1,4 +1,4 @@
-"""`hllm creatives build` by a language model: a server on this machine that a test scripts."""
+"""`hllm creatives build --writer openai` against a scripted server on this machine."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`hllm creatives import`: published formats become a dataset with a table; a table of your own joins a dataset."""
+"""`hllm creatives import`: published formats (dataset and table), and tables for an existing dataset."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def rows_of(dataset: Dataset, name: str = "published") -> list[dict[str, Any]]:
 
 
 def history(dataset: Dataset, raw_user: str) -> list[str]:
-    """Raw ids of a user's items, in the order of time."""
+    """Return the raw ids of a user's items, in order of time."""
     user = dataset.users["raw_user_id"].to_pylist().index(raw_user) + 1
     raw_items = ["", *dataset.items["raw_item_id"].to_pylist()]
     return [raw_items[item] for item in dataset.user_events(user).item_ids]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hllm_torchrec.modules.lora import adapted_layers, is_adapter, merged
 from hllm_torchrec.planning.estimate import HARDWARE, Machine, Workload, estimate
 from hllm_torchrec.training.trainer_setup import build_trainer
 from hllm_torchrec.weights.export import export_huggingface
-from tests.helpers import training_fixtures
+from tests.helpers import fixtures, training_fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import ITEM_LLAMA, USER_LLAMA
 
@@ -38,7 +37,7 @@ USER_LORA: dict[str, Any] = {"rank": 2, "alpha": 8.0}
 @functools.cache
 def pretrained() -> dict[str, Path]:
     """Tiny directories of both LLMs, as if downloaded."""
-    folder, found = Path(tempfile.mkdtemp()), {}
+    folder, found = fixtures.folder() / "pretrained-lora", {}
     for name, shape in (("item", ITEM_LLAMA), ("user", USER_LLAMA)):
         torch.manual_seed(3)
         build_backbone(None, shape).save_pretrained(folder / name)
@@ -64,7 +63,7 @@ def settings(output: Path, **more: Any) -> Config:
 @functools.cache
 def trained() -> Path:
     """A run of three steps."""
-    run = Path(tempfile.mkdtemp()) / "run"
+    run = fixtures.folder() / "lora" / "run"
     training_fixtures.train(settings(run))
     return run
 

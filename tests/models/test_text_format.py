@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -97,6 +98,19 @@ def test_embeddings_are_those_of_sentence_transformers(mode: str, kind: str, tmp
             states = plain(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]
             vector = {"cls": states[0], "mean": states.mean(0), "last": states[-1]}[pooling]
             torch.testing.assert_close(row, vector / vector.norm(), rtol=1e-4, atol=1e-4)
+
+
+def test_lower_casing_that_the_tokenizer_does_not_do_is_said(tmp_path: Path) -> None:
+    path = sentences(tmp_path / "m", "bert", {})
+    file = path / "sentence_bert_config.json"
+    for says, expected in ((False, 0), (True, 1)):
+        file.write_text(json.dumps({"max_seq_length": 16, "do_lower_case": says}))
+        said = [line for line in format_warnings("item_llm", section(path)) if "texts are lower-cased first" in line]
+        assert len(said) == expected
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    tokenizer.save_pretrained(path)
+    assert not list(format_warnings("item_llm", section(path)))
 
 
 def test_a_directory_that_says_nothing_is_read_with_the_item_vector() -> None:

@@ -33,6 +33,21 @@ def test_ten_thousand_commits_rewrite_each_row_a_few_times() -> None:
     assert rewritten / sum(sizes) < 8
 
 
+@pytest.mark.parametrize("large", [[], [10**6] * 32, [10**6 - n for n in range(40)], [10**9]])
+def test_commits_of_very_unequal_sizes_rewrite_no_row_often(large: list[int]) -> None:
+    draws = (10 ** np.random.default_rng(0).uniform(0, 4, 1_500)).astype(int).tolist()
+    for commits in ([*large, *[1] * 3_000], [*large, *draws]):
+        sizes: list[int] = []
+        times: list[int] = []  # of each segment: how often the row in it that was rewritten most often was rewritten
+        for size in commits:
+            sizes, times = [*sizes, size], [*times, 0]
+            first = first_to_merge(sizes)
+            if first < len(sizes):
+                sizes[first:], times[first:] = [sum(sizes[first:])], [1 + max(times[first:])]
+            assert len(sizes) <= MAX_SEGMENTS
+        assert max(times) <= 1 + np.log2(sum(commits))
+
+
 def test_merged_runs_hold_what_they_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_SEGMENTS", 4)
     store, expected = create(tmp_path / "s"), {f"base{k}": float(k) for k in range(50)}

@@ -36,7 +36,7 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    """With soft dropout and sampled items; the best checkpoint has the best likelihood."""
+    """The run uses soft dropout and sampled items; its best checkpoint has the best likelihood."""
     own = settings(
         evaluation__checkpoint_every=2,
         evaluation__keep_last=9,
@@ -74,7 +74,7 @@ def trained_losses(output: str, given: str) -> list[tuple[float, ...]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_two_ranks_equal_one(tmp_path: Path, dense: str) -> None:
-    """Also where users are told apart from those of the other rank, by statistics of all users."""
+    """Includes losses that compare users with those of the other rank, and statistics over all users."""
     losses = {"creative__losses__recon": "0.5", "creative__losses__align": "0.5", "creative__soft__normalize": "whiten"}
     own = settings(**WITHOUT_CHANCE, **losses)
     own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
@@ -87,7 +87,7 @@ def test_two_ranks_equal_one(tmp_path: Path, dense: str) -> None:
 
 
 def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
-    """The soft prompt alone; then adapters of the Creative LLM too."""
+    """First only the soft prompt is trained, then also adapters of the Creative LLM."""
     frozen = {"creative__trainable": "false", "item_llm__trainable": "false", "user__trainable": "false"}
     for extra, moves in (
         (frozen, ()),
@@ -109,7 +109,7 @@ def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
 
 
 def test_in_a_stage_of_the_writer_alone_nothing_else_moves(tmp_path: Path) -> None:
-    """Tables included."""
+    """The comparison includes the embedding tables."""
     stages = [{"name": "alone", "epochs": 0.5, "item_embeddings": "cached", "trains": "creative"}]
     trainer = build_trainer(config(tmp_path, **settings(stages=stages)), init_distributed())
     before = {name: _whole(x).clone() for name, x in trainer.experiment.model_state().items()}
@@ -122,14 +122,14 @@ def test_in_a_stage_of_the_writer_alone_nothing_else_moves(tmp_path: Path) -> No
 
 
 def _whole(x: Any) -> torch.Tensor:
-    """A table's shards, or a tensor."""
+    """Return the concatenated shards of a table, or the tensor itself."""
     shards = x.local_shards() if hasattr(x, "local_shards") else None
     return x if shards is None else torch.cat([shard.tensor for shard in shards])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path, decay: float) -> None:
-    """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
+    """A creative sees the user's events of earlier seconds, but none of its own second or later, or of other users."""
     trainer = build_trainer(config(tmp_path, **settings(creative__soft__text_decay=decay)), init_distributed())
     measure_user_vectors(trainer.experiment)
     known = creative_vectors(trainer.experiment, "test")
@@ -163,7 +163,7 @@ def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path, decay:
 @pytest.mark.slow
 @pytest.mark.parametrize("table", ["countries", "random"])
 def test_the_user_is_worth_something_if_and_only_if_texts_depend_on_it(tmp_path: Path, table: str) -> None:
-    """Texts that name the user's country, and texts that name any, of users that were not trained on."""
+    """Texts name the user's country, or a random country; the users were not in training."""
     creative_fixtures.country_table(table)
     own = settings(
         creative__data=table,
@@ -190,7 +190,7 @@ def test_the_user_is_worth_something_if_and_only_if_texts_depend_on_it(tmp_path:
 
 
 def a_batch(tmp_path: Path, **more: Any) -> tuple[Any, Any]:
-    """(model in evaluation mode, a batch of creatives of the training part), with whitened user vectors."""
+    """Return (model in evaluation mode, batch of creatives of the training part), with whitened user vectors."""
     own = settings(**WITHOUT_CHANCE, creative__soft__normalize="whiten", **more)
     trainer = build_trainer(config(tmp_path, **own), init_distributed())
     measure_user_vectors(trainer.experiment)
@@ -218,7 +218,7 @@ def test_gradients_reach_the_history_and_equal_finite_differences(tmp_path: Path
 
 
 def test_without_users_the_loss_is_the_same_for_all_of_them(tmp_path: Path) -> None:
-    """Soft dropout of 1 hides the user in training, and only there; equal users are worth nothing to each other."""
+    """Soft dropout of 1 hides the user in training only; if all users have equal vectors, shuffling changes nothing."""
     hllm, batch = a_batch(tmp_path)
     head, llm = hllm.creative_head, hllm.creative
     users = torch.randn(batch.query_times.numel(), hllm.user_vector_width)
@@ -232,7 +232,7 @@ def test_without_users_the_loss_is_the_same_for_all_of_them(tmp_path: Path) -> N
 
 
 def test_what_all_users_have_in_common_does_not_matter_in_training(tmp_path: Path) -> None:
-    """It is subtracted, its gradient is 0, and the mean that is subtracted afterwards follows it."""
+    """The common part is subtracted, its gradient is 0, and the running mean follows it."""
     hllm, batch = a_batch(tmp_path, creative__losses__recon="0.5", creative__losses__align="0.5")
     head, llm = hllm.creative_head.train(), hllm.creative
     head.section = dataclasses.replace(head.section, soft=dataclasses.replace(head.section.soft, dropout=0.0))

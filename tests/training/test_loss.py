@@ -1,5 +1,6 @@
 """The loss of a step: shares of ranks and micro-batches add up to the whole, and what is wrong stops the run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def test_the_loss_is_the_mean_over_exposures_plus_lambda_times_that_over_targets
     mean = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, batch.labels)
     expected = mean + 0.3 * output.generative.loss_sum / batch.next_rows.numel()
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_task_has_labels_if_some_exposure_of_the_step_has_its_label_and_a_weight() -> None:
+    cfg = fixtures.config()
+    batch = fixtures.collator(cfg, training=True)(fixtures.pieces()[:6], 0, 0)
+    first = batch.weights[:, None]
+    assert step_counts([batch]).labelled == (True,)
+    for weights, labelled in (
+        (first * torch.tensor([1.0, 0.0]), (True, False)),
+        (first * torch.zeros(2), (False,) * 2),
+    ):
+        changed = replace(batch, task_weights=weights)
+        assert step_counts([changed, changed]).labelled == labelled
 
 
 def test_counts_of_nothing_are_one() -> None:

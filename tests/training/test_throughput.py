@@ -23,6 +23,7 @@ from hllm_torchrec.training.throughput import (
     forward_passes,
     global_matmul_peak,
     snapshot_weights,
+    untrained_tasks,
     user_token_counts,
 )
 from tests.helpers import fixtures
@@ -261,3 +262,15 @@ def test_the_smallest_change_is_seen() -> None:
 def test_a_model_of_ids_shows_its_user_encoder_only(tmp_path: Path) -> None:
     model = fixtures.model(replace(config(tmp_path, item_llm__enabled=False)))
     assert snapshot_weights(model).matrices.keys() == {"user"}
+
+
+# --- tasks without labels -----------------------------------------------------------------------------------
+
+
+def test_a_task_that_no_step_had_labels_for_is_said() -> None:
+    names = ["click", "like"]
+    (said,) = untrained_tasks(fixtures.config(), names, {0})
+    assert said == "caution: like: no exposure of these steps had this label and a weight above 0: it was not trained"
+    assert untrained_tasks(fixtures.config(), names, {0, 1}) == []
+    generative = fixtures.config(objective={"fusion": "none", "generative_weight": 1.0})
+    assert untrained_tasks(generative, names, set()) == [], "a model without a head has no tasks"

@@ -48,7 +48,7 @@ class Sample:
     """A personalized text for a user and an item.
 
     history: items of the user, oldest first; profile: text about the user's interests; part: train, valid or test, or
-    None if the part is drawn by the user.
+    None if the part is drawn by a hash of the user.
     """
 
     history: tuple[Item, ...]
@@ -63,7 +63,7 @@ class Sample:
         return f"u-{hash_texts(item.id for item in self.history)[:20]}"
 
     def problems(self) -> list[str]:
-        """Reasons to leave the sample out."""
+        """Return the reasons to leave the sample out."""
         found = {
             NO_HISTORY: not self.history,
             NO_RESPONSE: not self.response.strip(),
@@ -76,8 +76,8 @@ class Sample:
 class Imported:
     """Result of an import.
 
-    path: folder of the table; counts: number of rows of each part; left_out: number of samples by reason; conflicts:
-    number of occurrences of an item whose title differs from the first one, which the dataset has.
+    path: folder of the table; counts: number of rows of each part; left_out: number of left-out samples by reason;
+    conflicts: number of occurrences of an item with another title than at its first occurrence, which is the one used.
     """
 
     path: Path
@@ -93,12 +93,12 @@ def import_samples(
 
     Args:
         split: rule by which `prepare` divides the events of the dataset. The table is divided by user.
-        fractions: shares of the users in train, valid and test, for samples without a part. If some samples have the
-            part test, only the ratio of train and valid counts.
+        fractions: shares of the users in train, valid and test, for samples without a part. If some samples have a part
+            (the test part is given), the other samples are divided into train and valid in the ratio of their shares.
         origin: column `origin` of the table.
 
     Raises:
-        ValueError: a sample is damaged, no sample is left, or `root` has another dataset.
+        ValueError: a sample is damaged, no sample is left, `root` has another dataset, or the table exists.
     """
     left_out: Counter[str] = Counter()
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -131,10 +131,10 @@ class _Source:
         self._users: set[str] = set()
         self._titles: dict[str, int] = {}
         self.conflicts = 0
-        """Number of occurrences of an item whose title differs from the first one."""
+        """Number of occurrences of an item with another title than at its first occurrence."""
 
     def write(self, samples: Iterable[Sample], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-        """Write the events and items of the valid samples, and yield their rows of the table of creatives."""
+        """Write the events and items of the valid samples, and yield a row of the table of texts for each sample."""
         with (
             pq.ParquetWriter(self.folder / "events.parquet", _EVENTS) as events,
             pq.ParquetWriter(self.folder / "items.parquet", _ITEMS) as items,
@@ -163,7 +163,7 @@ class _Source:
                 yield {"item": item.id, "title": item.title, "description": item.description}
 
     def mapping(self, name: str) -> Path:
-        """Write the mapping of the tables: the order of the rows is their time, and every event is positive."""
+        """Write the mapping file of the tables: the order of the rows is the time, and every event is positive."""
         path = self.folder / "mapping.yaml"
         facts = {
             "name": name,
@@ -187,7 +187,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def _parts(rows: list[dict[str, Any]], fractions: tuple[float, float, float], origin: str) -> dict[str, pa.Table]:
-    if any(row["part"] for row in rows):  # the test part is given
+    if any(row["part"] for row in rows):  # only the test part can be given
         both = fractions[0] + fractions[1]
         fractions = (fractions[0] / both, fractions[1] / both, 0.0)
     drawn = split_by_user([row["raw_user_id"] for row in rows], fractions)

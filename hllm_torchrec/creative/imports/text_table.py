@@ -27,12 +27,12 @@ _PART = "part"
 _LATEST = 4_102_444_800
 """First second of 2100; timestamps are earlier."""
 _UNREADABLE = -1
-"""Replaces timestamps and weights that are no numbers, so that `reasons_of` finds them."""
+"""Replaces timestamps and weights that are not numbers, so that `reasons_of` finds them."""
 UNKNOWN_USER, UNKNOWN_ITEM, EMPTY, WRONG = "unknown user", "unknown item", "empty text", "wrong timestamp or weight"
 
 
 def read_text_table(paths: Sequence[Path]) -> pa.Table:
-    """Rows of the files in the types of `SCHEMA`, with the column `part` if a file has it.
+    """Read the rows of the files, with the types of `SCHEMA`, and with the column `part` if a file has it.
 
     Raises:
         ValueError: a file is damaged, or lacks a needed column.
@@ -70,13 +70,13 @@ def _column(name: str, values: pa.ChunkedArray) -> pa.Array:
     else:
         floats = parse_float(values)
         numbers = pa.array(floats.astype(np.float32), mask=np.isnan(floats))
-    # A value that is no number must not become null: a row without a timestamp sees all events.
+    # A value that is not a number must not become null, because a row without a timestamp sees all events.
     wrong = pc.and_(given, pc.is_null(numbers))
     return pc.if_else(wrong, pa.scalar(_UNREADABLE, numbers.type), numbers)
 
 
 def reasons_of(rows: pa.Table, dataset: Dataset) -> list[str]:
-    """Reason to leave out each row; "" for valid rows."""
+    """Return the reason to leave out each row; "" for valid rows."""
     found = np.full(len(rows), "", object)
     for name, reason in (("raw_user_id", UNKNOWN_USER), ("raw_item_id", UNKNOWN_ITEM)):
         known = (dataset.users if "user" in name else dataset.items)[name].cast(pa.string()).combine_chunks()
@@ -101,7 +101,7 @@ def check_rows(rows: pa.Table, reasons: Sequence[str], dataset: Dataset) -> None
 
 
 def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
-    """Part of each row: that of the column `part`, else the one in `drawn`. Raises ValueError for an unknown part."""
+    """Return the part of each row: the column `part` if it has a value, else `drawn`. Raises ValueError if unknown."""
     if _PART not in rows.column_names:
         return list(drawn)
     own = rows[_PART].to_pylist()
@@ -112,7 +112,7 @@ def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
 
 
 def unseen_rows(rows: pa.Table, dataset: Dataset) -> int:
-    """Number of rows that are not later than the first event of their user, so that the user vector is unknown."""
+    """Count the rows that see no event, because their second is not after their user's first event."""
     if "timestamp" not in rows.column_names:
         return 0
     users = dense_ids(rows["raw_user_id"], dataset, "user", "--files")

@@ -1,10 +1,10 @@
-"""`AnswerFile`: answers of one stage as JSON lines, so that a build which runs again asks for no answer twice.
+"""`AnswerFile`: answers of one stage as JSON lines, so that a repeated build does not ask for an answer again.
 
     <dataset>/creatives/.answers/<name>/{profile,propose,judge}.jsonl
 
 A line is {"key", "user", "item", "text"}. Its key is the hash of the prompt, the writer's name and the parameters. Each
-line is appended and synced to the disk before the next answer is read. An incomplete last line, which a killed build
-leaves, is removed when the file is opened.
+line is appended and synced to the disk before the next answer is read. When the file is opened, an incomplete last line
+of a killed build is removed.
 """
 
 import json
@@ -27,7 +27,7 @@ def answers_folder(root: Path, name: str) -> Path:
 
 
 class AnswerFile:
-    """Reads the file if it exists. Only one process may use the file at a time: the caller holds `answers_lock`.
+    """The answers in `path`. Only one process may use the file at a time, so the caller must hold `answers_lock`.
 
     Raises:
         ValueError: a line is damaged.
@@ -51,11 +51,11 @@ class AnswerFile:
         """Look up the answer to each prompt, and let the writer answer the prompts that are not in the file.
 
         Returns:
-            The text of each answer, None where there is none; and the reason of each missing answer, by its position.
+            The text of each answer (None if it is missing), and position -> reason of the missing answers.
 
         Raises:
             ValueError: the writer cannot answer any prompt, or refers to a prompt that it was not given.
-            Preempted: the writer has reached a limit. The answers before it are in the file.
+            Preempted: the writer has reached a limit. The answers that it gave are in the file.
         """
         keys = [ask.key(writer.name) for ask in asks]
         missing = {key: ask for key, ask in zip(keys, asks, strict=True) if key not in self.texts}

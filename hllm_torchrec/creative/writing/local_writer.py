@@ -1,8 +1,8 @@
 """`LocalWriter`: answers of a causal language model in a Hugging Face directory, computed on this machine.
 
-The model's chat template lays out the conversation. A prompt contains texts of items, which may spell the template's
-special tokens. Therefore the template is filled with marks, and the messages that replace the marks are tokenized as
-plain text.
+The model's chat template formats the conversation. Texts of items in a prompt may contain the names of special tokens.
+Therefore the template is filled with marks instead of messages; then the text around the marks is tokenized with
+special tokens, and the messages are tokenized as plain text.
 
 Prompts are decoded in batches of similar lengths; the tokens that all prompts of a batch begin with are read once. An
 answer depends on its prompt alone, except that rounding may decide between two tokens of practically equal probability.
@@ -74,7 +74,7 @@ class LocalWriter:
                 yield Answer(index, text, tokens=(len(ids[index]), len(tokens)))
 
     def prompt_ids(self, ask: Ask) -> list[int]:
-        """Token ids of the conversation before the answer."""
+        """Return the token ids of the conversation up to the answer."""
         parts = (("system", ask.system), ("user", ask.prompt))
         contents = {hash_texts([name, text])[:20]: text for name, text in parts}
         system, user = contents

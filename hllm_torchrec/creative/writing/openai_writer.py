@@ -3,8 +3,8 @@
     POST {base_url}/chat/completions    {"model", "messages", "max_tokens", "temperature", "seed"}
 
 The key is read from an environment variable and is not written to any file or message. A request is repeated, after
-increasing pauses, if the status is 429 or 5xx, if no answer comes in time, or if the answer is no completion. Other
-errors are not repeated, because the next request would fail as well; status 401, 403 and 404 end the build.
+increasing pauses, if the status is 408, 425, 429 or 5xx, if no answer arrives in time, or if the answer is not a
+completion. After another error the request is not repeated; redirections and status 401, 403 and 404 end the build.
 """
 
 import json
@@ -27,7 +27,7 @@ from hllm_torchrec.creative.writing.writer import Answer, Ask
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LARGEST = 4 << 20
-"""Largest size of an answer in bytes."""
+"""Maximum size of a server's response in bytes."""
 _LONGEST_PAUSE = 60.0
 _FAILURES = 8
 """Number of consecutive failures that end a build. Before the first answer, one failure ends it."""
@@ -40,10 +40,10 @@ _WRONG_REQUEST = {
 
 @dataclass
 class Budget:
-    """Limits of the requests of a process, which several writers may share.
+    """Limits of requests and tokens, which several writers may share, and the numbers used so far.
 
-    max_requests: largest number of requests; max_tokens: number of tokens of prompts and answers together after which
-    no request is sent. None: no limit.
+    max_requests: maximum number of requests; max_tokens: no request is sent once prompts and answers together have this
+    number of tokens. None: no limit.
     """
 
     max_requests: int | None = None
@@ -74,8 +74,8 @@ class Endpoint:
 
     base_url: address with the version, such as https://host/v1; model: the server's name of the model; key_from: name
     of the environment variable with the key (None: no key is sent); at_once: number of concurrent requests; timeout:
-    seconds without data after which a request is given up; tries: largest number of requests for a prompt; pause:
-    seconds before the second one.
+    seconds without data after which a request fails; tries: maximum number of requests for a prompt; pause: seconds
+    before the second request.
     """
 
     base_url: str
@@ -120,7 +120,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class _Failed(Exception):
     """Failure of a request.
 
-    again: the same request may succeed later, `after` seconds at the earliest; ends: all other requests will fail too.
+    again: the same request may succeed later, at the earliest after `after` seconds; ends: all other requests would
+    fail, too.
     """
 
     def __init__(self, message: str, *, again: bool = False, ends: bool = False, after: float = 0.0) -> None:
@@ -153,7 +154,7 @@ class OpenAIWriter:
         self._ended_by: Exception | None = None
 
     def write(self, asks: Sequence[Ask]) -> Iterator[Answer]:
-        """Yield the answers in the order in which the server gives them.
+        """Yield the answers in the order in which they arrive.
 
         Raises:
             Preempted: a limit is reached. The answers to all requests that were sent have been yielded.
@@ -173,7 +174,7 @@ class OpenAIWriter:
             raise self._ended_by
 
     def _answer(self, index: int, ask: Ask) -> Answer | None:
-        """Send the requests for one prompt; None if the build has ended in the meantime."""
+        """Request an answer to one prompt, with repetitions; None if the build ends before there is one."""
         failure = _Failed("")
         for number in range(self.endpoint.tries):
             if self._stop.wait(self._pause(number, failure) if number else 0.0) or not self._may_ask():
@@ -192,7 +193,8 @@ class OpenAIWriter:
         return self._failure(index, failure)
 
     def _pause(self, number: int, failure: _Failed) -> float:
-        """Seconds before request `number`: twice as many each time, and at least those that the server asked for."""
+        """Return the seconds before request `number`: doubled each time, at least the server's Retry-After, at most
+        60."""
         pause = self.endpoint.pause * 2.0 ** (number - 1) * random.uniform(0.75, 1.25)
         return min(_LONGEST_PAUSE, max(pause, failure.after))
 
@@ -207,7 +209,7 @@ class OpenAIWriter:
         return None
 
     def _may_ask(self) -> bool:
-        """Count a request; False if a limit is reached, and the request must not be sent."""
+        """Count a request; False if a limit is reached, so that the request must not be sent."""
         if reached := self.budget.take():
             self._end(Preempted(f"{reached} is reached: answers so far are kept; the same command goes on from there"))
         return not reached
@@ -222,7 +224,7 @@ class OpenAIWriter:
         """Send a request; return the text of the completion and the numbers of tokens of prompt and answer.
 
         Raises:
-            _Failed: there is no completion.
+            _Failed: the request has no completion.
         """
         body = {
             "model": self.endpoint.model,
@@ -241,7 +243,7 @@ class OpenAIWriter:
                 data = response.read(_LARGEST + 1)
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
-        except (OSError, HTTPException) as error:  # no connection, a timeout, or a connection that was cut
+        except (OSError, HTTPException) as error:  # no connection, a timeout, or an interrupted connection
             reason = getattr(error, "reason", error)
             raise _Failed(f"no answer ({self._safe(str(reason) or type(reason).__name__)})", again=True) from None
         return _completion(data, ask)
@@ -261,7 +263,7 @@ class OpenAIWriter:
         )
 
     def _safe(self, text: str) -> str:
-        """Beginning of a server's message, without the key, which some servers repeat."""
+        """Return the beginning of a server's message without the key, which some servers repeat."""
         shown = text.replace(self._key, "***") if self._key else text
         return printable(" ".join(shown.split()))[:200]
 

@@ -1,6 +1,6 @@
-"""`build_by_writer`: texts by a language model, in three stages: profiles of users, titles, filters.
+"""`build_by_writer`: builds texts with a language model in three stages: profiles of users, titles, filters.
 
-The answers of the first two stages, and of the judge, are in files (`AnswerFile`), so that each stage can be resumed.
+The answers of the first two stages and of the judge are stored in files (`AnswerFile`), so that a build can be resumed.
 """
 
 import json
@@ -32,10 +32,11 @@ NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of answers, which are part of their keys, and the number of attempts.
+    """Parameters of answers, which are part of the answers' keys, and the number of attempts.
 
-    max_tokens: largest number of tokens of an answer; temperature: of sampling, 0 for the likeliest tokens; seed: of
-    sampling; attempts: number of answers that are sampled until one has the JSON object that the prompt asks for.
+    max_tokens: maximum number of tokens of an answer; temperature: of sampling, 0 for greedy decoding; seed: random
+    seed of sampling; attempts: maximum number of answers to sample until one has the JSON object that the prompt asks
+    for.
     """
 
     max_tokens: int = 512
@@ -48,8 +49,8 @@ class Parameters:
 class Checks:
     """Filters that use models.
 
-    judge: writer that must confirm each text twice; encoder: sentence encoder for the cosine of a text and the item's
-    facts, which must be at least `least_cosine`. None: no such filter.
+    judge: writer that must confirm each text twice; encoder: sentence encoder that computes the cosine of a text and
+    the item's facts, which must be at least `least_cosine`. None: the filter is not used.
     """
 
     judge: Writer | None = None
@@ -61,8 +62,8 @@ class Checks:
 class Draft:
     """State of a text between the stages.
 
-    profile: fields of the user's profile; text: the written title; checks: values of filters; reasons: names of the
-    filters that it did not pass.
+    wanted: the like that gets the text; profile: fields of the user's profile; text: the title; checks: values of
+    filters; reasons: names of the filters that the text did not pass.
     """
 
     wanted: Wanted
@@ -88,7 +89,7 @@ class Built:
 
 
 class _Stages:
-    """Asks a writer the prompts of a stage, and keeps its answers in files in `folder`."""
+    """Lets a writer answer the prompts of stages, and stores the answers in files in `folder`."""
 
     def __init__(self, folder: Path, writer: Writer, parameters: Parameters) -> None:
         self.folder, self.writer, self.parameters = folder, writer, parameters
@@ -97,9 +98,9 @@ class _Stages:
     def ask(
         self, stage: str, drafts: Sequence[Draft], prompt: Callable[[Draft], str], *, of_item: bool = True
     ) -> Iterator[tuple[Draft, dict[str, str]]]:
-        """Yield each draft with the fields of its answer. A draft without a complete answer gets a reason instead.
+        """Yield each draft with the fields of its answer. A draft without a valid answer gets a reason instead.
 
-        of_item: the prompt contains the item, so that the answer is removed if the item is forgotten.
+        of_item: whether the prompt contains the item, so that `hllm forget` of the item removes the answer.
         """
         file, left = AnswerFile(self.folder / f"{stage}.jsonl"), list(drafts)
         for attempt in range(self.parameters.attempts if self.parameters.temperature else 1):
@@ -150,7 +151,7 @@ def build_by_writer(
         checks: filters that use models; None: none.
 
     Raises:
-        Preempted: the writer has reached a limit. The same call continues from there.
+        Preempted: the writer has reached a limit. A repeated call continues from there.
         ValueError: the writer cannot answer, or a file of answers is damaged.
     """
     drafts = [Draft(one) for one in wanted]

@@ -1,8 +1,9 @@
 """Prompts of the stages of a build, and the parser of their answers.
 
-Texts of items may contain instructions. In a prompt they stand between two lines with a mark, and the model is told not
-to follow what is between these lines. The mark is a hash of the texts, so a text cannot contain its own mark. A model
-may follow the texts all the same: answers are filtered (`creative.filters`), and an answer with the mark is dropped.
+Texts of items may contain instructions. In a prompt each text is enclosed by two lines with a mark, and the model is
+told not to follow instructions between these lines. The mark is a hash of the texts, so a text cannot contain its own
+mark. A model may still follow them; therefore answers are filtered (`creative.filters`), and an answer that contains
+the mark is dropped.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 from hllm_torchrec.common.hashing import hash_texts
 
 _OBJECTS = 20
-"""Largest number of opening braces of an answer at which a JSON object is searched for."""
+"""Maximum number of opening braces of an answer that are tried as the beginning of a JSON object."""
 PROFILE, PROPOSE, JUDGE = "profile", "propose", "judge"
 STAGES = (PROFILE, PROPOSE, JUDGE)
 
@@ -62,23 +63,23 @@ _TASK = {
 
 
 def history_text(titles: Sequence[str]) -> str:
-    """Lines with the titles of the earlier likes, oldest first."""
+    """Return the lines with the titles of the earlier likes, oldest first."""
     return "\n".join(f"- {_one_line(title)}" for title in titles)
 
 
 def profile_prompt(titles: Sequence[str]) -> str:
-    """Prompt for a reader's profile."""
+    """Return the prompt for a reader's profile."""
     return _prompt(PROFILE, {"choices of a reader, oldest first": history_text(titles)})
 
 
 def propose_prompt(titles: Sequence[str], profile: Mapping[str, str], item: Mapping[str, str], added: int) -> str:
-    """Prompt for a title.
+    """Return the prompt for a title.
 
     Args:
         titles: titles of the earlier likes, oldest first.
         profile: fields of the user's profile.
         item: texts of the item by their names.
-        added: largest number of words that a title may add.
+        added: maximum number of words that a title may add.
     """
     about = "\n".join(f"{name}: {_one_line(text)}" for name, text in profile.items())
     data = {"choices of a reader, oldest first": history_text(titles), "reader": about, "item": item_text(item)}
@@ -86,23 +87,24 @@ def propose_prompt(titles: Sequence[str], profile: Mapping[str, str], item: Mapp
 
 
 def judge_prompt(title: str, item: Mapping[str, str], title_first: bool) -> str:
-    """Prompt that asks whether the item's facts support a title; the title comes before or after the facts."""
+    """Return the prompt that asks whether the item's facts support a title; title_first: the title precedes the
+    facts."""
     data = [("title", _one_line(title)), ("facts of the item", item_text(item))]
     return _prompt(JUDGE, dict(data if title_first else data[::-1]))
 
 
 def item_text(item: Mapping[str, str]) -> str:
-    """Lines with the texts of an item that are not empty."""
+    """Return the lines with the non-empty texts of an item."""
     return "\n".join(f"{name}: {_one_line(text)}" for name, text in item.items() if text.strip())
 
 
 def mark_of(data: Mapping[str, str]) -> str:
-    """Mark of the lines before and after the texts `data`: the beginning of their hash."""
+    """Return the mark of the lines before and after the texts `data`: the beginning of the texts' hash."""
     return hash_texts(data.values())[:12]
 
 
 def marks_in(prompt: str) -> list[str]:
-    """The marks that a prompt contains."""
+    """Return the marks that a prompt contains."""
     return sorted(set(re.findall(r"^END ([0-9a-f]{12})$", prompt, re.MULTILINE)))
 
 
@@ -115,7 +117,7 @@ def _prompt(stage: str, data: Mapping[str, str], **values: object) -> str:
 
 
 def _one_line(text: str, most: int = 4096) -> str:
-    """The text on one line, cut to `most` characters."""
+    """Return the text on one line, truncated to `most` characters."""
     return " ".join(text[: 4 * most].split())[:most]
 
 
@@ -124,9 +126,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_answer(stage: str, text: str) -> dict[str, str] | None:
-    """Fields of an answer of a stage, or None if the answer has no JSON object with a text for each field.
+    """Return the fields of an answer of a stage; None if the answer has no JSON object with a text for each field.
 
-    Text before and after the JSON object is ignored, and so is the reasoning of a model, which ends with `</think>`.
+    Text before and after the JSON object is ignored, including the reasoning of a model, which ends with `</think>`.
     """
     rest = text.rpartition("</think>")[2]
     for brace in islice(re.finditer(r"\{", rest), _OBJECTS):
@@ -135,7 +137,7 @@ def parse_answer(stage: str, text: str) -> dict[str, str] | None:
         except (ValueError, RecursionError):
             continue
         fields = {name: found.get(name) for name in FIELDS[stage]}
-        # JSON can spell lone surrogates, which are no characters and cannot be written to a table.
+        # JSON can encode lone surrogates, which are not characters and cannot be written to a table.
         if all(isinstance(value, str) and _is_unicode(value) for value in fields.values()):
             return {name: str(value) for name, value in fields.items()}
     return None

@@ -1,4 +1,4 @@
-"""Likes that a build asks a writer to write texts for, each with the user's earlier likes."""
+"""Selection of the likes for which a writer is asked for texts, each with the user's earlier likes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from hllm_torchrec.data.visibility import visible_before
 class Selection:
     """Choice of the likes that get a text.
 
-    title: text column with the titles of items; facts: text columns whose texts a writer may use (None: all others);
-    history: largest number of earlier likes in a prompt; least: smallest number of earlier likes of a like that gets a
-    text; per_user: number of latest likes of each user that get a text (0: all); users: number of users, drawn by a
-    hash of their ids and `seed` (0: all).
+    title: text column with the titles of items; facts: text columns with facts that a writer may use (None: all except
+    title); history: maximum number of earlier likes in a prompt; least: a like gets a text only if it has this number
+    of earlier likes; per_user: number of latest likes of each user that are considered (0: all); users: number of
+    users, drawn by a hash of their ids and `seed` (0: all).
     """
 
     title: str = "title"
@@ -29,7 +29,7 @@ class Selection:
     seed: int = 0
 
     def problems(self, dataset: Dataset) -> Iterator[str]:
-        """Yield what does not fit a dataset."""
+        """Yield a message for each column that a dataset does not have."""
         known = dataset.manifest["text_columns"]
         for option, name in (("--title", self.title), *(("--facts", name) for name in self.facts or ())):
             if name not in known:
@@ -86,10 +86,10 @@ def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
 
 
 def _users(dataset: Dataset, selection: Selection) -> list[tuple[int, str]]:
-    """Ids and raw ids of the users, in order of their ids."""
+    """Return (id, raw id) of the selected users, in the order of the ids."""
     users = list(enumerate(dataset.users["raw_user_id"].to_pylist(), start=1))
     if selection.users:
-        # A different hash than that of `split_by_user`; with the same one, all drawn users would be in the same part.
+        # Not the hash of `split_by_user`: with the same hash, all drawn users would be in the same part.
         users.sort(key=lambda user: hash_json(["build", selection.seed, user[1]]))
         users = sorted(users[: selection.users])
     return users

@@ -14,14 +14,14 @@ from hllm_torchrec.models.text_format import text_format
 
 _AT_ONCE = 64
 _LONGEST = 256
-"""Largest number of tokens of a text; the rest is not read."""
+"""Maximum number of tokens of a text; longer texts are truncated."""
 
 
 class TextCosine:
-    """Embeds texts with the sentence encoder in `directory`, by the pooling and prompt that the directory names.
+    """Embeds texts with the sentence encoder in `directory`, with the pooling and prompt that its files specify.
 
     Raises:
-        ValueError: the directory is damaged, or does not say how a text's vector is pooled.
+        ValueError: the directory is damaged, or does not specify the pooling.
     """
 
     def __init__(self, directory: str) -> None:
@@ -38,13 +38,13 @@ class TextCosine:
         self.llm = llm.eval()
 
     def cosines(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        """Cosine of each text in `texts` with the text at the same position in `others`."""
+        """Return the cosine of each text in `texts` with the text at the same position in `others`."""
         found: list[float] = F.cosine_similarity(self._embed(texts), self._embed(others), dim=-1).tolist()
         return found
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, E], float32, of n texts."""
+        """Embed n texts; returns [n, E] float32."""
         rows = []
         for first in range(0, len(texts), _AT_ONCE):
             some = [self.form.prompt + text for text in texts[first : first + _AT_ONCE]]

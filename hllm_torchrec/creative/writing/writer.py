@@ -29,7 +29,7 @@ class Ask:
     seed: int = 0
 
     def key(self, writer: str) -> str:
-        """Hash of everything that an answer depends on."""
+        """Return the hash of everything that an answer depends on."""
         return hash_json([self.stage, writer, self.system, self.prompt, self.max_tokens, self.temperature, self.seed])
 
 
@@ -37,8 +37,8 @@ class Ask:
 class Answer:
     """Answer to a prompt.
 
-    index: position of the prompt in the sequence that the writer was given; text: the answer, or None if the model gave
-    none, for the reason `error`; tokens: numbers of tokens of the prompt and of the answer.
+    index: position of the prompt in the sequence that the writer was given; text: the answer, or None if there is none,
+    for the reason `error`; tokens: numbers of tokens of the prompt and of the answer.
     """
 
     index: int
@@ -52,7 +52,7 @@ class Writer(Protocol):
 
     name: name of the model. It is the column `origin` of the table and part of the keys of answers, so every model
     needs a different name.
-    leaves_machine: host that prompts are sent to; empty if prompts stay on this machine. A custom writer may lack it.
+    leaves_machine: host to which prompts are sent; empty if prompts stay on this machine. Optional for custom writers.
     """
 
     name: str

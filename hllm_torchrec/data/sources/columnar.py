@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -16,6 +18,7 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.text_files import Utf8File
 from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, UnclearTableError, detect_dialect
 from hllm_torchrec.data.sources.row_stream import RowStream
+from hllm_torchrec.data.sources.values import as_texts
 from hllm_torchrec.data.validation import error_location
 
 _ROWS_PER_BATCH = 131_072
@@ -37,20 +40,41 @@ def read_columns(path: Path, columns: Sequence[str], given: Format | None = None
 
     Columns that are in the names of the file's folders (`day=2024-01-31/part-0.parquet`) are read from there.
     """
-    folders = _values_of_folders(path)
-    inside = [name for name in columns if name not in folders]
-    for chunk in _read(path, inside, given):
+    folders = {name: value for name, value in _values_of_folders(path).items() if name in columns}
+    outside = [name for name in folders if not _has_column(path, name, given)]
+    for chunk in _read(path, [name for name in columns if name not in outside], given):
         table = chunk.table
-        for name in columns:
-            if name not in table.column_names:
-                table = table.append_column(name, pa.array([folders[name]] * len(table), pa.string()))
+        for name, value in folders.items():
+            if name in outside:
+                table = table.append_column(name, pa.array([value] * len(table), pa.string()))
+            else:
+                _require_folder_value(path, name, value, table[name])
         yield chunk._replace(table=table.select(list(dict.fromkeys(columns))))
 
 
 def _values_of_folders(path: Path) -> dict[str, str | None]:
-    """Column -> value in the names of the file's folders, `column=value`, as Spark and Hive write them."""
+    """Column -> value in the names of the file's folders, `column=value`, as Spark, Hive and Arrow write them."""
     found = [re.fullmatch(r"([^=]+)=(.*)", part) for part in path.parent.parts]
-    return {m[1]: None if m[2] == "__HIVE_DEFAULT_PARTITION__" else m[2] for m in found if m}
+    # Characters that file systems reserve are escaped as in URLs.
+    return {unquote(m[1]): None if m[2] == "__HIVE_DEFAULT_PARTITION__" else unquote(m[2]) for m in found if m}
+
+
+def _has_column(path: Path, name: str, given: Format | None) -> bool:
+    try:
+        next(_read(path, [name], given), None)
+    except ValueError:  # another problem of the file is raised when its other columns are read
+        return False
+    return True
+
+
+def _require_folder_value(path: Path, name: str, value: str | None, values: pa.ChunkedArray) -> None:
+    """Raise ValueError if a column of the file differs from the value in the name of a folder (Iceberg writes both)."""
+    for found in as_texts(values).unique().to_pylist():
+        if found != value:
+            raise ValueError(
+                f"{path}: column {name} has {found!r}, and the name of its folder says {name}={value}; rename the "
+                "column or the folder"
+            )
 
 
 def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[ColumnChunk]:
@@ -64,9 +88,11 @@ def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[
         raise ValueError(f"{path} is not a {path.suffix[1:]} file by its first bytes; {_DAMAGED}")
     if given is None or given == Format():
         with Utf8File(path) as text:
-            first = text.read(4096).lstrip()[:1]
-        if first == b"{":
+            start = text.read(4096).lstrip()
+        if start[:1] == b"{":
             return read_json_lines(path, columns)
+        if re.match(rb"\[\s*\{", start):
+            raise ValueError(f"{path} is one JSON array; write one object per line, without commas between them")
     return read_csv(path, columns, given)
 
 
@@ -94,6 +120,7 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
+                    _refuse_header(path, batch, rows)
                     at = file.tell()  # read once, because Arrow reads ahead in its own thread
                     size, done = at - done, at
                     yield ColumnChunk(rows, pa.Table.from_batches([batch]), size, str(dialect))
@@ -102,6 +129,19 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
                 return
             problem, remedy = _reason(error, dialect)
             raise UnclearTableError(f"{path}, after row {next_row - 1}: {problem}", remedy) from error
+
+
+def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
+    """Raise ValueError for a row that repeats the names of several columns: files joined with their headers."""
+    names = batch.schema.names
+    if len(names) < 2:
+        return  # a single cell can be equal to the name of its column
+    for at in np.flatnonzero(pc.fill_null(pc.equal(batch.column(0), names[0]), False).to_numpy(zero_copy_only=False)):
+        if all(batch.column(i)[int(at)].as_py() == name for i, name in enumerate(names)):
+            raise ValueError(
+                f"{path}, row {rows[at]}: the header again ({', '.join(names)[:200]}), as in files that were joined; "
+                "remove this row"
+            )
 
 
 def _arrow_reader(stream: RowStream, dialect: Dialect, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
@@ -181,7 +221,12 @@ def _column(values: list[Any]) -> pa.Array:
     if kinds in ({int, float}, {int, str}):  # convert to one type: float, or str for ids
         convert = float if float in kinds else str
         values = [None if value is None else convert(value) for value in values]
-    return pa.array(values)
+    try:
+        return pa.array(values)
+    except OverflowError:  # integers that do not fit into 64 bits
+        if kinds != {int}:
+            raise
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
@@ -236,3 +281,6 @@ def _require_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) 
         near = did_you_mean(missing[0], present) if len(missing) == 1 else ""
         shown = ", ".join(present[:50])[:500] or "none"
         raise ValueError(f"{path}: no column {', '.join(missing)}{near}; it has {shown}")
+    twice = [name for name in dict.fromkeys(wanted) if present.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: column {twice[0]} is there twice; rename one of them")

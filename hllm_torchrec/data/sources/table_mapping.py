@@ -6,7 +6,7 @@
       user: customer
       item: sku
       time: happened_at             # left out: the row order is used as time
-      time_unit: seconds            # milliseconds, microseconds, iso8601
+      time_unit: seconds            # milliseconds, microseconds, nanoseconds, iso8601
       label: rating                 # left out: every event has label 1
       positive_from: 4              # label = value >= 4; left out: the value itself is the label
       action: kind                  # left out: every event has action 1, "event"

@@ -23,6 +23,7 @@ from hllm_torchrec.data.sources.values import (
     is_list,
     parse_flags,
     parse_seconds,
+    rounded_example,
     without_html,
 )
 from hllm_torchrec.data.validation import error_location
@@ -89,6 +90,8 @@ def _check_unit(time: pa.Array, seconds: pa.Array, columns: EventColumns, path: 
     place = f"{path}, column {columns.time}"
     if columns.time_unit != "iso8601" and are_dates_as_numbers(time):
         raise ValueError(f"{place}: {time[0]} looks like a date; set the time unit: time_unit: iso8601")
+    if pa.types.is_string(time.type) and (example := rounded_example(time, share=0.5)):
+        raise ValueError(f"{place}: times like {example} were rounded, as spreadsheets do; write them as whole numbers")
     scale = TIME_UNITS[columns.time_unit]
     if scale <= 1 or pa.types.is_temporal(time.type) or seconds.null_count == len(seconds):
         return

@@ -18,7 +18,13 @@ import pyarrow.compute as pc
 
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
 
-TIME_UNITS = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000, "iso8601": 0}
+TIME_UNITS = {
+    "seconds": 1,
+    "milliseconds": 1_000,
+    "microseconds": 1_000_000,
+    "nanoseconds": 1_000_000_000,
+    "iso8601": 0,
+}
 TRUE_WORDS, FALSE_WORDS = ("true", "t", "yes", "y"), ("false", "f", "no", "n")
 """Words (in any case) for the labels 1 and 0."""
 
@@ -26,6 +32,9 @@ _NUMBER = r"^\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*$"
 _EXACT = 2**53
 """From this number on, float64 cannot represent every integer."""
 _EXACT_FLOAT32 = 2**24
+_EXACT_OF = {"halffloat": 2**11, "float": _EXACT_FLOAT32, "double": _EXACT}
+"""Arrow's name of a float type -> the number from which on it cannot represent every integer."""
+_SCIENTIFIC = r"^\s*[-+]?\d(?:\.(\d*))?[eE]\+(\d+)\s*$"
 _DATE_AS_NUMBER = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"
 
 Column: TypeAlias = "pa.Array | pa.ChunkedArray"
@@ -54,7 +63,7 @@ def as_id_strings(values: Column, what: str, nulls: tuple[str, ...] = NULL_WORDS
     """Raw ids as strings; a null, a NaN and a text of `nulls` (words for a missing value) are null.
 
     Floats and decimals with whole values are converted to integers, because pandas and SQL write ids as floats if some
-    are missing. Raises ValueError for a type without an exact text form.
+    are missing. Raises ValueError for a type without an exact text form, and for ids that were rounded.
     """
     values = _plain(values)
     kind = values.type
@@ -63,8 +72,9 @@ def as_id_strings(values: Column, what: str, nulls: tuple[str, ...] = NULL_WORDS
     if pa.types.is_floating(kind):
         number = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
         known = ~np.isnan(number)
-        if not (np.abs(number[known]) < _EXACT).all() or (np.floor(number[known]) != number[known]).any():
+        if (np.floor(number[known]) != number[known]).any():
             raise ValueError(f"the {what} id column has type {kind} and values that are not whole; {_CONVERT_IDS}")
+        require_exact_ids(values, what)
         values = pa.array(np.where(known, number, 0).astype(np.int64), mask=~known)
     elif pa.types.is_decimal(kind):
         values = pc.replace_substring_regex(values.cast(pa.string()), r"\.0*$", "")
@@ -77,8 +87,40 @@ def as_id_strings(values: Column, what: str, nulls: tuple[str, ...] = NULL_WORDS
         )
     texts = values.cast(pa.string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    require_exact_ids(texts, what)
     absent = pc.is_in(texts, value_set=pa.array(nulls, pa.string()))
     return pc.if_else(absent, pa.scalar(None, pa.string()), texts) if pc.any(absent).as_py() else texts
+
+
+def require_exact_ids(values: Column, what: str) -> None:
+    """Raise ValueError if different ids may have become equal when they were written: floats that are too large, and
+    texts like 9.78014E+12."""
+    kind = values.type
+    if pa.types.is_floating(kind):
+        exact, number = _EXACT_OF[str(kind)], np.nan_to_num(values.cast(pa.float64()).to_numpy(zero_copy_only=False))
+        if (np.abs(number) >= exact).any():
+            raise ValueError(
+                f"the {what} id column has type {kind}, which rounds whole numbers above {exact}, and larger values; "
+                "write the ids again as strings or integers"
+            )
+    elif pa.types.is_string(kind) and (example := rounded_example(values)):
+        raise ValueError(
+            f"{what} ids like {example!r} are numbers in scientific notation, which spreadsheets round; write the ids "
+            "again as texts or whole numbers"
+        )
+
+
+def rounded_example(texts: Column, share: float = 0.0) -> str | None:
+    """The first text that is a number in scientific notation with too few digits (9.78014E+12).
+
+    share: None is returned if such texts are at most this share of all texts.
+    """
+    if not pc.any(pc.match_substring(texts, "+")).as_py():
+        return None
+    found = texts.filter(pc.fill_null(pc.match_substring_regex(texts, _SCIENTIFIC), False)).to_pylist()
+    parts = [(text, re.fullmatch(_SCIENTIFIC, text)) for text in found]
+    rounded = [text for text, match in parts if match and len(match[1] or "") < int(match[2][:4])]
+    return rounded[0] if len(rounded) > share * len(texts) else None
 
 
 _CONVERT_IDS = "ids must be strings or integers: convert the column first"
@@ -236,17 +278,18 @@ def parse_seconds(values: Column, unit: str) -> pa.Array:
     if unit == "iso8601":
         texts = values if pa.types.is_string(kind) else as_texts(values)
         return pa.array([_iso_seconds(v) for v in texts.to_pylist()], pa.int64())
+    if pa.types.is_integer(kind):  # exact: a number of nanoseconds is above 2^53
+        whole = values.cast(pa.int64(), safe=kind != pa.uint64())
+        return pa.array(_floor_seconds(whole, TIME_UNITS[unit]))
+    if unit == "nanoseconds" and pa.types.is_string(kind):
+        values, unit = pc.replace_substring_regex(values, r"^(\s*[-+]?\d+)\d{3}(\.\d*)?\s*$", r"\1"), "microseconds"
     number = parse_float(values)
     if kind in (pa.float32(), pa.float16()) and (np.abs(np.nan_to_num(number)) > _EXACT_FLOAT32).any():
         raise ValueError(f"a {kind} holds times to two minutes only; write them as int64 or double")
-    # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable.
-    exact = np.where(np.abs(number) < _EXACT, number, np.nan)
+    # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable, except nanoseconds, of
+    # which it is precise to 256.
+    exact = np.where(np.abs(number) < (2.0**63 if unit == "nanoseconds" else _EXACT), number, np.nan)
     seconds = np.floor(exact / TIME_UNITS[unit])
-    if pa.types.is_integer(
-        kind
-    ):  # exact for integers: nanoseconds since 1970 are above 2^53, and must be recognized as such
-        whole = values.cast(pa.int64()) if kind != pa.uint64() else values.cast(pa.int64(), safe=False)
-        return pa.array(_floor_seconds(whole, TIME_UNITS[unit]))
     return pa.array(np.nan_to_num(seconds).astype(np.int64), mask=np.isnan(seconds))
 
 

@@ -1,4 +1,4 @@
-"""A model in a Hugging Face directory answers as transformers' generate does, and item texts stay plain text."""
+"""`LocalWriter`: same answers as `generate` of transformers; texts of items are tokenized as plain text."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The server's faults: what may pass is tried again, what cannot ends the build, limits stop it, the key stays here."""
+"""`OpenAIWriter`: repeated requests, errors that end a build, limits, secrecy of the key."""
 
 import threading
 from typing import Any

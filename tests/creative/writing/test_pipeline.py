@@ -1,4 +1,4 @@
-"""Profiles, titles, filters, judge: what each stage drops has a reason, and no answer is asked for twice."""
+"""Build by a writer: each dropped text has a reason, and no prompt is answered twice."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ from tests.helpers import creative_fixtures, fixtures
 
 
 class Scripted:
-    """Answers a stage by a function of the ask; counts what it is asked."""
+    """Writer that answers by stage, and records the prompts."""
 
     leaves_machine = ""
 
@@ -99,7 +99,7 @@ def test_equal_prompts_are_asked_once(tmp_path: Path) -> None:
 
 
 class Dies(Scripted):
-    """Is killed after a number of answers."""
+    """Writer that is killed after a number of answers."""
 
     def __init__(self, after: int) -> None:
         super().__init__(GOOD)
@@ -199,7 +199,7 @@ def test_the_judge_is_asked_twice_and_must_agree_twice(tmp_path: Path) -> None:
 
 @cache
 def encoder_dir() -> Path:
-    """A random BERT whose vectors are means of its states, and whose words are the shop's."""
+    """Make a random BERT with mean pooling and a tokenizer of the shop's words."""
     path = fixtures.folder() / "sentence-encoder"
     torch.manual_seed(0)
     shape = {name: value for name, value in fixtures.BERT.items() if name != "model_type"}
@@ -236,7 +236,7 @@ def test_a_text_far_from_its_facts_is_dropped(tmp_path: Path) -> None:
 
 
 class Obeys(Scripted):
-    """A model that follows what an item's description says, and one that repeats marks."""
+    """Writer whose first title repeats the mark of the prompt, and whose other titles obey the item's description."""
 
     def answer(self, ask: Ask, number: int) -> str:
         if ask.stage != "propose":

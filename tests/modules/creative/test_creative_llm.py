@@ -1,4 +1,4 @@
-"""The packed language model against transformers' own, one text at a time, in values and gradients."""
+"""`CreativeLLM` against the same model of transformers on one text at a time: values and gradients."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def reference(shape: dict[str, Any]) -> nn.Module:
 
 
 def packed(shape: dict[str, Any], of: Any) -> CreativeLLM:
-    """The packed model with the weights of a causal language model of transformers."""
+    """Return a `CreativeLLM` with the weights of a causal language model of transformers."""
     backbone = build_backbone(None, shape)
     backbone.load_state_dict(of.model.state_dict())
     if of.config.tie_word_embeddings:
@@ -35,7 +35,7 @@ def packed(shape: dict[str, Any], of: Any) -> CreativeLLM:
 
 
 def texts(prefix: int, at_end: bool, lengths: tuple[int, ...] = (7, 4, 9, 5)) -> PackedTexts:
-    """Random texts of at least three tokens; their last ones, one to four, are the response."""
+    """Make random texts of at least three tokens, of which the last one to four are the response."""
     random = torch.Generator().manual_seed(1)
     count = torch.tensor(lengths)
     response_from = count - 1 - torch.arange(len(lengths)) % 3
@@ -50,7 +50,7 @@ def texts(prefix: int, at_end: bool, lengths: tuple[int, ...] = (7, 4, 9, 5)) ->
 
 
 def one_by_one(model: Any, of: PackedTexts, soft: Tensor) -> Tensor:
-    """The published computation with a correct mask: a causal model on each text alone, labels on the response."""
+    """Compute the losses as published, with a correct mask: a causal model on each text, labels on the response."""
     losses = []
     for n, tokens in enumerate(of.token_ids.split(of.cu_seqlens.diff().tolist())):
         at, begins, prefix = int(of.soft_at[n]), int(of.response_from[n]), of.prefix_ids.numel()
@@ -86,7 +86,7 @@ def test_packed_equals_transformers_one_by_one(
 
 
 def test_a_creative_reads_neither_others_nor_what_follows() -> None:
-    """Packing and causality: other texts move nothing, and a token moves only what stands behind it."""
+    """A text does not affect other texts, and a token only affects later positions of its text."""
     model = reference(fixtures.LLAMA)
     own, of = packed(fixtures.LLAMA, model), texts(3, False)
     soft = torch.randn(4, 1, 24)

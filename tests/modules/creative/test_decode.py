@@ -1,4 +1,4 @@
-"""Decoding against transformers' own generation, with and without a shared prefix."""
+"""Decoding against `generate` of transformers, with and without a shared prefix."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest(
 
 
 def test_guidance_moves_tokens_away_from_those_of_an_unknown_user() -> None:
-    """Against transformers' logits of both whole sequences at each step."""
+    """The reference computes the logits of both complete sequences by transformers at each step."""
     model = reference({**fixtures.LLAMA, "tie_word_embeddings": False})
     own, given = packed({**fixtures.LLAMA, "tie_word_embeddings": False}, model), inputs(5)
     null = torch.randn(2, 24, generator=torch.Generator().manual_seed(5))
@@ -121,7 +121,7 @@ def test_guidance_moves_tokens_away_from_those_of_an_unknown_user() -> None:
 
 
 def test_transformers_still_errs_with_a_cached_prefix() -> None:
-    """The reason for a loop of our own: if this fails, `generate` has been repaired."""
+    """This bug is the reason for our own decoding loop: if the test fails, `generate` has been repaired."""
     model = reference({**fixtures.LLAMA, "tie_word_embeddings": False})
     before, after, soft = inputs(5)
     whole = whole_prompts(model, before, after, soft)[:1]

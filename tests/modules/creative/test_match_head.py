@@ -1,4 +1,4 @@
-"""The Item-User Predictor: each pair is scored alone, and all pairs in blocks."""
+"""The Item-User Predictor: scores of single pairs, and of all pairs in blocks."""
 
 import pytest
 import torch

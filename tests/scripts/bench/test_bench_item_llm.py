@@ -37,9 +37,11 @@ def test_the_products_are_those_of_the_model() -> None:
 def test_a_tiny_run_reports_every_ratio() -> None:
     dataset, tokenizer = str(fixtures.dataset().root), str(fixtures.tokenizer_dir())
     given = ["--dataset", dataset, "--tokenizer", tokenizer, "--keys", "title", "brand"]
-    result = bench.run(bench.parse([*given, "--tiny", "--items", "12"]))
+    result = bench.run(bench.parse([*given, "--tiny", "--items", "12", "--profile"]))
     names = {"item_llm_matmul_share_fp32", "item_llm_matmul_share_bf16", "prefix_sharing", "compile", "read_rows_alone"}
     assert names <= result["ratios"].keys()
     assert all(value is None or value > 0 for value in result["ratios"].values())
     assert (result["ratios"]["item_llm_matmul_share_bf16"] is None) == (result["bf16"] is not None)
+    shares = result["operators"]["shared"]
+    assert "aten::mm" in shares and sum(shares.values()) == pytest.approx(1)
     assert result["shapes"]["tokens"]["shared"] < result["shapes"]["tokens"]["plain"]

@@ -28,6 +28,39 @@ def test_rounds_go_on_until_enough_has_been_measured() -> None:
     assert times["a"] == [0.25] * 4
 
 
+def test_a_ratio_is_the_median_over_rounds_and_knows_the_quartiles_of_their_quotients() -> None:
+    found = benchmarking.ratio([6.0, 6.4, 9.0, 30.0, 8.0], [2.0, 2.0, 3.0, 10.0, 2.0], scale=10)
+    assert found == 30 and found.spread == pytest.approx((32 - 30) / 30)  # of 30, 30, 30, 32, 40
+    assert benchmarking.ratio([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]).spread == pytest.approx((3 - 1.5) / 2)
+    assert benchmarking.ratio([3.0], [2.0]).spread is None
+
+
+def test_ratios_of_rounds_that_disagree_are_refused_with_the_shares_and_the_report_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noisy, quiet = benchmarking.ratio([1.0, 2.0, 4.0], [1.0] * 3), benchmarking.ratio([2.0, 2.1, 2.2], [1.0] * 3)
+    found = {"ratios": {"noisy": noisy, "quiet": quiet, "bytes": 5.0, "left out": None}, "matmul_peak": 5e9}
+    found["matmul_share"] = {"row": {"ours": 0.5}}
+    options = benchmarking.arguments("A bench.")
+    result = benchmarking.report("some", options.parse_args(["--quick"]), found)
+    assert result["ratios"] == {"noisy": None, "quiet": 2.1, "bytes": 5.0, "left out": None}
+    assert result["spreads"]["noisy"] == 0.75 and result["matmul_share"] is None
+    refused, shares, printed = capsys.readouterr().out.splitlines()
+    assert refused == (
+        "refused: noisy: its rounds spread over 75% of their median, more than 30%; "
+        "run it again with nothing else running"
+    )
+    assert shares.endswith("GFLOP/s: refused") and json.loads(printed)["ratios"]["noisy"] is None
+    assert benchmarking.report("some", options.parse_args(["--tiny"]), found)["ratios"]["noisy"] == 2.0
+
+
+def test_a_share_above_the_peak_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"ratios": {"a": 2.0}, "matmul_peak": 5e9, "matmul_share": {"row": {"plain": 0.25, "ours": 2.39}}}
+    result = benchmarking.report("some", benchmarking.arguments("A bench.").parse_args([]), found)
+    assert result["matmul_share"] is None and result["ratios"] == {"a": 2.0}
+    assert "refused: matmul_share: 239% of the peak" in capsys.readouterr().out
+
+
 def test_a_result_without_ratios_is_a_bug_of_the_bench() -> None:
     options = benchmarking.arguments("A bench.").parse_args(["--quick"])
     with pytest.raises(AssertionError, match="a bench reports ratios"):

@@ -1,4 +1,4 @@
-"""E1 of HLLM-Creator: candidates are scored as texts are, and a table of counts is what it is called."""
+"""`creator_e1`: candidate texts get the same likelihoods as texts of a table; the baseline of counts is correct."""
 
 from collections.abc import Iterator
 from pathlib import Path
