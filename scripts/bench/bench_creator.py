@@ -353,7 +353,7 @@ SIDES = {"labels": plain_step, "packed": our_step}
 
 
 def measure(side: str, tiny: bool) -> int:
-    """Return the peak bytes of a training step above those before it, after a small warm-up step. Needs its own process.
+    """Return the peak bytes of a step above those before it, after a small warm-up step. Needs its own process.
 
     side: name in SIDES; with " words" behind it, words and head are trained.
     """
