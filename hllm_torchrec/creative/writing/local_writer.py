@@ -62,9 +62,10 @@ class LocalWriter:
         ids = [self.prompt_ids(ask) for ask in asks]
         fitting = []
         for index, ask in enumerate(asks):
-            if self._positions is not None and len(ids[index]) + ask.max_tokens > self._positions:
-                long = f"{len(ids[index])} tokens and --answer-tokens {ask.max_tokens} exceed {self._positions}"
-                yield Answer(index, None, f"{long} positions")
+            length = len(ids[index])
+            if self._positions is not None and length + ask.max_tokens > self._positions:
+                error = f"{length} tokens and --answer-tokens {ask.max_tokens} exceed {self._positions} positions"
+                yield Answer(index, None, error)
             else:
                 fitting.append(index)
         for batch in _batches(fitting, asks, ids):
