@@ -122,6 +122,9 @@ def _by_template(args: argparse.Namespace, dataset: "Dataset") -> None:
 
     rule = TemplateRule(name=args.title, least=args.least, **_given(args, _TEMPLATE))
     rows, left_out = write_by_template(dataset, rule)
+    if not len(rows):
+        why = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.items())
+        raise ValueError(f"{dataset.root}: no like gets a text ({why}); lower --least, or choose another --feature")
     counts = _write(args, dataset, rows, None, {"writer": "template", "rule": vars(rule), "left_out": left_out})
     say(f"{counts.replace(' texts ', ' texts by rule ', 1)}; {sum(left_out.values()):,} likes without one")
 

@@ -209,8 +209,9 @@ class StageConfig:
     batch_users: int | None = None
     """Overrides data.batch_users."""
     trains: Literal["all", "creative"] = "all"
-    """What learns. creative: the Creative LLM and its soft prompt alone, all other learning rates are 0: until it can
-    write, its gradients tell the user encoder nothing, and move it all the same."""
+    """Parts that are trained. creative: only the Creative LLM and its head (soft prompt, losses); all other learning
+    rates are 0. Until the Creative LLM has learned to write, its gradients would change the user encoder without
+    improving it."""
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def check_name(name: str) -> None:
 
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raise ValueError if a share is negative, the shares do not sum to 1, or the share of train is 0."""
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0]:
+    if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and fractions[0]):  # NaN fails every comparison
         raise ValueError(f"--fractions {fractions}: three shares, none negative, that of train above 0, that sum to 1")
 
 

@@ -162,7 +162,7 @@ def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[flo
 
 
 def commit_parts(rows: Rows) -> dict[str, Callable[[], object]]:
-    """What a commit does in addition to writing the bytes of the vectors, each on one thread."""
+    """Parts of a commit other than writing the bytes of the vectors, each on one thread."""
     blocks, ids = [rows.vectors[block] for block in rows.blocks()], pa.chunked_array([rows.keys["string"]])
     return {
         "finite": lambda: all(map(all_finite, blocks)),

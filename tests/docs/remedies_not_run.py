@@ -150,6 +150,7 @@ NOT_RUN: dict[str, str] = {
     "--feature □: no item feature": "the option's value is to be corrected",
     "--title □: no text column": "the option's value is to be corrected",
     "--template □: must have {value}": "the option's value is to be corrected",
+    "--writer □: must be made without arguments (□); give it defaults": "a class of the user's own",
     "build the table again (`hllm creatives`)": "takes a table of creatives",
     "exists; choose another --name, or remove it": "takes a table of creatives",
     "creative.max_prompt_length: □": "the setting's value is to be corrected, as the message says",
