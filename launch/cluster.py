@@ -4,7 +4,7 @@ hllm cluster --users stores/users --clusters 64 --output stores/clusters
 hllm cluster --users stores/users --output stores/clusters
 
 The second command assigns new and changed users to the existing clusters, whose titles stay valid. `--refit` fits new
-clusters, with the given settings or the previous ones; then run `hllm create` for their titles.
+clusters; settings that are not given are those of the previous ones. Then run `hllm create` for their titles.
 """
 
 import argparse
@@ -26,24 +26,21 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--metric",
         choices=("euclidean", "standardized", "cosine"),
-        default="euclidean",
         help="distance between vectors minus their mean (default: euclidean); standardized: after division by the "
         "standard deviation of each dimension",
     )
     parser.add_argument(
         "--center",
         choices=("mean", "medoid"),
-        default="mean",
         help="vector of a cluster: the mean of its users (default), or that of the user nearest to its center",
     )
     parser.add_argument(
         "--least",
         type=natural,
-        default=10,
         metavar="N",
         help="dissolve clusters with fewer users, because titles for a small cluster may reveal a person (default: 10)",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of the sample and the fit (default: 0)")
+    parser.add_argument("--seed", type=natural, help="of the sample and the fit (default: 0)")
     parser.add_argument("--refit", action="store_true", help="fit again; earlier titles are then invalid")
     return parser
 
@@ -54,12 +51,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the store has no users, or the existing clusters do not fit and `--refit` is not given.
     """
-    from hllm_torchrec.creative.cluster_fit import ClusterSettings, cluster_users
+    from hllm_torchrec.creative.cluster_fit import cluster_users, settings_with
 
-    settings = None
-    if args.clusters is not None:
-        settings = ClusterSettings(args.clusters, args.metric, args.center, args.least, args.seed)
-    report = cluster_users(args.users, args.output, settings, args.refit)
+    names = ("clusters", "metric", "center", "least", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    report = cluster_users(args.users, args.output, settings_with(args.output, given), args.refit)
     sizes, facts = report.clusters.sizes, report.clusters.facts
     say(
         f"{args.output}: {report.users:,} users in {sizes.size} clusters of {sizes.min():,} to {sizes.max():,} users, "

@@ -37,7 +37,7 @@ def build_parser() -> CommandParser:
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
-    show.add_argument("--rows", type=int, default=10, help="number of rows (default: 10)")
+    show.add_argument("--rows", type=natural, default=10, help="number of rows (default: 10)")
     evaluate = actions.add_parser(
         "evaluate", help="likelihoods of texts by a run, given the right, no, or another user"
     )
@@ -45,7 +45,7 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument(
-        "--most", type=int, default=0, help="score at most this many texts, spaced evenly (default: all)"
+        "--most", type=natural, default=0, help="score at most this many texts, spaced evenly (default: all)"
     )
     evaluate.add_argument(
         "--clusters",
@@ -116,6 +116,8 @@ def _show(args: argparse.Namespace) -> None:
 
     table = CreativeTable.open(Dataset.open(args.dataset), args.name)
     rows = table.dropped() if args.dropped else table.part(args.split).rows
+    if not len(rows):
+        say("nothing was left out" if args.dropped else f"{args.split}: no texts")
     for row in rows.slice(0, args.rows).to_pylist():
         why = f" [{'; '.join(row['reasons'])}]" if args.dropped else ""
         say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}{why}")

@@ -140,6 +140,14 @@ def cluster_users(users: Path, output: Path, settings: ClusterSettings | None, r
     return _assign(stored, output, old.centers, dict(old.facts), old)
 
 
+def settings_with(output: Path, given: dict[str, Any]) -> ClusterSettings | None:
+    """Return the settings of the clusters in `output`, changed as `given`; None: they do not change, or there are none
+    and their number is not given."""
+    before = Clusters.open(output).facts["settings"] if given and (output / FILE).is_file() else {}
+    settings = {**before, **given}
+    return ClusterSettings(**settings) if "clusters" in settings else None
+
+
 def _shown(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 

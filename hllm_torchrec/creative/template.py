@@ -2,7 +2,7 @@
 
 The rule applies to items that a user likes and that have at least two values of a categorical feature (such as genres).
 The text names the value of the item with the largest lift among the user's latest likes, and the latest liked item that
-has this value:
+has this value (and a name):
 
     lift(v) = (share of v among the last `recent` likes) / (share of v among all likes of the dataset)
 
@@ -22,6 +22,8 @@ from hllm_torchrec.config.creative import PLACEHOLDER
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.visibility import visible_before
+
+UNREADABLE = "an item without a name, or control characters"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class TemplateRule:
             yield f"--title {self.name}: no text column of {dataset.root}; it has {known}"
         if "{value}" not in self.template:
             yield f"--template {self.template!r}: must have {{value}}: what the text is about"
+        for other in dict.fromkeys(PLACEHOLDER.findall(self.template)):
+            if other not in ("value", "liked"):
+                yield f"--template {self.template!r}: {{{other}}} is neither {{value}} nor {{liked}}"
 
 
 def write_by_template(dataset: Dataset, rule: TemplateRule) -> tuple[pa.Table, dict[str, int]]:
@@ -116,6 +121,8 @@ class _Maker:
                 self.dropped["too few earlier likes"] += 1
             elif (text := self._text(own, liked.item_ids[max(0, before - self.rule.recent) : before])) is None:
                 self.dropped["none of the latest likes has a value"] += 1
+            elif not text.strip() or not text.isprintable():
+                self.dropped[UNREADABLE] = self.dropped.get(UNREADABLE, 0) + 1
             else:
                 for name, value in zip(rows, (user, item, second, text), strict=True):
                     rows[name].append(value)
@@ -123,7 +130,7 @@ class _Maker:
     def _text(self, own: Ints, recent: Ints) -> str | None:
         """Write the text of an item with the values `own`; recent: items of the latest likes, oldest first.
 
-        None if no recent item has one of the values.
+        None if no recent item has one of the values; "" if the template names a liked item, and none has a name.
         """
         of_recent = [self._of(int(item)) for item in recent]
         lifts = [sum(int(v in of_item) for of_item in of_recent) / len(recent) / self.base[v] for v in own]
@@ -131,7 +138,10 @@ class _Maker:
         if lifts[best] == 0:
             return None
         value = own[best]
-        liked = next(int(item) for item, of_item in zip(recent[::-1], of_recent[::-1], strict=True) if value in of_item)
-        texts = {"value": self.labels[value], "liked": self.names[liked]}
+        having = (item for item, of_item in zip(recent[::-1], of_recent[::-1], strict=True) if value in of_item)
+        liked = next((name for item in having if (name := self.names[int(item)] or "").strip()), "")
+        if "{liked}" in self.rule.template and not liked:
+            return ""
+        texts = {"value": self.labels[value], "liked": liked}
         # A single pass over the template, so that braces in inserted titles are not replaced.
         return PLACEHOLDER.sub(lambda found: texts.get(found[1], found[0]), self.rule.template)

@@ -17,8 +17,8 @@ Groups of columns (`data.evidence` names them):
   them a linear layer can weight one column by another, such as the user's mean by the number of the user's events.
 
 Training, evaluation and serving call the same functions, which use only the user's events that the exposure may see:
-`Evidence.past` computes what depends on the user's events alone, `Evidence.of_exposures` the rest. The factors are
-fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
+`Evidence.past` computes the part that depends only on the user's events, `Evidence.of_exposures` the rest. The factors
+are fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
 predicted by a fit without their user's fold (cross-fitting), all later exposures by the fit of all users.
 
 Legend: n events of one user, X exposures, C different numbers of visible events, N items, E width of text embeddings, P
@@ -261,7 +261,7 @@ class Evidence:
         return found
 
     def past(self, events: Events, seen: Ints, without: int | None = None) -> PastEvents:
-        """What the columns need of a user's events after the first `seen[c]` of them, for each of `seen` [C].
+        """Summarize a user's first `seen[c]` events, for each of `seen` [C], as far as the columns need it.
 
         without: fold of users without which the factors were fitted; None: the fit of all users.
         """

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.config.eval_protocols import dataset_problems
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.derived_files import derived_path
@@ -65,7 +66,7 @@ def build_experiment(
         evidence: fitted evidence of the run; None: it is fitted if the configuration uses evidence.
         transitions: fitted transitions of the run; None: they are fitted if the configuration uses transitions.
         version: version of the dataset to read; None: `data.version`.
-        encode: False: no item is encoded here; evidence that reads texts has none until `read_catalogue`.
+        encode: False: do not encode items now; evidence that reads texts lacks them until `read_catalogue` is called.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.

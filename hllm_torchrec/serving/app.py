@@ -60,7 +60,7 @@ def create_app(
 ) -> FastAPI:
     """Build the application.
 
-    log: function that prints the line of JSON for each request, which has no ids and texts; None: no log. reloader:
+    log: function that prints a line of JSON for each request, without ids and texts; None: no log. reloader:
     for the endpoint /v1/reload; None: no such endpoint.
     """
 

@@ -3,8 +3,8 @@
 The decoding loop is our own, because `generate` of transformers silently returns wrong tokens if it gets
 `inputs_embeds` and the cache of a prefix (issues 35707 and 36151 of transformers).
 
-Legend: I items, B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head,
-C width.
+Legend: I items, B users, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
+V words.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules.attention.keys_values import KeysValues
-from hllm_torchrec.modules.attention.text import grouped_attention
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
+from hllm_torchrec.modules.creative.decode_cache import PrefixPlan, UserPlan
 
 
 @dataclass(frozen=True)
@@ -49,34 +48,6 @@ class Decoded:
     stopped: Tensor
 
 
-class _CachedPlan:
-    """Causal `TextPlan` for n new rows of each of B sequences after their cached positions; collects keys and values.
-
-    cached: keys and values of each layer, [B, L, G, E], or [1, L, G, E] for a prefix that all sequences share; layers:
-    keys and values of cached and new positions, added by each call of `attend`.
-    """
-
-    def __init__(self, cached: list[KeysValues], number: int, new: int, device: torch.device) -> None:
-        self.cached, self.number = cached, number
-        before = cached[0].keys.shape[1] if cached else 0
-        self.position_ids = (before + torch.arange(new, device=device)).repeat(number)[None]
-        self.longest = before + new
-        self.layers: list[KeysValues] = []
-        self.mask = None
-        if before and new > 1:  # a single new row sees all keys; without cached positions, is_causal suffices
-            self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(before)
-        self.is_causal = not before
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """Attend as `TextPlan` says; called once per layer, in the order of the layers."""
-        q, k, v = (x.unflatten(0, (self.number, -1)) for x in (query, key, value))
-        if self.cached:
-            old = self.cached[len(self.layers)]
-            k, v = (torch.cat([x.expand(self.number, -1, -1, -1), y], 1) for x, y in ((old.keys, k), (old.values, v)))
-        self.layers.append(KeysValues(k, v))
-        return grouped_attention(q, k, v, self.mask, self.is_causal, scaling, dropout)
-
-
 @torch.no_grad()
 def decode(
     llm: CreativeLLM,
@@ -87,10 +58,11 @@ def decode(
     generators: list[torch.Generator] | None = None,
     item_of: Tensor | None = None,
     null: Tensor | None = None,
+    after_lengths: Tensor | None = None,
 ) -> Decoded:
     """Generate a response for each of B (user, item) pairs with I items. The prompt is: before, soft tokens, after.
 
-    All prompts have the same number of positions, so there is no padding. Responses do not depend on each other.
+    Responses are independent of each other.
 
     Args:
         llm: the model, in evaluation mode.
@@ -99,6 +71,7 @@ def decode(
         generators: a CPU generator for each pair; required for sampling.
         item_of: int64 [B] index of each pair's item; None: there is one item.
         null: [k, C] soft tokens of an unknown user; required for guidance.
+        after_lengths: int64 [I], number of tokens in each row of `after`, the others are padding; None: all.
 
     Raises:
         ValueError: sampling without a generator for each pair, or guidance without `null`.
@@ -113,17 +86,22 @@ def decode(
         # The second half of the rows are the same prompts with the tokens of an unknown user.
         soft, of = torch.cat([soft, null.to(soft.dtype).expand_as(soft)]), of.repeat(2)
     before, after = torch.atleast_2d(before), torch.atleast_2d(after)
-    cached: list[KeysValues] = []
+    # Items with the same tokens before {user} share one prefix.
+    same = torch.arange(before.shape[0], device=device)
     if before.shape[1]:
-        _, cached = _run(llm, llm.embed(before), [])
-        if before.shape[0] > 1:
-            cached = [KeysValues(one.keys[of], one.values[of]) for one in cached]
+        before, same = before.unique(dim=0, return_inverse=True)
+    prefix = PrefixPlan(*before.shape, device)
+    if before.shape[1]:
+        run(llm, llm.embed(before), prefix)
     behind = llm.embed(after)[of]
-    hidden, cached = _run(llm, torch.cat([soft.to(behind.dtype), behind], 1), cached)
+    lengths = None if after_lengths is None else soft.shape[1] + after_lengths.to(device)[of]
+    plan = UserPlan(prefix.layers, same[of], soft.shape[1] + after.shape[1] + options.most - 1, lengths)
+    hidden = _next(llm, torch.cat([soft.to(behind.dtype), behind], 1), plan)
+    head = _head(llm, hidden)
     written, log_prob = [], torch.zeros(number, device=device)
     stopped = torch.zeros(number, dtype=torch.bool, device=device)
     for step in range(options.most):
-        log_p = (hidden[:, -1] @ llm.head_weight.to(hidden.dtype).T).float().log_softmax(-1)
+        log_p = (hidden @ head.T).float().log_softmax(-1)
         guided = log_p
         if options.guidance:
             log_p, of_null = log_p.chunk(2)
@@ -137,26 +115,40 @@ def decode(
             break
         if options.guidance:
             token = token.repeat(2)
-        hidden, cached = _run(llm, llm.embed(token)[:, None], cached)
+        hidden = _next(llm, llm.embed(token)[:, None], plan)
     return Decoded(torch.stack(written, 1), log_prob, stopped)
 
 
-def _run(llm: CreativeLLM, rows: Tensor, cached: list[KeysValues]) -> tuple[Tensor, list[KeysValues]]:
-    """Run the LLM on `rows` [B, n, C] after the cached positions; returns the last hidden states and the new cache."""
-    number, new = rows.shape[:2]
-    plan = _CachedPlan(cached, number, new, rows.device)
+def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
+    """Run the LLM on `rows` [b, n, C] with the attention `plan`; returns the last hidden states [b, n, C]."""
     positions = plan.position_ids + llm.first_position
     output = llm.backbone(
         inputs_embeds=rows.flatten(0, 1)[None], position_ids=positions, use_cache=False, hllm_plan=plan
     )
-    return output.last_hidden_state[0].unflatten(0, (number, new)), plan.layers
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden.unflatten(0, rows.shape[:2])
+
+
+def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:
+    """Run the LLM on the next n positions [B, n, C] of each user; returns the hidden states [B, C] of the last ones."""
+    plan.advance(rows.shape[1])
+    hidden = run(llm, rows, plan)
+    if plan.lengths is None or rows.shape[1] == 1:
+        return hidden[:, -1]
+    return hidden[torch.arange(plan.number, device=hidden.device), plan.lengths - 1]
+
+
+def _head(llm: CreativeLLM, hidden: Tensor) -> Tensor:
+    """Return the weight [V, C] of the vocabulary head in the dtype of its product: one cast for all steps."""
+    is_autocast, device = torch.is_autocast_enabled(hidden.device.type), hidden.device.type
+    return llm.head_weight.to(torch.get_autocast_dtype(device) if is_autocast else hidden.dtype)
 
 
 def _choose(log_p: Tensor, options: DecodeOptions, generators: list[torch.Generator] | None) -> Tensor:
     """Choose the next tokens [B] by log-probabilities [B, V]. A row's sample depends only on the row's own
     generator."""
     if not options.temperature:
-        return log_p.argmax(-1)
+        return log_p.max(-1).indices  # faster than argmax on a CPU
     assert generators is not None
     ordered, order = (log_p / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     hidden = ordered.cumsum(-1) - ordered >= options.top_p  # never removes the likeliest token

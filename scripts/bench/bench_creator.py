@@ -2,26 +2,33 @@
 
     python scripts/bench/bench_creator.py [--quick] [--out FILE]
 
-The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio use the same
-weights. The bench first checks that both sides produce the same tokens or losses. A ratio is naive / ours, the median
-over pairs of measurements that are made one after the other:
+The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio have the same
+weights. Where nothing else is said, both decode 64 titles at a time (a batch of `hllm create` has up to 16,384
+positions), and in training, word vectors and vocabulary head are frozen on both, as in configs/creator/ml100k.yaml. The
+bench first checks that both sides produce the same tokens or losses. A ratio is naive / ours, the median over pairs of
+measurements that are made one after the other:
 
     per_user_vs_per_cluster  naive: transformers' `generate` for each (user, item), one after the other, for 943 users;
                              ours: titles for 16 clusters. Both sides are measured on 64 pairs and scaled. Goal: at
                              least 0.9 x 943 / 16 = 53
     batched                  naive: our decoding in batches for 943 users; otherwise the same. Goal: 53
-    pruned                   naive: titles for 64 clusters; ours: titles for 8 of them, for 4 items. Goal: 7.2
+    pruned                   naive: titles for 64 clusters; ours: titles for 8 of them. Measured on a batch of 256
+                             titles of each, of 4 items and of 32, and scaled. Goal: 7.2
     item_kv                  naive: the prompt (230 tokens before {user}) is read for each of 16 clusters; ours: it is
-                             read once. 12 layers. Goal: 4
+                             read once. 12 layers, 4 items. Goal: 4
     kv_cache                 naive: the whole sequence is read again for each of 32 new tokens; ours: keys and values of
-                             the previous tokens are cached. Prompts of 64 tokens. Goal: 8
+                             the previous tokens are cached. 64 prompts of 64 tokens. Goal: 8
+    kv_cache_few             the same with 8 prompts: a step reads all weights for 8 rows
     train_step               naive: `AutoModelForCausalLM` with labels, forward and backward, for 32 texts of 35 tokens,
                              of which 12 are the response. Goal: 1.5
     train_step_memory        the same, peak of the resident set in separate processes. Goal: 3
+    train_words              as train_step, with words and head trained on both sides
+    train_words_memory       the same
     train_padded             naive: texts of 35 tokens padded to 512. Goal: 8
-    soft_vs_text             naive: the history is 280 tokens of the prompt; ours: it is one soft token. Goal: 5
+    soft_vs_text             naive: the history is 280 tokens of the prompt; ours: it is one soft token. 16 texts.
+                             Goal: 5
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
-                             for all. Goal: 4
+                             for all. 32 users. Goal: 4
 
 `lookup` gives the microseconds of `Creatives.get` among 10^6 titles for 10^5 users (goal: below 50).
 """
@@ -63,7 +70,8 @@ from hllm_torchrec.creative.mapped_table import hash_order
 from hllm_torchrec.creative.titles import SCHEMA, Creatives, commit, prepare_folder
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
-from hllm_torchrec.modules.creative.decode import DecodeOptions, _run, decode
+from hllm_torchrec.modules.creative.decode import DecodeOptions, decode, run
+from hllm_torchrec.modules.creative.decode_cache import PrefixPlan
 from hllm_torchrec.modules.encoders.base import Queries
 from hllm_torchrec.modules.encoders.sasrec import SASRec
 from hllm_torchrec.modules.encoders.shapes import SASRecShape
@@ -90,6 +98,11 @@ class Models:
         self.ours = CreativeLLM(backbone).eval()
         self.width, self.words = shape["hidden_size"], shape["vocab_size"]
 
+    def freeze_words(self) -> None:
+        """Freeze word vectors and head of both models."""
+        for model in (self.plain, self.ours.backbone):
+            model.get_input_embeddings().weight.requires_grad_(False)
+
     def tokens(self, *size: int) -> Tensor:
         """Return random tokens."""
         return torch.randint(self.words, size)
@@ -114,6 +127,13 @@ def written(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: i
     return decode(models.ours, before, after, soft, DecodeOptions(NEVER, most), item_of=item_of).tokens
 
 
+def without_prefix(models: Models, text: Tensor, of: Tensor, soft: Tensor, most: int) -> Tensor:
+    """Generate tokens [n, most] by our decoding, which reads the prompt text[of] in the rows of each user."""
+    llm, words = models.ours, models.ours.embed(text)[of].detach()
+    none = torch.empty(1, 0, dtype=torch.int64)
+    return decode(llm, none, none, torch.cat([words, soft], 1), DecodeOptions(NEVER, most)).tokens
+
+
 @torch.no_grad()
 def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, most: int) -> Tensor:
     """Generate tokens [n, most]; each step reads the complete sequence again."""
@@ -121,7 +141,7 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
     rows = torch.cat([llm.embed(before).expand(number, -1, -1), soft, llm.embed(after).expand(number, -1, -1)], 1)
     found = []
     for _ in range(most):
-        hidden, _ = _run(llm, rows, [])
+        hidden = run(llm, rows, PrefixPlan(*rows.shape[:2], rows.device))
         found.append((hidden[:, -1] @ llm.head_weight.T).argmax(-1))
         rows = torch.cat([rows, llm.embed(found[-1])[:, None]], 1)
     return torch.stack(found, 1)
@@ -154,10 +174,12 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     items[0] = after
     few = slice(0, 4)
 
-    def of_clusters(number: int) -> Tensor:
-        each = max(1, number // 4) if tiny else number
-        item_of = torch.arange(groups).repeat_interleave(each)
-        return written(models, before.expand(groups, -1), items, kinds[:each].repeat(groups, 1, 1), most, item_of)
+    def of_clusters(clusters: int) -> Tensor:
+        each = max(1, clusters // 8) if tiny else clusters
+        count = (16 if tiny else 256) // each
+        item_of = torch.arange(count).repeat_interleave(each)
+        those = items[:1].expand(count, -1)
+        return written(models, before.expand(count, -1), those, kinds[:each].repeat(count, 1, 1), most, item_of)
 
     kinds = models.soft(64)
     same(generated(models, before, after, soft[few], most), written(models, before, after, soft[few], most))
@@ -171,29 +193,32 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
             {"users": lambda: written(models, before, after, soft, most), "clusters": ours}, rounds, scale
         ),
     }
-    found["pruned"] = compare({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds)
+    found["pruned"] = compare({"all": partial(of_clusters, 64), "best": partial(of_clusters, 8)}, rounds, 64 / 8)
     return found
 
 
 def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
     """Measure the ratios of cached keys and values. deep: the model of `item_kv`."""
     tiny, none = options.tiny, torch.empty(0, dtype=torch.int64)
-    most, text, soft = 3 if tiny else 16, deep.tokens(20 if tiny else 230), deep.soft(CLUSTERS)
-    again = torch.arange(CLUSTERS)
+    most, items = 3 if tiny else 16, 2 if tiny else 4
+    text, soft = deep.tokens(items, 20 if tiny else 230), deep.soft(CLUSTERS * items)
+    of, none = torch.arange(items).repeat_interleave(CLUSTERS), torch.empty(items, 0, dtype=torch.int64)
     sides = {
-        "again": lambda: written(deep, text.expand(CLUSTERS, -1), none.expand(CLUSTERS, -1), soft, most, again),
-        "shared": lambda: written(deep, text, none, soft, most),
+        "again": lambda: without_prefix(deep, text, of, soft, most),
+        "shared": lambda: written(deep, text, none, soft, most, of),
     }
     same(*(side() for side in sides.values()))
-    found = {"item_kv": compare(sides, rounds)}
-    before, after, few = models.tokens(12), models.tokens(5 if tiny else 51), models.soft(8)  # 64 positions
-    longest = 4 if tiny else 32
-    sides = {
-        "whole": lambda: without_cache(models, before, after, few, longest),
-        "cache": lambda: written(models, before, after, few, longest),
-    }
-    same(*(side() for side in sides.values()))
-    return found | {"kv_cache": compare(sides, max(3, rounds // 2))}
+    found = {"item_kv": compare(sides, max(3, rounds // 2))}
+    before, after = models.tokens(12), models.tokens(5 if tiny else 51)  # 64 positions
+    for name, number in (("kv_cache_few", 8), ("kv_cache", 8 if tiny else 64)):
+        few, longest = models.soft(number), 4 if tiny else 32
+        sides = {
+            "whole": partial(without_cache, models, before, after, few, longest),
+            "cache": partial(written, models, before, after, few, longest),
+        }
+        same(*(side() for side in sides.values()))
+        found[name] = compare(sides, max(3, rounds // 2))
+    return found
 
 
 def packed(models: Models, number: int, prompt: int, response: int) -> PackedTexts:
@@ -241,30 +266,22 @@ def training(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     texts, soft, longest = packed(models, number, *lengths), models.soft(number), 24 if options.tiny else 512
     ours = lambda: our_step(models, texts, soft)  # noqa: E731
     torch.testing.assert_close(plain_step(models, texts, soft), ours(), rtol=1e-4, atol=1e-4)
+    found = {"train_words": compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)}
+    models.freeze_words()
+    found["train_step"] = compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds)
     few, few_soft = packed(models, 4, *lengths), models.soft(4)
-    history = packed(models, 4, lengths[0] + (20 if options.tiny else 280), lengths[1])
-    return {
-        "train_step": compare({"labels": lambda: plain_step(models, texts, soft), "packed": ours}, rounds),
-        "train_padded": compare(
-            {
-                "padded": lambda: plain_step(models, few, few_soft, longest),
-                "packed": lambda: our_step(models, few, few_soft),
-            },
-            max(3, rounds // 2),
-        ),
-        "soft_vs_text": compare(
-            {
-                "text": lambda: our_step(models, history, few_soft),
-                "soft": lambda: our_step(models, few, few_soft),
-            },
-            max(3, rounds // 2),
-        ),
-    }
+    padded = lambda: plain_step(models, few, few_soft, longest)  # noqa: E731
+    least = max(3, rounds // 2)
+    found["train_padded"] = compare({"padded": padded, "packed": lambda: our_step(models, few, few_soft)}, least)
+    texts, soft = packed(models, number // 2, *lengths), models.soft(number // 2)
+    history = packed(models, number // 2, lengths[0] + (20 if options.tiny else 280), lengths[1])
+    sides = {"text": lambda: our_step(models, history, soft), "soft": lambda: our_step(models, texts, soft)}
+    return found | {"soft_vs_text": compare(sides, least)}
 
 
 def users_once(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
     """Measure passes of a user encoder: one for all creatives of a user, or one for each creative."""
-    users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (8, 100, 8, 64)
+    users, events, creatives, width = (2, 6, 3, 8) if options.tiny else (32, 100, 8, 64)
     encoder = SASRec(SASRecShape(width=width, layers=2, heads=2, max_positions=256)).eval()
     x, queries = torch.randn(users, events, width), torch.randn(users, creatives, width)
     seen = torch.randint(1, events, (users, creatives)).sort(1).values
@@ -332,11 +349,17 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
         }
 
 
+SIDES = {"labels": plain_step, "packed": our_step}
+
+
 def measure(side: str, tiny: bool) -> int:
-    """Return the peak bytes of a training step above those before it, after a small warm-up step. Needs its own
-    process."""
-    models = Models(TINY if tiny else SHAPE)
-    step = plain_step if side == "labels" else our_step
+    """Return the peak bytes of a step above those before it, after a small warm-up step. Needs its own process.
+
+    side: name in SIDES; with " words" behind it, words and head are trained.
+    """
+    models, step = Models(TINY if tiny else SHAPE), SIDES[side.split()[0]]
+    if not side.endswith("words"):
+        models.freeze_words()
     step(models, packed(models, 2, 4, 2), models.soft(2))
     number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
     texts, soft = packed(models, number, *lengths), models.soft(number)
@@ -346,16 +369,16 @@ def measure(side: str, tiny: bool) -> int:
     return _status("VmHWM") - before
 
 
-def memory(tiny: bool) -> dict[str, Any]:
+def memory(tiny: bool, suffix: str) -> dict[str, Any]:
     """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     peaks = {}
-    for side in ("labels", "packed"):
+    for side in SIDES:
         if tiny:
-            peaks[side] = max(1, measure(side, tiny))
+            peaks[side] = max(1, measure(side + suffix, tiny))
             continue
-        command = [sys.executable, str(Path(__file__).resolve()), "--measure", side]
+        command = [sys.executable, str(Path(__file__).resolve()), "--measure", side + suffix]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         peaks[side] = int(done.stdout.split()[-1])
     return {"peak_bytes": peaks, "ratio": peaks["labels"] / peaks["packed"]}
@@ -364,7 +387,7 @@ def memory(tiny: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--measure", choices=("labels", "packed"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure:
         print(measure(options.measure, options.tiny))
@@ -378,7 +401,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parts |= caches(models, deep, options, rounds)
     say("decoding measured")
     parts["users_once"] = users_once(options, rounds)
-    parts["train_step_memory"] = memory(options.tiny)
+    parts["train_step_memory"] = memory(options.tiny, "")
+    parts["train_words_memory"] = memory(options.tiny, " words")
     found = lookup(options)
     ratios = {name: part.pop("ratio") for name, part in parts.items()}
     say(f"{parts}; lookup {found['microseconds']:.1f} microseconds")

@@ -225,7 +225,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
         return dict(json.loads(target.read_text(encoding="utf-8")))
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
-        with loaded.weights:
+        with loaded.weights, loaded.experiment.evaluation_items():  # encoded once for all conditions
             nats, hits, users = score(arguments, loaded.experiment, arm)
     found = {
         "arm": arm,

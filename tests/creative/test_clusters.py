@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hllm_torchrec.creative.cluster_fit import ClusterReport, ClusterSettings, cluster_users
+from hllm_torchrec.creative.cluster_fit import ClusterReport, ClusterSettings, cluster_users, settings_with
 from hllm_torchrec.creative.clusters import Clusters
 from hllm_torchrec.launch import cli
 from hllm_torchrec.store.store import EmbeddingStore
@@ -144,6 +144,19 @@ def test_clusters_of_other_settings_models_or_things_are_refused(tmp_path: Path)
     with pytest.raises(ValueError, match="no user has a vector; embed them first"):
         cluster_users(tmp_path / "none", tmp_path / "new", ClusterSettings(2))
     assert not (tmp_path / "new").exists()
+
+
+def test_settings_that_are_not_given_are_those_of_the_clusters(tmp_path: Path) -> None:
+    fit(tmp_path, blobs(), metric="standardized")
+    clusters = tmp_path / "clusters"
+    assert settings_with(clusters, {}) is None and settings_with(tmp_path / "new", {"least": 3}) is None
+    assert settings_with(tmp_path / "new", {"clusters": 2}) == ClusterSettings(2)
+    changed = settings_with(clusters, {"least": 2})
+    assert changed == ClusterSettings(4, "standardized", least=2)
+    with pytest.raises(ValueError, match="was fitted with other settings"):  # never ignored
+        cluster_users(tmp_path / "users", clusters, changed)
+    found = cluster_users(tmp_path / "users", clusters, changed, refit=True).clusters
+    assert found.facts["settings"]["metric"] == "standardized" and found.facts["settings"]["least"] == 2
 
 
 def test_damaged_clusters_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

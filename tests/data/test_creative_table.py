@@ -1,5 +1,7 @@
 """Tables of creatives: reading with later versions of the dataset, errors, the template rule, tokens, forgetting."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import pytest
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.config.creative import CreativeConfig
-from hllm_torchrec.creative.template import TemplateRule, write_by_template
-from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeTable, split_by_user, write_table
+from hllm_torchrec.creative.template import UNREADABLE, TemplateRule, write_by_template
+from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeTable, check_fractions, split_by_user, write_table
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, CreativeTokens, build_creative_tokens
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import Names, forget
@@ -116,12 +118,34 @@ def test_the_rule_names_the_value_with_the_largest_lift_and_sees_nothing_of_its_
             )
             if len(of[item]) > 1 and recent and max(share.values()) > 0:
                 best = max(of[item], key=lambda g: share[g])
-                liked = next(i for i in recent[::-1] if best in of[i])
+                liked = next((i for i in recent[::-1] if best in of[i] and titles[i]), None)
+                if liked is None:
+                    continue
                 expected.append((f"u{user - 1}", second, f"{best}, for fans of {titles[liked]}"))
     columns = [table[name].to_pylist() for name in ("raw_user_id", "timestamp", "response")]
     raw = dataset.users["raw_user_id"].to_pylist()
     assert sorted(zip(*columns, strict=True)) == sorted((raw[int(u[1:])], s, t) for u, s, t in expected)
     assert len(table) + sum(dropped.values()) == len(everything)
+
+
+def test_a_rule_writes_no_text_about_an_item_without_a_name_nor_with_control_characters(dataset: Dataset) -> None:
+    whole, _ = write_by_template(dataset, TemplateRule(least=1))
+    items = pq.read_table(dataset.root / "items.parquet")
+    names = [[None, "  ", "a\x1b[31m"][n % 3] if n % 4 else "word1" for n in range(len(items))]
+    at = items.column_names.index("title")
+    pq.write_table(items.set_column(at, "title", pa.array(names)), dataset.root / "items.parquet")
+    manifest = json.loads((dataset.root / "manifest.json").read_text())
+    manifest["files"]["items.parquet"]["bytes"] = (dataset.root / "items.parquet").stat().st_size
+    (dataset.root / "manifest.json").write_text(json.dumps(manifest))
+    found, dropped = write_by_template(Dataset.open(dataset.root), TemplateRule(least=1))
+    texts = found["response"].to_pylist()
+    assert texts and all(text.endswith("for fans of word1") for text in texts)
+    assert len(texts) + dropped[UNREADABLE] == len(whole)
+    with pytest.raises(ValueError, match="{likd} is neither {value} nor {liked}"):
+        write_by_template(dataset, TemplateRule(template="{value} {likd}"))
+    for wrong in ((math.nan, 0.5, 0.5), (1.5, -0.5, 0.0), (0.0, 0.5, 0.5), (0.5, 0.5, 0.5)):
+        with pytest.raises(ValueError, match="--fractions .*: three shares"):
+            check_fractions(wrong)
 
 
 def section(**fields: Any) -> CreativeConfig:

@@ -4,9 +4,11 @@ The model's chat template formats the conversation. Texts of items in a prompt m
 Therefore the template is filled with marks instead of messages; then the text around the marks is tokenized with
 special tokens, and the messages are tokenized as plain text.
 
-Prompts are decoded one at a time. A server (writer `openai`) is faster, because it batches prompts.
+Prompts are decoded in batches of similar lengths; the tokens that all prompts of a batch begin with are read once. An
+answer depends on its prompt alone, except that rounding may decide between two tokens of practically equal probability.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.model_files import vocabulary_head
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.creative.decode import DecodeOptions, decode
+
+BATCH_PROMPTS, BATCH_POSITIONS = 32, 16_384
+"""Largest numbers of prompts, and of positions of prompts and answers, of a batch. A killed build loses a batch."""
 
 
 class LocalWriter:
@@ -53,16 +58,21 @@ class LocalWriter:
         self._positions = getattr(backbone.config, "max_position_embeddings", None)
 
     def write(self, asks: Sequence[Ask]) -> Iterator[Answer]:
-        """Yield the answers in the order of the prompts."""
+        """Yield the answers, those of short prompts first."""
+        ids = [self.prompt_ids(ask) for ask in asks]
+        fitting = []
         for index, ask in enumerate(asks):
-            ids = self.prompt_ids(ask)
-            if self._positions is not None and len(ids) + ask.max_tokens > self._positions:
-                error = f"{len(ids)} tokens and --answer-tokens {ask.max_tokens} exceed {self._positions} positions"
+            length = len(ids[index])
+            if self._positions is not None and length + ask.max_tokens > self._positions:
+                error = f"{length} tokens and --answer-tokens {ask.max_tokens} exceed {self._positions} positions"
                 yield Answer(index, None, error)
-                continue
-            tokens = self._decode(ids, ask)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            yield Answer(index, text, tokens=(len(ids), len(tokens)))
+            else:
+                fitting.append(index)
+        for batch in _batches(fitting, asks, ids):
+            decoded = self._decode([ids[index] for index in batch], [asks[index] for index in batch])
+            for index, tokens in zip(batch, decoded, strict=True):
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                yield Answer(index, text, tokens=(len(ids[index]), len(tokens)))
 
     def prompt_ids(self, ask: Ask) -> list[int]:
         """Return the token ids of the conversation up to the answer."""
@@ -92,13 +102,46 @@ class LocalWriter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
-    def _decode(self, ids: list[int], ask: Ask) -> list[int]:
-        before, after = (torch.tensor(part, device=self.device) for part in (ids[:-1], ids[-1:]))
+    def _decode(self, ids: Sequence[list[int]], asks: Sequence[Ask]) -> list[list[int]]:
+        """Tokens of the answers to prompts with the given token ids, which have the same parameters."""
+        shared = min(len(os.path.commonprefix(list(ids))), min(map(len, ids)) - 1)
+        lengths = torch.tensor([len(one) - shared for one in ids])
+        after = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        for row, one in zip(after, ids, strict=True):
+            row[: len(one) - shared] = torch.tensor(one[shared:])
+        before = torch.tensor(ids[0][:shared], dtype=torch.int64).expand(len(ids), -1)
         width = self.llm.backbone.get_input_embeddings().weight.shape[1]
-        soft = torch.empty(1, 0, width, device=self.device)
-        options = DecodeOptions(int(self.tokenizer.eos_token_id), ask.max_tokens, ask.temperature)
-        # The seed is derived from the key of the prompt, so that a resumed build generates the same texts.
-        seed = int(ask.key(self.name)[:15], 16)
-        found = decode(self.llm, before, after, soft, options, [torch.Generator().manual_seed(seed)])
-        tokens: list[int] = found.tokens[0].tolist()
-        return [token for token in tokens if token >= 0]
+        soft = torch.empty(len(ids), 0, width, device=self.device)
+        options = DecodeOptions(int(self.tokenizer.eos_token_id), asks[0].max_tokens, asks[0].temperature)
+        # The seed depends on the prompt alone, so a resumed build writes the same texts.
+        seeds = [int(ask.key(self.name)[:15], 16) for ask in asks]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = decode(
+            self.llm,
+            before.to(self.device),
+            after.to(self.device),
+            soft,
+            options,
+            generators,
+            torch.arange(len(ids), device=self.device),
+            after_lengths=lengths.to(self.device),
+        )
+        return [[token for token in row if token >= 0] for row in found.tokens.tolist()]
+
+
+def _batches(indices: Sequence[int], asks: Sequence[Ask], ids: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Yield indices of prompts with the same parameters, in order of their lengths, in batches of a limited size."""
+
+    def parameters(index: int) -> tuple[int, float]:
+        return asks[index].max_tokens, asks[index].temperature
+
+    batch: list[int] = []
+    for index in sorted(indices, key=lambda index: (*parameters(index), len(ids[index]))):
+        positions = (len(batch) + 1) * (len(ids[index]) + asks[index].max_tokens)
+        is_full = len(batch) == BATCH_PROMPTS or positions > BATCH_POSITIONS
+        if batch and (is_full or parameters(index) != parameters(batch[0])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -84,7 +84,10 @@ def custom_writer(name: str) -> Writer:
         ValueError: the module or the name does not exist, or the object lacks `name` or `write`.
     """
     found: Any = load_extension(name, "--writer")
-    writer = found() if callable(found) else found
+    try:
+        writer = found() if callable(found) else found
+    except TypeError as error:
+        raise ValueError(f"--writer {name!r}: must be made without arguments ({error}); give it defaults") from error
     if not isinstance(getattr(writer, "name", None), str) or not callable(getattr(writer, "write", None)):
         where = "see `Writer` in hllm_torchrec.creative.writing.writer"
         raise ValueError(f"--writer {name!r}: must have a name and write(asks); {where}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hllm_torchrec.creative.writing.local_writer import LocalWriter
+from hllm_torchrec.creative.writing import local_writer
+from hllm_torchrec.creative.writing.local_writer import LocalWriter, _batches
 from hllm_torchrec.creative.writing.writer import Ask
 from tests.helpers import creative_fixtures
 from tests.helpers.creative_fixtures import tiny_model
@@ -22,7 +23,7 @@ def test_greedy_answers_are_those_of_transformers(chat: bool) -> None:
     writer = LocalWriter(str(tiny_model(chat)))
     model = AutoModelForCausalLM.from_pretrained(tiny_model(chat)).eval()
     asked = [ask("word4 word5 word6"), ask("word7")]
-    answers = list(writer.write(asked))
+    answers = sorted(writer.write(asked), key=lambda answer: answer.index)
     for one, answer in zip(asked, answers, strict=True):
         ids = torch.tensor([writer.prompt_ids(one)])
         seen = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
@@ -43,14 +44,25 @@ def test_special_tokens_in_an_item_are_text() -> None:
 def test_sampling_depends_on_the_prompt_and_its_seed_alone() -> None:
     writer = LocalWriter(str(tiny_model()))
     hot = [ask(f"word{i}", temperature=2.0) for i in range(4)]
-    together = [answer.text for answer in writer.write(hot)]
+    hot[1] = ask("word1 word2 word3 word4 word5", temperature=2.0)
+    hot.append(ask("word9", temperature=2.0, max_tokens=3))
+    together = [answer.text for answer in sorted(writer.write(hot), key=lambda answer: answer.index)]
     assert together == [next(iter(writer.write([one]))).text for one in hot]
     others = [answer.text for answer in writer.write([ask(f"word{i}", temperature=2.0, seed=1) for i in range(4)])]
-    assert others != together
+    assert others != together[:4]
+
+
+def test_batches_are_of_similar_prompts_with_the_same_parameters_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_writer, "BATCH_PROMPTS", 2)
+    asked = [ask("a"), ask("b", max_tokens=3), ask("c"), ask("d"), ask("e", temperature=1.0)]
+    ids = [[0] * length for length in (5, 1, 9, 4, 2)]
+    assert list(_batches(range(5), asked, ids)) == [[1], [3, 0], [2], [4]]
+    assert list(_batches([0, 1, 2], [ask("a", max_tokens=9000)] * 3, ids)) == [[1], [0], [2]]
 
 
 def test_a_prompt_that_does_not_fit_has_no_answer() -> None:
     long, short = LocalWriter(str(tiny_model())).write([ask("word4 " * 505), ask("word4")])
+    assert (long.index, short.index) == (0, 1)
     assert long.text is None and "exceed 512 positions" in long.error and short.text is not None
 
 

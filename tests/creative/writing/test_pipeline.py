@@ -343,6 +343,10 @@ def test_a_writer_of_your_own_is_named_by_its_module(tmp_path: Path, monkeypatch
     assert custom_writer("my_writers:Mine").name == "llm:mine"
     with pytest.raises(ValueError, match=r"--writer 'my_writers:Other': must have a name and write\(asks\)"):
         custom_writer("my_writers:Other")
+    with pytest.raises(
+        ValueError, match=r"--writer 'json:dumps': must be made without arguments \(.*\); give it defaults"
+    ):
+        custom_writer("json:dumps")
     with pytest.raises(ValueError, match=r"--writer: 'my_writers:Min': .* has no 'Min' \(did you mean 'Mine'\?\)"):
         custom_writer("my_writers:Min")
     with pytest.raises(ValueError, match=r"--writer 'openia': must be one of .* \(did you mean 'openai'\?\)"):

@@ -115,10 +115,13 @@ def test_no_creatives_give_zero_gradients_to_every_weight() -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_chunked_losses_equal_whole_ones() -> None:
+@pytest.mark.parametrize("equal", [False, True])
+def test_chunked_losses_equal_whole_ones(equal: bool) -> None:
+    """With rows of different and of equal weights, and in a second backward pass."""
     random = torch.Generator().manual_seed(3)
     inputs = [torch.randn(11, 6, generator=random, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)]
     targets, weights = torch.randint(17, (11,), generator=random), torch.rand(11, dtype=torch.float64)
+    weights = weights[:1].expand(11) if equal else weights
     hidden, head = (x.clone().requires_grad_() for x in inputs)
     expected = nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
     (expected * weights).sum().backward()
@@ -126,9 +129,11 @@ def test_chunked_losses_equal_whole_ones() -> None:
         other = [x.clone().requires_grad_() for x in inputs]
         found = token_nll(*other, targets, chunk_size=size)
         torch.testing.assert_close(found, expected)
-        (found * weights).sum().backward()
-        torch.testing.assert_close(other[0].grad, hidden.grad)
-        torch.testing.assert_close(other[1].grad, head.grad)
+        loss = (found * weights).sum()
+        for passes in (1, 2):
+            loss.backward(retain_graph=True)
+            torch.testing.assert_close(other[0].grad, passes * hidden.grad)
+            torch.testing.assert_close(other[1].grad, passes * head.grad)
     with pytest.raises(ValueError, match="chunk size of the token loss is 0: must be at least 1"):
         token_nll(hidden, head, targets, 0)
 

@@ -51,17 +51,32 @@ def test_greedy_decoding_equals_transformers_of_whole_prompts(shape: dict[str, A
         torch.testing.assert_close(alone.log_prob[0], found.log_prob[n], rtol=1e-4, atol=1e-4)
 
 
-def test_users_of_several_items_are_decoded_as_those_of_each_item_alone() -> None:
+@pytest.mark.parametrize("item_of", [[2, 0, 0, 1, 2, 1], [0, 0, 1, 0, 0, 2], [0, 0, 0, 1, 0, 0]])
+def test_users_of_several_items_are_decoded_as_those_of_each_item_alone(item_of: list[int]) -> None:
+    """In a group of equal sizes, padded, and with a copy of the prefix for each user."""
     own, (before, after, soft) = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(5)
     befores, afters = torch.stack([before, before.flip(0), after.repeat(2)[:5]]), torch.stack([after, after + 1, after])
-    item_of = torch.tensor([2, 0, 0, 1, 2, 1])
+    items = torch.tensor(item_of)
     for some, texts in ((slice(None), befores), (slice(0, 0), befores[:, :0])):  # without anything before {user}, too
-        found = decode(own, texts, afters, soft, DecodeOptions(STOP, 6), item_of=item_of)
-        for item in range(3):
-            alone = decode(own, befores[item][some], afters[item], soft[item_of == item], DecodeOptions(STOP, 6))
+        found = decode(own, texts, afters, soft, DecodeOptions(STOP, 6), item_of=items)
+        for item in set(item_of):
+            alone = decode(own, befores[item][some], afters[item], soft[items == item], DecodeOptions(STOP, 6))
             length = alone.tokens.shape[1]
-            assert torch.equal(alone.tokens, found.tokens[item_of == item][:, :length])
-            torch.testing.assert_close(alone.log_prob, found.log_prob[item_of == item], rtol=1e-4, atol=1e-4)
+            assert torch.equal(alone.tokens, found.tokens[items == item][:, :length])
+            torch.testing.assert_close(alone.log_prob, found.log_prob[items == item], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_prompts_of_several_lengths_are_decoded_as_each_alone(before: int) -> None:
+    own, (first, _, soft) = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(before)
+    lengths, options = torch.tensor([4, 1, 7, 3, 7, 2]), DecodeOptions(-5, 6)
+    after = torch.randint(32, (6, 7), generator=torch.Generator().manual_seed(6))
+    of = torch.arange(6)
+    found = decode(own, first.expand(6, -1), after, soft, options, item_of=of, after_lengths=lengths)
+    for n, length in enumerate(lengths.tolist()):
+        alone = decode(own, first, after[n, :length], soft[n : n + 1], options)
+        assert torch.equal(alone.tokens[0], found.tokens[n])
+        torch.testing.assert_close(alone.log_prob[0], found.log_prob[n], rtol=1e-4, atol=1e-4)
 
 
 def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest() -> None:
