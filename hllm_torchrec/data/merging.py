@@ -123,8 +123,8 @@ class UserEvents:
         }
         place = np.cumsum(segments.length) - segments.length
         for number, (file, _, _) in enumerate(self._found):
-            own = np.flatnonzero(segments.file == number) if number != main else ()
-            if len(own):
+            own = np.flatnonzero(segments.file == number)
+            if number != main and own.size:
                 length = segments.length[own]
                 places = concat_ranges(place[own], length)
                 for name, values in file.columns(_range(segments.first[own], length), dtypes).items():

@@ -61,6 +61,9 @@ class Rewriting:
             return None
         counts = {name: value - removed[name] if removed[name] else value for name, value in manifest["counts"].items()}
         found = {**manifest, "base": parts[0], "appends": parts[1:], "counts": counts, "parts": {}}
+        seconds = [second for part in parts for second in part.get("seconds") or ()]
+        if seconds and all("seconds" in part for part in parts):
+            found["seconds"] = [min(seconds), max(seconds)]
         return {**found, "files": self._files_of(manifest, parts)}
 
     def as_chain(self, dataset: Dataset) -> dict[str, Any]:
@@ -126,6 +129,11 @@ class Rewriting:
                 self._fact(f"{self.name}/{new}")
             events.append(f"{self.name}/{new}")
         part = {**old, "folder": f"{self.name}/{folder}", "event_files": events}
+        if "seconds" in old:
+            part["seconds"] = _bounds(
+                file.events.timestamps[slice(None) if mask is None else mask]
+                for file, mask in zip(files.values(), keep.values(), strict=True)
+            )
         if any(name.endswith("items.parquet") and table is not None for name, table in tables.items()):
             part.pop("items_fingerprint", None)  # the texts have changed
         return part | ({"events": old["events"] - removed["events"]} if "events" in old else {}), removed
@@ -204,6 +212,12 @@ def _emptied(values: pa.Array, gone: np.ndarray, is_raw: bool) -> pa.Array:
         empty = pa.nulls(1, values.type)
     index = np.where(gone, len(values), np.arange(len(values)))
     return pa.concat_arrays([values, empty]).take(pa.array(index))
+
+
+def _bounds(seconds: Iterable[Ints]) -> list[int] | None:
+    """The first and the last of all seconds; None if there are none."""
+    found = [(int(one.min()), int(one.max())) for one in seconds if one.size]
+    return [min(first for first, _ in found), max(last for _, last in found)] if found else None
 
 
 def _kept(file: EventFile, numbers: Numbers) -> np.ndarray | None:

@@ -43,7 +43,8 @@ def make(folder: Path, without: tuple[str, ...] = ()) -> Path:
     every, catalogue = some_events(), [item for item in CATALOGUE if item not in without]
     base = memory_source(folder / "0", left(every[:200], without), catalogue)
     root = prepare(base, folder / "out", split=SPLIT, partitions=2)
-    append_events(memory_source(folder / "1", left(every[200:], without), catalogue), root)
+    last = (USER, ITEM, 5, 1 + max(event[3] for event in every))
+    append_events(memory_source(folder / "1", left([*every[200:], last], without), catalogue), root)
     return root
 
 
@@ -70,6 +71,7 @@ def test_every_version_equals_one_that_never_had_the_ids(tmp_path: Path, names: 
     after, never = Dataset.open(root), Dataset.open(other)
     for name in ("events", "exposures", "positives"):
         assert after.manifest["counts"][name] == never.manifest["counts"][name]
+    assert after.manifest["seconds"] == never.manifest["seconds"]
     assert (after.num_users, after.num_items) == (before.num_users, before.num_items)
     assert sorted(after.training_item_counts()[1:]) == sorted(
         [0] * len(names.items) + never.training_item_counts()[1:].tolist()
