@@ -44,7 +44,7 @@ def add_build_options(build: CommandParser) -> None:
     build.add_argument(
         "--least", type=positive, default=5, help="minimum number of earlier likes for a text (default: 5)"
     )
-    build.add_fractions(0.7, 0.1, 0.2, "shares of the users in each part")
+    build.add_fractions(0.7, 0.1, 0.2, help="shares of the users in each part")
     rule = build.add_argument_group("writer template")
     rule.add_argument("--feature", help="item feature that a text stresses (default: genres)")
     rule.add_argument("--recent", type=positive, help="latest likes that the rule reads (default: 20)")

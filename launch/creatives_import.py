@@ -40,7 +40,7 @@ def add_import_options(parser: CommandParser) -> None:
         help="hllm_creator, lamp: division of the dataset's events (default: leave_one_out)",
     )
     parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out invalid rows")
-    parser.add_fractions(0.7, 0.1, 0.2, "shares of the users in each part")
+    parser.add_fractions(0.7, 0.1, 0.2, help="shares of the users in each part")
 
 
 def run_import(args: argparse.Namespace) -> None:

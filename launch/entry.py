@@ -104,10 +104,10 @@ class CommandParser(argparse.ArgumentParser):
         context_help = "context of the request: values of the dataset's context columns by name (null: unknown)"
         self.add_argument("--context", type=json_object, metavar="JSON", help=context_help)
 
-    def add_fractions(self, train: float, valid: float, test: float, of: str) -> None:
-        """Add `--fractions`, three shares with these defaults; of: what is divided, for the help."""
+    def add_fractions(self, train: float, valid: float, test: float, help: str) -> None:
+        """Add `--fractions`, three shares with these defaults, which are appended to the help."""
         default, metavar = (train, valid, test), ("TRAIN", "VALID", "TEST")
-        fractions_help = f"{of} (default: {train:g} {valid:g} {test:g})"
+        fractions_help = f"{help} (default: {train:g} {valid:g} {test:g})"
         self.add_argument("--fractions", nargs=3, type=float, default=default, metavar=metavar, help=fractions_help)
 
     def error(self, message: str) -> NoReturn:

@@ -48,7 +48,7 @@ def build_parser() -> CommandParser:
         help="most users in a row group, the unit that ranks read (default: 256)",
     )
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
-    parser.add_fractions(0.8, 0.1, 0.1, "shares of the parts, for --split time and leave_last")
+    parser.add_fractions(0.8, 0.1, 0.1, help="shares of the parts, for --split time and leave_last")
     _add_split(parser)
     _add_bad_rows(parser)
     _add_source_options(parser)

@@ -158,7 +158,7 @@ def new_items(
         for name, column in given.items():
             if name not in known:
                 had = ", ".join(known) or "none"
-                raise ValueError(f"{kind}.{name}: unknown{did_you_mean(name, known)}; {dataset.root} has {had}")
+                raise ValueError(f"{kind}.{name}: unknown{did_you_mean(name, known)}; the dataset has {had}")
             if isinstance(column, str) or len(column) != len(raw_ids):
                 raise ValueError(f"{kind}.{name}: must have one entry for each of the {len(raw_ids)} ids")
     items = [

@@ -66,7 +66,7 @@ def build_experiment(
         evidence: fitted evidence of the run; None: it is fitted if the configuration uses evidence.
         transitions: fitted transitions of the run; None: they are fitted if the configuration uses transitions.
         version: version of the dataset to read; None: `data.version`.
-        encode: False: no item is encoded here; evidence that reads texts has none until `read_catalogue`.
+        encode: False: do not encode items now; evidence that reads texts lacks them until `read_catalogue` is called.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.

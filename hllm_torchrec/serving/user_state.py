@@ -36,11 +36,13 @@ class UserHistory(Events):
         sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
+        # The history of a request has no user, or a raw id that is not known here.
+        whose = f"user {self.user_id}" if self.user_id else "history"
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
         if back.size:
             row = int(back[0]) + 1
             raise ValueError(
-                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before that of the previous event "
+                f"{whose}, event {row}: time {self.timestamps[row]} is before that of the previous event "
                 f"({self.timestamps[row - 1]}): sort events by time"
             )
 
