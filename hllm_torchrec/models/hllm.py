@@ -137,7 +137,9 @@ class HLLM(nn.Module):
         self.slots = SlotLayout(self.fusion, config.user.actions == "interleaved", self.compares_features)
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
-        self.creative, self.creative_head, self.liked_texts = creative, None, None
+        self.creative = creative
+        self.creative_head: CreativeHead | None = None
+        self.liked_texts: LikedTexts | None = None
         if creative is not None:
             self._build_creative(creative, item_width)
         self.item_source: ItemSource | None = None
