@@ -32,7 +32,7 @@ MODULES = {
     "config_files": "config.loading",
     "config_keys": "config.checking",
     "config_logs": "config.schema",
-    "config_lora": "config.schema",
+    "config_lora": "config.lora",
     "config_reliability": "config.schema",
     "config_rules": "config.rules",
     "data.atomic": "common.atomic_files",
@@ -177,6 +177,9 @@ SYMBOLS = {
         "load_config": "config.loading",
         "save_config": "config.loading",
         "config_from_file": "config.loading",
+        "ItemLLMConfig": "config.encoders",
+        "UserEncoderConfig": "config.encoders",
+        "ObjectiveConfig": "config.objective",
     },
     "config_logs": {
         "check_logs": "training.wandb_sink",
@@ -226,6 +229,7 @@ SYMBOLS = {
         "mix": "common.hashing",
     },
     "model": {
+        "HLLMOutput": "models.hllm_output",
         "ENCODERS": "modules.encoders.shapes",
         "build_model": "models.build",
         "build_user_encoder": "models.build",

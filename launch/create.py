@@ -16,6 +16,8 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 if TYPE_CHECKING:
     from hllm_torchrec.common.arrays import Ints
+    from hllm_torchrec.creative.generate import CreateReport
+    from hllm_torchrec.creative.title_writer import CreateOptions
     from hllm_torchrec.data.dataset import Dataset
 
 
@@ -84,14 +86,33 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.common.text_files import read_list
     from hllm_torchrec.creative.clusters import Clusters
-    from hllm_torchrec.creative.filters import TextRules
     from hllm_torchrec.creative.generate import create_titles
-    from hllm_torchrec.creative.pairs import PairRule
-    from hllm_torchrec.creative.title_writer import CreateOptions
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
     from hllm_torchrec.serving.scorer_loading import in_one_process
+
+    options = _options(args)
+    clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
+    with distributed_device() as device:
+        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
+        config = in_one_process(run_config(args.run, args.dataset))
+        loaded = load_run(args.run, args.checkpoint, device, config)
+        with loaded.weights:
+            items = None if ids is None else _dense(loaded.experiment.dataset, ids, args.items)
+            report = create_titles(loaded, clusters, args.output, options, items)
+    if rank() != 0:
+        return
+    _print(report, args.output)
+    if clusters.is_behind:
+        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
+
+
+def _options(args: argparse.Namespace) -> "CreateOptions":
+    """Return the options of the job. Raises ValueError for a number outside its range."""
+    from hllm_torchrec.creative.filters import TextRules
+    from hllm_torchrec.creative.pairs import PairRule
+    from hllm_torchrec.creative.title_writer import CreateOptions
 
     if not (
         0 <= args.temperature < 100
@@ -103,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--temperature and --guidance are 0 to 100, --top-p above 0 and at most 1, --above and --support 0 to 1"
         )
-    options = CreateOptions(
+    return CreateOptions(
         PairRule(args.match, args.top, args.above),
         args.temperature,
         args.top_k,
@@ -114,18 +135,12 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         None if args.no_filters else TextRules(support=args.support),
     )
-    clusters, ids = Clusters.open(args.clusters), None if args.items is None else read_list(args.items)
-    with distributed_device() as device:
-        # Every rank loads the complete weights, because each rank generates its share of the titles independently.
-        config = in_one_process(run_config(args.run, args.dataset))
-        loaded = load_run(args.run, args.checkpoint, device, config)
-        with loaded.weights:
-            items = None if ids is None else _dense(loaded.experiment.dataset, ids, args.items)
-            report = create_titles(loaded, clusters, args.output, options, items)
-    if rank() != 0:
-        return
+
+
+def _print(report: "CreateReport", output: Path) -> None:
+    """Print the counts of titles and the reasons for replaced ones."""
     say(
-        f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
+        f"{output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
         f"{report.fallbacks:,} are the item's own text"
     )
     for reason, number in report.reasons.items():
@@ -138,8 +153,6 @@ def run(args: argparse.Namespace) -> None:
         say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
     else:
         say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
-    if clusters.is_behind:
-        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
 
 
 def _dense(dataset: "Dataset", raw_ids: list[str], file: Path) -> "Ints":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser, natural, positive
+from hllm_torchrec.launch.entry import CommandParser, natural, positive, refuse_options_of_others
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,14 +44,7 @@ def add_build_options(build: CommandParser) -> None:
     build.add_argument(
         "--least", type=positive, default=5, help="minimum number of earlier likes for a text (default: 5)"
     )
-    build.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    build.add_fractions(0.7, 0.1, 0.2, help="shares of the users in each part")
     rule = build.add_argument_group("writer template")
     rule.add_argument("--feature", help="item feature that a text stresses (default: genres)")
     rule.add_argument("--recent", type=positive, help="latest likes that the rule reads (default: 20)")
@@ -110,13 +103,7 @@ def run_build(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for options of another writer, and for values out of their range."""
-    kind = args.writer if args.writer in _OPTIONS else "module:Name"
-    for name in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
-        if getattr(args, name) is not None and name not in _OPTIONS[kind]:
-            owners = " and ".join(owner for owner, names in _OPTIONS.items() if name in names)
-            raise ValueError(
-                f"--{name.replace('_', '-')} belongs to --writer {owners}, not to {args.writer}; leave it out"
-            )
+    refuse_options_of_others(args, "writer", args.writer if args.writer in _OPTIONS else "module:Name", _OPTIONS)
     for name, most in (("support", 1.0), ("alike", 1.0), ("least_cosine", 1.0), ("temperature", 2.0)):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= most:

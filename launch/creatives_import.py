@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser
+from hllm_torchrec.launch.entry import CommandParser, refuse_options_of_others
 
 _OPTIONS = {
     "hllm_creator": ("files", "split"),
@@ -40,14 +40,7 @@ def add_import_options(parser: CommandParser) -> None:
         help="hllm_creator, lamp: division of the dataset's events (default: leave_one_out)",
     )
     parser.add_argument("--drop-bad", action="store_true", default=None, help="table: leave out invalid rows")
-    parser.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    parser.add_fractions(0.7, 0.1, 0.2, help="shares of the users in each part")
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -58,13 +51,9 @@ def run_import(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.data.creative_table import check_fractions, check_name
 
-    own = _OPTIONS[args.source]
-    for name in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
-        given = getattr(args, name) is not None
-        if given and name not in own:
-            owners = " and ".join(source for source, names in _OPTIONS.items() if name in names)
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --source {owners}, not to {args.source}")
-        if not given and name in own and name in _NEEDED:
+    refuse_options_of_others(args, "source", args.source, _OPTIONS)
+    for name in _NEEDED:
+        if name in _OPTIONS[args.source] and getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: --source {args.source} needs it")
     check_name(args.name)
     check_fractions(args.fractions)

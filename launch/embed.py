@@ -12,7 +12,7 @@ import argparse
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
@@ -66,8 +66,10 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.evaluation.run_loader import load_run
 
     with distributed_device() as device:
-        # The run's store may lack new items; it is not checked here, because this job embeds them.
-        loaded = load_run(args.run, args.checkpoint, device, dataset=args.dataset, use_items=args.items is None)
+        # The run's store may lack new items; it is not checked here, because this job embeds them. The texts that
+        # evidence reads are encoded only for users.
+        given: Any = {"dataset": args.dataset, "use_items": args.items is None, "encode": args.users is not None}
+        loaded = load_run(args.run, args.checkpoint, device, **given)
         with loaded.weights:
             if args.items is not None:
                 _embed_items(loaded, args)

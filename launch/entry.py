@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -104,6 +104,12 @@ class CommandParser(argparse.ArgumentParser):
         context_help = "context of the request: values of the dataset's context columns by name (null: unknown)"
         self.add_argument("--context", type=json_object, metavar="JSON", help=context_help)
 
+    def add_fractions(self, train: float, valid: float, test: float, help: str) -> None:
+        """Add `--fractions`, three shares with these defaults, which are appended to the help."""
+        default, metavar = (train, valid, test), ("TRAIN", "VALID", "TEST")
+        fractions_help = f"{help} (default: {train:g} {valid:g} {test:g})"
+        self.add_argument("--fractions", nargs=3, type=float, default=default, metavar=metavar, help=fractions_help)
+
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         self.exit(2, shown(f"{self.prog}: error: {message}\n"))
@@ -120,6 +126,20 @@ class CommandParser(argparse.ArgumentParser):
             if url := url_of(found.output):
                 self.error(f"--output {url}: must be a folder of this machine; copy it to the URL afterwards")
         return found, rest
+
+
+def refuse_options_of_others(
+    args: argparse.Namespace, choice: str, chosen: str, options: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise ValueError for an option that belongs only to other values of the option `choice`.
+
+    chosen: key of the chosen value; options: value of `choice` -> its options, whose default is None.
+    """
+    for name in dict.fromkeys(name for names in options.values() for name in names):
+        if getattr(args, name) is not None and name not in options[chosen]:
+            owners = " and ".join(value for value, names in options.items() if name in names)
+            given, shown_name = getattr(args, choice), name.replace("_", "-")
+            raise ValueError(f"--{shown_name} belongs to --{choice} {owners}, not to {given}; leave it out")
 
 
 class Main(Protocol):

@@ -42,75 +42,88 @@ def build_parser() -> CommandParser:
         "--items", type=Path, help="; ".join(f"{name}: {kind.items}" for name, kind in SOURCES.items() if kind.items)
     )
     parser.add_argument(
-        "--split", choices=RULES, help="division into train, valid and test (default: time, or date if dates are given)"
+        "--users-per-row-group",
+        type=int,
+        default=256,
+        help="most users in a row group, the unit that ranks read (default: 256)",
     )
-    parser.add_argument(
-        "--fractions",
-        nargs=3,
-        type=float,
-        default=(0.8, 0.1, 0.1),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the parts (default: 0.8 0.1 0.1)",
+    parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
+    parser.add_fractions(0.8, 0.1, 0.1, help="shares of the parts, for --split time and leave_last")
+    _add_split(parser)
+    _add_bad_rows(parser)
+    _add_source_options(parser)
+    _add_versions(parser)
+    return parser
+
+
+def _add_split(parser: CommandParser) -> None:
+    group = parser.add_argument_group("split")
+    group.add_argument(
+        "--split", choices=RULES, help="division into train, valid and test (default: time, or date if dates are given)"
     )
     for name, what in (("--train-until", "train"), ("--valid-until", "valid")):
         text = f"split by date: events before it are {what} (UTC: 2023-11-22, 2023-11-22T18:00)"
-        parser.add_argument(name, type=moment, metavar="DATE", help=text)
-    parser.add_argument(
+        group.add_argument(name, type=moment, metavar="DATE", help=text)
+    group.add_argument(
         "--hold-out-items",
         type=float,
         default=0.0,
         metavar="SHARE",
         help="share of the items excluded from train, to measure cold start (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of held-out items (default: 0)")
-    parser.add_argument(
+    group.add_argument("--seed", type=int, default=0, help="random seed of the choice of held-out items (default: 0)")
+
+
+def _add_bad_rows(parser: CommandParser) -> None:
+    group = parser.add_argument_group("bad rows")
+    group.add_argument(
         "--bad-rows",
         action="append",
         default=[],
         metavar="KIND=error|drop|keep",
         help="handling of a kind of bad row (repeatable); kinds: " + ", ".join(BadRows().to_dict()),
     )
-    parser.add_argument(
+    group.add_argument(
         "--bad-share",
         type=float,
         metavar="SHARE",
         help="a kind of bad rows that is more than this share of a table is an error even if it is dropped or kept, "
         "unless the mapping chooses that handling (default: 0.2)",
     )
-    parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
-    parser.add_argument("--stars", action="store_true", help="ml-100k, ml-1m: add the rating as an ordinal label")
-    parser.add_argument(
+
+
+def _add_source_options(parser: CommandParser) -> None:
+    group = parser.add_argument_group("sources and filters")
+    group.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
+    group.add_argument("--stars", action="store_true", help="ml-100k, ml-1m: add the rating as an ordinal label")
+    group.add_argument(
         "--html", choices=("clean", "keep"), help="amazon: remove HTML from texts, or keep it (default: clean)"
     )
-    parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
-    parser.add_argument(
+    group.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
+    group.add_argument(
         "--core",
         default="iterative",
         choices=("iterative", "published"),
         help="iterative: the true k-core; published: the single pass of the HLLM and HSTU Books protocol",
     )
-    parser.add_argument(
-        "--users-per-row-group",
-        type=int,
-        default=256,
-        help="most users in a row group, the unit that ranks read (default: 256)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
-    parser.add_argument(
+
+
+def _add_versions(parser: CommandParser) -> None:
+    group = parser.add_argument_group("existing datasets")
+    group.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
+    group.add_argument(
         "--append",
         nargs="*",
         type=Path,
         metavar="FILE",
         help="add new events as a new version of the dataset; table: FILE has the new events (default: the mapping's)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones"
     )
-    parser.add_argument(
+    group.add_argument(
         "--allow-fewer", action="store_true", help="let --extend accept fewer events than the dataset has"
     )
-    parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
-    return parser
 
 
 def build_policy(source: Source, settings: list[str], share: float | None = None) -> BadRows:

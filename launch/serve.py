@@ -38,70 +38,85 @@ def build_parser() -> CommandParser:
         metavar="FILE",
         help="file with the bearer token that requests need; required for another --host, and to delete or reload",
     )
-    parser.add_argument(
+    parser.add_argument("--quiet", action="store_true", help="print no line for each request")
+    _add_model(parser)
+    _add_limits(parser)
+    _add_reload(parser)
+    return parser
+
+
+def _add_model(parser: CommandParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
         "--cache",
         type=positive,
         default=1024,
         metavar="MIB",
         help="MiB of memory for cached user states (default: 1024)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--items", type=Path, metavar="STORE", help="store of hllm embed --items: read it instead of encoding the texts"
     )
-    parser.add_argument(
+    group.add_argument(
         "--creatives", type=Path, metavar="DIR", help="titles of hllm create: /v1/recommend returns each user's title"
     )
-    parser.add_argument(
+    group.add_argument(
         "--state",
         type=Path,
         metavar="FILE",
         help="SQLite file of events (default: serving/events.sqlite of the run, or of the folder of the nights)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--index",
         choices=("flat", "ivf", "none"),
         default="flat",
         help="item index for /v1/recommend: flat (exact, the default), ivf (approximate), or none (the head ranks all)",
     )
-    parser.add_argument(
+
+
+def _add_limits(parser: CommandParser) -> None:
+    group = parser.add_argument_group("limits of requests")
+    group.add_argument(
         "--batch", type=positive, default=16, metavar="N", help="maximum number of requests in a batch (default: 16)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--wait",
         type=float,
         default=0.0,
         metavar="MS",
         help="milliseconds that a batch waits for more requests (default: 0)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--queue",
         type=positive,
         default=256,
         metavar="N",
         help="maximum number of unanswered requests; further ones get 429 (default: 256)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--deadline",
         type=positive_number,
         default=1000.0,
         metavar="MS",
         help="milliseconds within which a request must be answered, else 503 (default: 1000)",
     )
-    parser.add_argument(
+
+
+def _add_reload(parser: CommandParser) -> None:
+    group = parser.add_argument_group("reload")
+    group.add_argument(
         "--watch",
         type=positive_number,
         metavar="S",
         help="check every S seconds whether the checkpoint, its calibration or the dataset has changed, and reload",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-change",
         type=positive_number,
         default=0.5,
         metavar="P",
         help="a reload that changes a probability of a recent request by more is refused (default: 0.5)",
     )
-    parser.add_argument("--quiet", action="store_true", help="print no line for each request")
-    return parser
 
 
 def run(args: argparse.Namespace) -> None:

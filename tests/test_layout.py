@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from hllm_torchrec import _moved
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config
 
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 BELOW_LAUNCH = (
     "common modules config distributed embedding data store metrics checkpoint models evaluation training inference "
-    "downstream baselines weights planning serving"
+    "downstream baselines weights planning creative lifecycle serving"
 ).split()
 
 

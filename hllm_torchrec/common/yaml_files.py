@@ -10,8 +10,8 @@ import yaml
 from hllm_torchrec.common.machine_errors import is_machine_error
 
 MAX_VALUES = 100_000
-"""Limit on the number of values after expansion of aliases (`*name`): with these, a short file may expand beyond the
-memory, or a value may contain itself."""
+"""Limit on the number of values after expansion of aliases (`*name`). Aliases can make a short file expand to more than
+fits into memory, or a value contain itself."""
 MAX_DEPTH = 200
 """Limit on nesting: deep nesting overflows the stack of a parser in C, which ends the process; Python's parser would
 raise RecursionError."""

@@ -107,8 +107,7 @@ class CreativeConfig:
     layers: int | None = None
     """Number of first layers that are kept; null: all layers."""
     trainable: bool = True
-    """False: the Creative LLM is frozen; the soft prompt, the heads of the losses and the user encoder (if it is
-    trainable) are trained."""
+    """False: the Creative LLM is frozen; all other parts, such as the soft prompt, are trained as usual."""
     freeze_words: bool = False
     """Freeze the word embeddings and the vocabulary head."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"

@@ -1,7 +1,7 @@
-"""Rules of a configuration: ranges of numbers, and constraints between fields."""
+"""Rules of a configuration: ranges of numbers, and constraints between fields (more in `creative` and `objective`)."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
@@ -10,6 +10,7 @@ from hllm_torchrec.config.checking import dataclass_problems
 from hllm_torchrec.config.creative import CREATIVE_BOUNDS, creative_problems
 from hllm_torchrec.config.eval_protocols import protocol_problems
 from hllm_torchrec.config.extensions import encoder_shape, shape_bounds
+from hllm_torchrec.config.objective import drawn_problems, objective_problems, task_problems
 from hllm_torchrec.config.table_optimizers import table_optimizer_problems
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ def config_problems(config: "Config") -> list[str]:
         *_backbone_problems(config),
         *lora_problems(config),
         *_encoder_problems(config),
-        *_objective_problems(config),
+        *objective_problems(config),
         *creative_problems(config),
-        *_task_problems(config),
-        *_drawn_problems(config),
+        *task_problems(config),
+        *drawn_problems(config),
         *protocol_problems(config),
     ]
 
@@ -318,105 +319,6 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: the time of the next event, which is to be "
             "classified, would be known to the history; write event"
-        )
-
-
-def _objective_problems(config: "Config") -> Iterator[str]:
-    text, objective = config.item_llm.enabled, config.objective
-    generates = objective.generates
-    if objective.text_similarity:
-        if not text or objective.item_space != "features" or not generates:
-            yield (
-                f"objective.text_similarity: {objective.text_similarity}: needs an Item LLM, objective.item_space "
-                "features and the generative loss; set them, or leave it out"
-            )
-        if config.user.actions == "interleaved":
-            yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
-    if objective.transitions:
-        if objective.item_space != "features" and (text or objective.item_space == "text") or not generates:
-            yield (
-                f"objective.transitions: {objective.transitions}: needs objective.item_space features and the "
-                "generative loss; set them, or leave it out"
-            )
-        if config.user.actions == "interleaved":
-            yield "objective.transitions: action tokens are not items; write user.actions: summed, or leave it out"
-    if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
-        yield (
-            f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
-            "out"
-        )
-    if not text and not config.features.item_id:
-        yield "features.item_id: false while item_llm.enabled is false: items would have no features"
-    if not text and generates and objective.item_space == "text":
-        yield (
-            "objective.item_space: 'text' while item_llm.enabled is false: there are no text embeddings to predict; "
-            "write features (or auto)"
-        )
-    if config.evaluation.retrieval and not generates:
-        yield (
-            "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0, "
-            "or retrieval to false"
-        )
-    ks = config.evaluation.ks
-    if (config.evaluation.retrieval or not objective.has_head) and min(ks, default=0) < 1:
-        yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
-
-
-def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]:
-    """Yield problems of the entries of `tasks`; `models.tasks` checks their labels against the dataset.
-
-    setting: dotted field of `tasks`, for messages.
-    """
-    from hllm_torchrec.config.schema import TaskConfig
-
-    for name, content in tasks.items():
-        field = f"{setting}.{name}"
-        problems = list(dataclass_problems(content, TaskConfig, field))
-        yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{field}.")
-
-
-def _task_problems(config: "Config") -> Iterator[str]:
-    """Yield violated rules of tasks, their weights and the position bias."""
-    objective = config.objective
-    yield from task_entry_problems(objective.tasks, "objective.tasks")
-    if objective.tasks and not objective.has_head:
-        yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
-    if objective.tasks and objective.value_weight:
-        yield (
-            f"objective.value_weight: {objective.value_weight}: with objective.tasks the value is a task; declare it "
-            "as an ordinal label, or leave tasks out"
-        )
-    if objective.has_head and not objective.classification_weight and not objective.generates:
-        yield (
-            "objective.classification_weight: 0 without a generative loss: nothing would be trained; set "
-            "objective.generative_weight above 0"
-        )
-    both = sorted(set(objective.position_bias) & set(config.data.context))
-    if both:
-        yield f"objective.position_bias: {both[0]!r} is in data.context too, where serving would need it; leave one out"
-    if objective.position_bias and not objective.has_head:
-        yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
-    if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
-        yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
-
-
-def _drawn_problems(config: "Config") -> Iterator[str]:
-    """Yield problems of `data.drawn_negatives`: missing stores, and settings that do not fit drawn negatives."""
-    drawn, objective = config.data.drawn_negatives, config.objective
-    stores = (drawn.item_store, drawn.user_store)
-    if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
-        yield (
-            f"data.drawn_negatives.by: {drawn.by!r}: hard negatives need both item_store and user_store, all other "
-            "kinds neither"
-        )
-    if not drawn.count:
-        return
-    if not objective.has_head:
-        yield "data.drawn_negatives.count: objective.fusion 'none' has no head that they train; write 0"
-    if objective.tasks or objective.position_bias:
-        yield (
-            "data.drawn_negatives.count: drawn items have no other labels and no position: leave out objective.tasks "
-            "and objective.position_bias"
         )
 
 

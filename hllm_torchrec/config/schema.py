@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.creative import CreativeConfig
-from hllm_torchrec.config.lora import LoRAConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
 from hllm_torchrec.config.rules import config_problems
-from hllm_torchrec.modules.fusion import Fusion
 
 
 @dataclass(frozen=True)
@@ -142,112 +142,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ItemLLMConfig:
-    """Item LLM: text to item embedding."""
-
-    enabled: bool = True
-    """False: no text; items are represented by their IDs (an ID-only sequence model)."""
-    pretrained: str | None = None
-    """Hugging Face directory with weights and tokenizer."""
-    tokenizer: str | None = None
-    """Directory of the tokenizer; null: that of `pretrained`."""
-    shape: dict[str, Any] | None = None
-    """Hugging Face config of a model with random weights, instead of `pretrained`."""
-    layers: int | None = None
-    """Number of first layers to keep; null: all."""
-    pooling: Literal["item", "mean", "cls", "last"] | None = None
-    """Item embedding: the output at the learned [ITEM] vector, the mean of the outputs at the text's tokens (the
-    paper's Table 10), or the output at the first or last token. null: as defined by the checkpoint's
-    sentence-transformers files, else item."""
-    normalize: bool | None = None
-    """Scale embeddings to an L2 norm of 1. null: as defined by the checkpoint if its pooling is used, else false."""
-    causal: bool | None = None
-    """True: a token attends to the text before it, as in decoders; False: to the complete text, as in BERT. null: as
-    transformers runs the model."""
-    trainable: bool = True
-    """False freezes the Item LLM in every stage (the paper's Table 4)."""
-    store: str | None = None
-    """Embedding store of `hllm embed` for stages with `item_embeddings: stored`; its vectors must be of this Item LLM.
-    """
-    adapter: int = 0
-    """Above 0: width of a trained residual bottleneck applied to stored embeddings; initialized to the identity."""
-    standardise: bool = False
-    """Center and scale each dimension of the item embedding E before its projection to the user encoder's width, with
-    mean and standard deviation of 1,024 items, measured before the first step. Embeddings in stores, and a loss in the
-    item space `text`, are not standardized."""
-    whiten: bool = False
-    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
-    and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
-    freeze_words: bool = False
-    """Freeze the word embeddings, which are the largest part of a small LLM's weights and optimizer state."""
-    prompt: str | None = None
-    """Prefix of every item's text. null: the checkpoint's prompt for documents, if it has one."""
-    text_keys: tuple[str, ...] = ("title",)
-    """Text columns, flattened to `key: value` in this order."""
-    separator: str = ", "
-    """Separator of the key-value pairs."""
-    max_text_length: int = 256
-    """Maximum number of tokens of an item's text, including the prompt."""
-    trained_share: float = 1.0
-    """Share of a step's items that receive gradients; the embeddings of the others come from a cache."""
-    refresh_after: int = 20
-    """Maximum age of a cached embedding, in training micro-batches, after which it is recomputed. Only used if
-    trained_share is below 1."""
-    items_at_once: int = 0
-    """Above 0: a rank stores the activations of at most this many items at a time, and recomputes them group by group
-    in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
-    share_prefix: bool = True
-    """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
-    the same values and gradients with less computation. Only for causal models with packed texts."""
-    attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
-    """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
-    flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
-    torch's FlexAttention (CUDA), only if set explicitly."""
-    quantization: Literal["none", "int8"] = "none"
-    """int8: the linear layers of a frozen Item LLM multiply int8 numbers (dynamic quantization, on a CPU, float32
-    elsewhere). The log says how much embeddings differ; stores of other quantization do not fit."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Adapters trained instead of the Item LLM's base weights; the [ITEM] vector is trained as well."""
-
-    @property
-    def has_backbone(self) -> bool:
-        """True for a Hugging Face model."""
-        return self.enabled
-
-
-@dataclass(frozen=True)
-class UserEncoderConfig:
-    """User encoder: the User LLM or another sequence model."""
-
-    encoder: str = "llm"
-    """llm: a Hugging Face decoder; hstu, sasrec and ligr are configured by `shape`, see
-    `hllm_torchrec.modules.encoders.shapes`; module:Name: a custom `UserEncoder`
-    (docs/tutorials/add_a_user_encoder.md)."""
-    pretrained: str | None = None
-    """Hugging Face directory of a decoder; its word embeddings are dropped."""
-    shape: dict[str, Any] | None = None
-    """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
-    fields of HSTUShape, SASRecShape or LiGRShape, or of the custom encoder's `Shape`."""
-    layers: int | None = None
-    """Number of first layers of the decoder to keep; null: all."""
-    trainable: bool = True
-    """False freezes the user encoder (the paper's Table 4)."""
-    dropout: float = 0.0
-    """Dropout probability of the inputs."""
-    actions: Literal["summed", "interleaved"] = "summed"
-    """Representation of actions in the history (features.action). summed: the action embedding is added to the event;
-    interleaved: an event is two tokens, its item and then its action (HSTU's sequence), so sequences are twice as
-    long. Windows, prefixes and position tables then count tokens."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Adapters trained instead of the User LLM's base weights (encoder llm only)."""
-
-    @property
-    def has_backbone(self) -> bool:
-        """True for a Hugging Face model."""
-        return self.encoder == "llm"
-
-
-@dataclass(frozen=True)
 class OpenTableConfig:
     """Table of an open vocabulary: any number of ids in a fixed number of rows (docs/retrieval.md)."""
 
@@ -299,101 +193,6 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """Loss of one label (docs/tasks.md)."""
-
-    loss: Literal["auto", "bce", "ordinal", "huber", "weighted_logistic"] = "auto"
-    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal label, huber for a regression.
-    weighted_logistic: the predicted odds are the expected value of a label of at least 0, such as watch time."""
-    weight: float = 1.0
-    """Weight of the label's mean loss in L_cls; 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """L = lambda * L_gen + L_cls (Eq. 3); with several tasks L_cls is the weighted sum of their losses."""
-
-    fusion: Literal["late", "early", "none"] = "late"
-    """Position of the target: in the prediction head (late) or as an input of the user encoder (early); `none`:
-    generative loss only (Eq. 1)."""
-    generative_weight: float = 0.0
-    """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
-    classification_weight: float = 1.0
-    """Weight of L_cls; 0 leaves it out (the head is then not trained)."""
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}. The first label of the
-    dataset must be among them. Empty: only the first label."""
-    task_weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """uncertainty: the loss of each task, with its weight, is multiplied by a learned factor exp(-s), and s is added
-    (Kendall et al. 2018)."""
-    position_bias: tuple[str, ...] = ()
-    """Categorical context features, such as [position], whose effect on binary labels is learned as a separate term of
-    the logit. In evaluation and serving, a constant replaces this term."""
-    towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
-    """Layers that tasks share in the head: one hidden layer (shared_bottom), or `experts` hidden layers that are mixed
-    by a gate per task (mmoe)."""
-    experts: int = 4
-    """Number of experts of `towers: mmoe`."""
-    value_weight: float = 0.0
-    """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
-    item_space: Literal["auto", "text", "features"] = "auto"
-    """Vector space in which the generative loss compares items. text: only the embedding E of the Item LLM, as in the
-    paper; features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM,
-    else features."""
-    text_similarity: float = 0.0
-    """Above 0: retrieval adds the cosine between an item's text embedding, in its full width, and the decayed mean of
-    the text embeddings of the history. The value is the weight of this cosine relative to the learned cosine. It does
-    not change training: see `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; works best
-    with item_llm.whiten."""
-    text_decay: float = 0.7
-    """Weight of an event relative to the event after it, in the decayed mean of `text_similarity` and in the history of
-    `transitions`."""
-    transitions: float = 0.0
-    """Above 0: retrieval adds a score of an item from a regression of the next item on the history (and on its texts,
-    if the Item LLM is frozen), which is solved when training starts. The value is the weight of this score relative to
-    the learned cosine; the mean score of the items that came next in training is 1. It does not change training: see
-    `hllm_torchrec.data.transitions`. Needs the item space features."""
-    generative_loss: Literal["infonce", "bce"] = "infonce"
-    """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
-    (SASRec)."""
-    negatives: int = 512
-    """Number of items sampled per step from the catalogue; all users and ranks of the step share them."""
-    mask_own_items: bool = True
-    """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
-    masked (plain softmax), so items that occur later in the sequence are negatives."""
-    mask_cosine_above: float | None = None
-    """Also mask negatives whose embedding has a cosine above this value with that of the positive (infonce only). The
-    published HLLM code uses only this mask, with 0.99 (`mask_own_items: false`); if embeddings collapse, it masks all
-    negatives."""
-    temperature: float = 0.05
-    """Initial value of the learnable temperature of the similarity, at least 0.01."""
-    positive_targets_only: bool = True
-    """Only items with label 1 or an unknown label are targets of the generative loss."""
-    head_hidden: int = 128
-    """Width of the prediction head's hidden layer."""
-    head_dropout: float = 0.0
-    """Dropout probability in the prediction head."""
-    collapse_above: float = 0.98
-    """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this value, which means
-    that the embeddings have collapsed."""
-
-    @property
-    def task_configs(self) -> dict[str, TaskConfig]:
-        """`tasks` as dataclasses; the rules have checked their contents."""
-        return {name: TaskConfig(**content) for name, content in self.tasks.items()}
-
-    @property
-    def generates(self) -> bool:
-        """True if there is a generative loss."""
-        return not self.has_head or self.generative_weight > 0
-
-    @property
-    def has_head(self) -> bool:
-        """True if exposures are classified."""
-        return Fusion(self.fusion).has_queries
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """A stage of training (the paper has three)."""
 
@@ -410,8 +209,9 @@ class StageConfig:
     batch_users: int | None = None
     """Overrides data.batch_users."""
     trains: Literal["all", "creative"] = "all"
-    """What learns. creative: the Creative LLM and its soft prompt alone, all other learning rates are 0: until it can
-    write, its gradients tell the user encoder nothing, and move it all the same."""
+    """Parts that are trained. creative: only the Creative LLM and its head (soft prompt, losses); all other learning
+    rates are 0. Until the Creative LLM has learned to write, its gradients would change the user encoder without
+    improving it."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def append_events(
 
     Returns:
         The number of the version and the counts of the added rows (`added` in its manifest). None if the source holds
-        nothing new; no version is written then.
+        nothing new and the split has the dataset's dates; no version is written then.
 
     Raises:
         ValueError: a row is bad; the source has other columns, features or labels than the dataset; or the dataset does
@@ -76,31 +76,28 @@ def append_events(
         dataset = Dataset.open(root)
         fingerprint = source_fingerprint(source)
         known = next((one for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint), None)
-        if known is not None:
+        _check_split(split, dataset)
+        moves = split is not None and cut_facts(split, date_cuts(split)) != dataset.manifest["split"]
+        if known is not None and not moves:
             logger.info("%s: version %d was made from the same files: nothing to append", root, known["version"])
             return None
         _check_fits(source, dataset)
-        _check_split(split, dataset)
         dataset = _with_event_files(dataset)
         if is_outgrown(dataset.manifest):
             write_base(dataset)
             dataset = Dataset.open(root)
         version = dataset.version + 1
-        with draft_folder(root, APPENDS, version) as folder:
-            count = partitions or default_partitions(source)
-            scratch = folder.parent / "scratch"
-            staged = stage(
-                source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
-            )
-            own = folder.parent / "own"
-            own.mkdir()
-            added, changes = _write(dataset, source, staged, own)
-            if any(own.iterdir()):
-                changes |= _fold(dataset, version, added, changes, own, folder)
-        if "appends" not in changes:
+        added, changes = _write_version(dataset, source, policy, partitions, version)
+        sources = dataset_sources(dataset)
+        if "appends" in changes:
+            sources.append({"version": version, "fingerprint": fingerprint})
+        elif moves:
+            logger.info("%s: the source holds nothing new: version %d has other dates only", root, version)
+            kept = {"appends": dataset.manifest.get("appends", []), "files": files_of_chain(dataset.manifest)}
+            changes = {"notes": changes["notes"], **kept}
+        else:
             logger.info("%s: the source holds nothing new: no version is written", root)
             return None
-        sources = [*dataset_sources(dataset), {"version": version, "fingerprint": fingerprint}]
         commit_version(root, version, _manifest(dataset, added, changes, sources, split))
     logger.info("%s: version %d: %d events of %d users", root, version, added["events"], added["users"])
     return {"version": version, **added}
@@ -218,6 +215,24 @@ def _fold(
     gone = tuple(f"{one['folder']}/" for one in folded)
     files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
     return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
+
+
+def _write_version(
+    dataset: Dataset, source: Source, policy: BadRows | None, partitions: int | None, version: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the version's files, if anything is new; returns what `_write` and, then, what `_fold` returns."""
+    with draft_folder(dataset.root, APPENDS, version) as folder:
+        count = partitions or default_partitions(source)
+        scratch = folder.parent / "scratch"
+        staged = stage(
+            source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
+        )
+        own = folder.parent / "own"
+        own.mkdir()
+        added, changes = _write(dataset, source, staged, own)
+        if any(own.iterdir()):
+            changes |= _fold(dataset, version, added, changes, own, folder)
+    return added, changes
 
 
 def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

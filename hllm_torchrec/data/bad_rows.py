@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.table_facts import TableFacts
 
 MAX_SECOND = 4_102_444_799
@@ -180,15 +181,14 @@ def describe_time(text: str | None, second: int | None) -> str:
     if number is not None and (second is None or second > MAX_SECOND):
         for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
             if MAX_SECOND < number <= MAX_SECOND * scale:
-                return (
-                    f"the time {text!r} is beyond 2099 in its unit; it looks like {unit}. Set the time unit to {unit}"
-                )
+                problem = f"the time {text!r} is beyond 2099 in its unit; it looks like {unit}"
+                return f"{problem}. Set the time unit to {unit}"
     if second is None:
         hint = ""
         if text and re.match(r"\s*\d{4}-\d\d-\d\d", text):
             hint = ": set the time unit to iso8601" if _is_iso(text) else ": write it like 2024-01-31T12:00:00+01:00"
-        return f"the time {text!r} is not a number or date of the stated unit{hint}"
-    return f"the time {text!r} (second {second}) is outside 1970-01-01..2099-12-31 UTC"
+        return f"the time {abbreviate(text)} is not a number or date of the stated unit{hint}"
+    return f"the time {abbreviate(text)} (second {second}) is outside 1970-01-01..2099-12-31 UTC"
 
 
 def _is_iso(text: str) -> bool:

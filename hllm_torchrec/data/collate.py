@@ -5,7 +5,6 @@ K negatives, U unique items, S slots).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from hllm_torchrec.data.evidence import Evidence
 from hllm_torchrec.data.item_factors import scaled_values, value_scale
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.piece_views import PieceView, interleaved_view, join_views, unique_items
 from hllm_torchrec.data.request_context import RequestContext
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.task_targets import drawn_exposures, targets_of
@@ -34,35 +34,6 @@ from hllm_torchrec.modules.features.timestamps import TIME_FEATURES, split_times
 
 Bags = tuple[Ints, Ints]
 """(values, lengths): one bag per slot."""
-
-
-@dataclass(frozen=True)
-class _View:
-    """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
-
-    history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: sampling rate of the negative exposures at
-    each exposure; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
-    `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
-    """
-
-    history: Events
-    next_times: Ints
-    queries: Events
-    query_visible: Ints
-    target_query: Ints
-    targets: Events
-    target_values: Floats
-    positions: Ints
-    history_lengths: Ints
-    next_rows: Ints
-    next_items: Ints
-    numeric: Floats
-    evidence: Floats
-    rates: Floats
-    full_history_items: Ints
-    requests: Events
-    request_query: Ints
 
 
 class Collator:
@@ -129,7 +100,7 @@ class Collator:
         query_offsets = offsets_from_lengths([len(view.queries) for view in views])
         # A rank without pieces still takes part in the step's collectives: the view of an empty piece has every field
         # with its dtype and zero rows.
-        view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
+        view = join_views(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
         negatives = self.negatives(epoch, step) if self.spec.negatives else np.empty(0, np.int64)
         users = np.array([piece.user_id for piece in pieces], dtype=np.int64)
         early = self.spec.fusion.query_is_target
@@ -146,7 +117,7 @@ class Collator:
             "target_items": view.targets.item_ids,
             "labels": view.targets.labels,
             **{name: getattr(view, name) for name in _BATCH_FIELDS},
-            **_unique_items(view, negatives),
+            **unique_items(view, negatives),
         }
         if len(view.requests):
             arrays["request_query"] = view.request_query
@@ -188,7 +159,7 @@ class Collator:
         drawn = rng.random(unique.size) < self.spec.cold_dropout if self.training else False
         return self._cold[unique] | drawn
 
-    def _view(self, piece: Piece, epoch: int = 0, pool: Ints | None = None) -> _View:
+    def _view(self, piece: Piece, epoch: int = 0, pool: Ints | None = None) -> PieceView:
         """Filter the history, then compute the events that each exposure sees and the item that each position predicts.
 
         pool: items of the exposures of all pieces, from which negatives are drawn.
@@ -216,7 +187,7 @@ class Collator:
         seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
         queries, query_of = self._queries(asked, visible)
         read = self._read(piece, times[seen], epoch)
-        view = _View(
+        view = PieceView(
             history=piece[seen[read]],
             # The time of the following eligible event; the last one has no successor and repeats its own time.
             next_times=times[np.append(eligible[1:], eligible[-1:])[read]],
@@ -238,7 +209,7 @@ class Collator:
             requests=requests,
             request_query=query_of[targets.size :],
         )
-        return _interleaved(view) if spec.interleaved else view
+        return interleaved_view(view) if spec.interleaved else view
 
     def _numeric_of(self, piece: Piece, targets: Ints, requests: Events) -> Floats:
         """[X + N, F] numeric features of the exposures `targets` [X] and then of the requests [N] of a piece."""
@@ -307,7 +278,7 @@ class Collator:
         return seen[wanted] - 1, piece.item_ids[following[wanted]]
 
     def _features(
-        self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator, unknown: Ints
+        self, view: PieceView, query_users: Ints, items: Ints, rng: np.random.Generator, unknown: Ints
     ) -> KeyedJaggedTensor:
         """One bag per key and slot; an absent value is an empty bag.
 
@@ -372,7 +343,7 @@ class Collator:
         is_item = np.arange(history) % 2 == 0
         return is_item, ~is_item
 
-    def _item_of_slot(self, view: _View, queries: int) -> Ints:
+    def _item_of_slot(self, view: PieceView, queries: int) -> Ints:
         """[S] item of each slot; -1: no item (action tokens, and late-fusion queries, whose targets have slots of their
         own).
 
@@ -392,7 +363,7 @@ class Collator:
         dropped = rng.random(item_of_slot.size) < self.spec.id_dropout
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
-    def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
+    def _numeric(self, view: PieceView, item_slots: int) -> torch.Tensor | None:
         """[S, F] numeric features (0 except at queries) and numeric context (NaN except at queries), or None."""
         if not (self.spec.numeric_features or self.context.numeric):
             return None
@@ -425,49 +396,6 @@ _BATCH_FIELDS = (
 )
 """Fields that a batch takes from the joined view unchanged."""
 _NO_EVENTS = Piece(**Events.at([]).columns, user_id=0, first_target=0)
-
-
-def _interleaved(view: _View) -> _View:
-    """The view with two tokens per history event: its item, then its action, both at the event's second.
-
-    A query sees both tokens of each event that it sees; the next item is predicted at the action token.
-    """
-    return replace(
-        view,
-        history=view.history[np.repeat(np.arange(len(view.history)), 2)],
-        # The token after an item token is its own action, at the same second.
-        next_times=np.stack([view.history.timestamps, view.next_times], axis=1).reshape(-1),
-        query_visible=2 * view.query_visible,
-        next_rows=2 * view.next_rows + 1,
-        full_history_items=np.repeat(view.full_history_items, 2),
-    )
-
-
-def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
-    """Concatenate the views; row and query indices become indices into the batch."""
-    counted_from = {"target_query": query_offsets, "request_query": query_offsets, "next_rows": seq_offsets}
-    joined: dict[str, Any] = {}
-    for name in (field.name for field in fields(_View)):
-        parts = [getattr(view, name) for view in views]
-        if name in counted_from:
-            # Not strict: offsets have one entry more than pieces (without pieces: one entry for the empty view).
-            parts = [part + first for part, first in zip(parts, counted_from[name], strict=False)]
-        joined[name] = Events.concat(parts) if isinstance(parts[0], Events) else np.concatenate(parts)
-    return _View(**joined)
-
-
-def _unique_items(view: _View, negatives: Ints) -> dict[str, Ints]:
-    """The sorted unique items of the batch [U], and the index into them of every item of each kind."""
-    kinds = {
-        "history_index": view.history.item_ids,
-        "target_index": view.targets.item_ids,
-        "next_index": view.next_items,
-        "negative_index": negatives,
-        "request_index": view.requests.item_ids,
-    }
-    unique, index = np.unique(np.concatenate(list(kinds.values())), return_inverse=True)
-    ends = np.cumsum([items.size for items in kinds.values()])
-    return {"unique_items": unique, **dict(zip(kinds, np.split(index, ends[:-1]), strict=True))}
 
 
 def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:

@@ -27,6 +27,7 @@ from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder, repl
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.hashing import hash_file, hash_json
 from hllm_torchrec.common.locks import hold_lock, lock_wait
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.validation import error_location, read_table
@@ -184,7 +185,7 @@ def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) 
     if missing.size:
         wrong = raw[int(missing[0])].as_py()
         hint = "" if wrong is None else did_you_mean(wrong, [text for text in known.to_pylist() if text])
-        raise ValueError(f"{where}, row {missing[0]}: raw_{kind}_id {wrong!r}: not in {dataset.root}{hint}")
+        raise ValueError(f"{where}, row {missing[0]}: raw_{kind}_id {abbreviate(wrong)}: not in {dataset.root}{hint}")
     return found.to_numpy(zero_copy_only=False).astype(np.int64) + 1
 
 
@@ -335,7 +336,7 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
         for user in pc.unique(rows["raw_user_id"]).to_pylist():
             if seen.setdefault(user, split) != split:
                 raise ValueError(
-                    f"{path}: user {user!r} is in {seen[user]} and {split}: all rows of a user go into one"
+                    f"{path}: user {abbreviate(user)} is in {seen[user]} and {split}: all rows of a user go into one"
                 )
 
 

@@ -66,7 +66,7 @@ class EventFile:
             if any(column.null_count for column in batch.columns) or any(one.values.null_count for one in lists):
                 raise ValueError("a value is null")
             offsets = lists[0].offsets.to_numpy()
-            if any(not np.array_equal(one.offsets.to_numpy(), offsets) for one in lists[1:]) or offsets[0] != 0:
+            if any(not one.offsets.equals(lists[0].offsets) for one in lists[1:]) or offsets[0] != 0:
                 raise ValueError("the list columns have different lengths per row")
         users = batch.column("user_id").to_numpy()
         cuts = [batch.column(name).to_numpy() for name in STARTS]

@@ -17,8 +17,8 @@ Groups of columns (`data.evidence` names them):
   them a linear layer can weight one column by another, such as the user's mean by the number of the user's events.
 
 Training, evaluation and serving call the same functions, which use only the user's events that the exposure may see:
-`Evidence.past` computes what depends on the user's events alone, `Evidence.of_exposures` the rest. The factors are
-fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
+`Evidence.past` computes the part that depends only on the user's events, `Evidence.of_exposures` the rest. The factors
+are fitted to the training part, so they would predict the training exposures too well. Training exposures are therefore
 predicted by a fit without their user's fold (cross-fitting), all later exposures by the fit of all users.
 
 Legend: n events of one user, X exposures, C different numbers of visible events, N items, E width of text embeddings, P
@@ -76,7 +76,7 @@ CROSSED = (
 )
 LARGEST_FACTOR = 4.0
 """Columns are clipped to this absolute value, in standard deviations, before they are multiplied."""
-TEXT_GROUPS = ("neighbors", "tastes")
+TEXT_GROUPS = frozenset({"neighbors", "tastes"})
 """Groups that use text embeddings; "tastes" also works without them."""
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
@@ -213,6 +213,10 @@ class Evidence:
         self._text = None if text is None else unit_rows(text, model.text_center)
         self._components = self._components_of(self._text)
 
+    def with_text(self, text: Floats) -> "Evidence":
+        """A copy that reads the text embeddings [N, E]."""
+        return Evidence(self.names, self.model, self.statistics, self.action_values, text, self.delay)
+
     def with_new_items(self, text: Floats | None) -> "Evidence":
         """A copy for the catalogue followed by new items with text embeddings `text` [n, E]."""
         found = copy(self)
@@ -255,17 +259,20 @@ class Evidence:
         return found
 
     def past(self, events: Events, seen: Ints, without: int | None = None) -> PastEvents:
-        """What the columns need of a user's events after the first `seen[c]` of them, for each of `seen` [C].
+        """Summarize a user's first `seen[c]` events, for each of `seen` [C], as far as the columns need it.
 
         without: fold of users without which the factors were fitted; None: the fit of all users.
         """
+        lacks_texts = self._text is None and self.model.text_center.size and not TEXT_GROUPS.isdisjoint(self.names)
+        assert not lacks_texts, "the fit read texts, and none were given"
         fit, values = self.model.fit_without(without), event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value
         items, values = events.item_ids[known], values[known]
         fitted = items_of_fit(items, fit)
         residuals = values - fit.mean - fit.bias[fitted]
-        factors = tastes = np.empty((seen.size, 0))
+        factors: AnyFloats = np.empty((seen.size, 0))
+        tastes: Doubles = np.empty((seen.size, 0))
         if "factors" in self.names:
             factors = fit.running_posterior(fitted, values, rated)
         if "tastes" in self.names:
@@ -285,15 +292,15 @@ class Evidence:
         items, known = asked.items, items_of_fit(asked.items, fit)
         statistics = self._of_items(items, asked.seconds, fit.mean)
 
-        def of_factors() -> tuple[Doubles, Doubles]:
+        def of_factors() -> tuple[AnyFloats, AnyFloats]:
             bias = fit.bias[known]
             return fit.mean + bias + (fit.loadings[known] * asked.of_past("factors")).sum(1), bias
 
-        def of_tastes() -> tuple[Doubles]:
+        def of_tastes() -> tuple[AnyFloats]:
             described = self._descriptors(items, statistics, fit)
             return (fit.mean + fit.bias[known] + (described * asked.of_past("tastes")).sum(axis=1),)
 
-        groups: dict[str, Callable[[], Iterable[Doubles]]] = {
+        groups: dict[str, Callable[[], Iterable[AnyFloats]]] = {
             "factors": of_factors,
             "items": lambda: statistics,
             "users": lambda: columns_of_users(asked),
@@ -302,12 +309,12 @@ class Evidence:
         }
         return np.stack([column for name in self.names if name != CROSSES for column in groups[name]()])
 
-    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[Doubles, Doubles]:
+    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> tuple[AnyFloats, AnyFloats]:
         """Columns [n], [n] of the group "items"."""
         count, total = self.statistics.before(items, seconds - self.delay)
         return (total - count * mean) / (count + SHRINKAGE), np.log1p(count)
 
-    def _descriptors(self, items: Ints, statistics: tuple[Doubles, Doubles], fit: ItemFactors) -> Doubles:
+    def _descriptors(self, items: Ints, statistics: tuple[AnyFloats, AnyFloats], fit: ItemFactors) -> Doubles:
         """[n, D] descriptors of `items` [n] with `statistics` of the events before a second; see `tastes`."""
         scaled = (np.stack(statistics, axis=1) - self.model.taste_center) / self.model.taste_spread
         parts = [fit.loadings[items_of_fit(items, fit)], scaled]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.bad_rows import MAX_SECOND, BadRowLog, describe_time
 from hllm_torchrec.data.event_partitions import PartitionWriter, RowLocator
 from hllm_torchrec.data.event_schema import CONTEXT, LABEL, SAMPLING_RATE, WEIGHT, EventSchema
@@ -96,9 +97,7 @@ def _checked(
     # null and NaN differ here: null is an event without a label, NaN a label that could not be read.
     unreadable = np.isnan(table["label"].fill_null(0).to_numpy())
     texts, problem = table["text_of_label"], f"the label ({source.label_rule}) is not a number in its range"
-    table = _handled(
-        log, "nan_label", unreadable, table, path, lambda i: problem + (f": {texts[i]}" if texts[i].is_valid else "")
-    )
+    table = _handled(log, "nan_label", unreadable, table, path, lambda i: problem + _shown(texts[i].as_py()))
     # Unreadable labels that the policy keeps become null: the event stays in the history without a label.
     label = table["label"].to_numpy()
     table = _replaced(table, "label", pa.array(label, pa.float32(), mask=np.isnan(label)))
@@ -136,6 +135,11 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
             defined = pc.fill_null(pc.equal(condition, 1), False)
         table = _replaced(table, label.column, pc.if_else(defined, table[label.column], pa.scalar(None, pa.float32())))
     return table
+
+
+def _shown(text: str | None) -> str:
+    """The end of a message about a cell; empty for a missing one."""
+    return "" if text is None else f": {text[:200]}{'...' * (len(text) > 200)}"
 
 
 def _says(problem: str) -> Callable[[int], str]:
@@ -220,8 +224,8 @@ def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, kn
     unknown = (number < 0) | (number >= known)
     if unknown.any() and "unknown_item" not in log.hints:
         log.hints |= _unknown_hint(raw, unknown, table["raw_user_id"], catalogue)
-    text = "item {!r} is not in the item file"
-    table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(raw[i].as_py()))
+    text = "item {} is not in the item file"
+    table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(abbreviate(raw[i].as_py())))
     if len(table) < len(number):
         number = number[~unknown]
     elif (number < 0).any():  # the policy is "keep"
@@ -239,11 +243,13 @@ def _unknown_hint(
         return {"unknown_item": "users and items have changed places: the ids of the users are in the item file"}
     for what, other in _SPELLINGS.items():
         ids = other(some)
+        ids = pc.if_else(pc.equal(ids, ""), some, ids)  # an id of zeros alone
         found = np.flatnonzero(catalogue.look_up(ids) >= 0)
         if len(found) > 0.5 * len(some):
             first = int(found[0])
             return {
-                "unknown_item": f"{what}: {some[first].as_py()!r} in the events, {ids[first].as_py()!r} in the items"
+                "unknown_item": f"{what}: {abbreviate(some[first].as_py())} in the events, "
+                f"{abbreviate(ids[first].as_py())} in the items"
             }
     return {}
 
@@ -282,6 +288,6 @@ class RepeatedFeatures:
         problem = f"came before with other values of {' or '.join(n.removeprefix('feature_') for n in self._columns)}"
         kept = _handled(
             log, "duplicate_item", differs, table, chunk.path,
-            lambda i: f"item {ids[i]!r} {problem}; write one row per item, with all values in it",
+            lambda i: f"item {abbreviate(ids[i])} {problem}; write one row per item, with all values in it",
         )  # fmt: skip
         return replace(chunk, table=kept)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.bad_rows import BadRowLog
 from hllm_torchrec.data.dataset import ACTIVE, Dataset
 from hllm_torchrec.data.id_map import IdMap, grown
@@ -155,7 +156,7 @@ class ItemCatalogue:
             empty,
             chunk.path,
             rows,
-            lambda i: f"item {raw_ids[i].as_py()!r} has no text in {self._text}",
+            lambda i: f"item {abbreviate(raw_ids[i].as_py())} has no text in {self._text}",
         )
         accepted = np.flatnonzero(~empty) if drop_empty else np.arange(len(table))
         table, digests = table.take(pa.array(accepted)), _digests([texts[i] for i in accepted])
@@ -201,7 +202,7 @@ class ItemCatalogue:
             differs,
             path,
             rows,
-            lambda i: f"item {raw_ids[i].as_py()!r} came before with another text",
+            lambda i: f"item {abbreviate(raw_ids[i].as_py())} came before with another text",
         )
         if (repeated & ~differs).any():
             self._log.dropped["repeated_item_row"] += int(np.count_nonzero(repeated & ~differs))

@@ -8,10 +8,10 @@ rewrites no events.
 Legend: U users of the dataset, including the unknown user; R rows that are read; T events of all rows.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,27 +170,30 @@ class MergedSequences:
 
     def _before_cut(self, k: int, second: int) -> _Int32:
         """[U] number of each user's events before cut k; for the base, the stored starts, which may divide a second."""
-        of_appends = self._sums(lambda one: one.lengths_before(second), self._appended)
-        return self._sums(lambda one: one.starts[:, k], self._base) + of_appends
+        of_appends = ((one, one.lengths_before(second)) for one in self._appended)
+        return self._sums(chain(((one, one.starts[:, k]) for one in self._base), of_appends))
 
     @cached_property
     def _totals(self) -> _Int32:
         """[U] number of each user's events."""
-        return self._sums(lambda one: one.lengths, self._files)
+        return self._sums((one, one.lengths) for one in self._files)
 
     def before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
         if second not in self._counted:
-            self._counted[second] = self._sums(lambda one: one.lengths_before(second), self._files)
+            # Most files end before the second, normally that of a late cut: subtract the events of the others after it.
+            counts = ((one, one.lengths_before(second)) for one in self._files)
+            later = self._sums((one, one.lengths - count) for one, count in counts if count is not one.lengths)
+            self._counted[second] = self._totals - later
         return self._counted[second]
 
-    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile]) -> _Int32:
-        """[U] sum over the files of `count(file)` [R] by user."""
+    def _sums(self, counts: Iterable[tuple[EventFile, Ints]]) -> _Int32:
+        """[U] sum over files of a number per row; counts: file, and [R] number of each of its rows."""
         found = np.zeros(self._rows.users, np.int32)
-        for one in files:
+        for one, count in counts:
             if len(one):
                 first, last = int(one.user_ids[0]), int(one.user_ids[-1])
                 # A base normally has all users, so that its ids are a range.
                 is_range = last - first < len(one)
-                found[slice(first, last + 1) if is_range else one.user_ids] += count(one).astype(np.int32)
+                found[slice(first, last + 1) if is_range else one.user_ids] += count.astype(np.int32)
         return found

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hllm_torchrec.common.errors import UnavailableError, did_you_mean
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.tombstones import ITEMS
 
@@ -157,7 +158,7 @@ def new_items(
         for name, column in given.items():
             if name not in known:
                 had = ", ".join(known) or "none"
-                raise ValueError(f"{kind}.{name}: unknown{did_you_mean(name, known)}; {dataset.root} has {had}")
+                raise ValueError(f"{kind}.{name}: unknown{did_you_mean(name, known)}; the dataset has {had}")
             if isinstance(column, str) or len(column) != len(raw_ids):
                 raise ValueError(f"{kind}.{name}: must have one entry for each of the {len(raw_ids)} ids")
     items = [
@@ -174,7 +175,7 @@ def new_items(
         if not problem and dataset.tombstones.find(ITEMS, item.id) is not None:
             problem = "it was forgotten (hllm forget)"
         if problem:
-            raise ValueError(f"raw_ids, entry {row}: {item.id!r}: {problem}")
+            raise ValueError(f"raw_ids, entry {row}: {abbreviate(item.id)}: {problem}")
         seen.add(item.id)
     return items
 

@@ -26,7 +26,7 @@ class PartReader:
     """Reads users of a part by their indices in `users`, the ascending ids of all users of the part.
 
     Each merge has a fixed cost per file, about that of a thousand events. So if a call continues where the last one
-    ended, twice as many users as last time are read ahead; other calls read only the requested users.
+    ended, four times as many users as last time are read ahead; other calls read only the requested users.
     """
 
     def __init__(self, merged: MergedSequences, part: str, since: int | None) -> None:
@@ -40,7 +40,7 @@ class PartReader:
         block = self._block  # read once and replaced as one object, because threads share a reader
         if block is None or block.names != wanted or not block.first <= first <= end <= block.end:
             if block is not None and block.names == wanted and block.end == first:
-                end = max(end, self._end_ahead(first, 2 * (block.end - block.first)))
+                end = max(end, self._end_ahead(first, 4 * (block.end - block.first)))
             found = self._merged.read(self.users[first:end], self._part, wanted)
             self._block = block = _Block(wanted, first, end, found)
         return block.rows.between(first - block.first, first - block.first + rows)

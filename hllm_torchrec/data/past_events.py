@@ -1,5 +1,5 @@
-"""`PastEvents`: the part of evidence that depends on a user's visible events alone, not on the item or the second asked
-about; and the columns of evidence that are computed from it.
+"""`PastEvents`: the part of evidence that depends only on a user's visible events, not on the item or the second of an
+exposure; and the columns of evidence that are computed from it.
 
 Training and evaluation compute it for the exposures of a piece, which see C different numbers of events. Serving
 computes it once for a user's state, with C = 1, and reads it in every request.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.common.arrays import Doubles, Floats, Ints
+from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
 from hllm_torchrec.data.item_factors import ItemFactors
 
 SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class PastEvents:
-    """One user's events, and what row c of C tells of the first `seen[c]` of them.
+    """One user's events, and statistics of them: row c of an array [C] is of the first `seen[c]` events.
 
     items [n], residuals [n]: of the events that have a value; rated [C]: number of these that are visible; seen [C]:
     number of visible events; last [C]: second of the last visible one, 0 without events; means [C, 2]: see
@@ -44,7 +44,7 @@ class PastEvents:
     seen: Ints
     last: Ints
     means: Doubles
-    factors: Doubles
+    factors: AnyFloats
     tastes: Doubles
 
     @property
@@ -57,8 +57,8 @@ class PastEvents:
 class Exposures:
     """X exposures of several users, one user after the other.
 
-    pasts: of each user; sizes: number of exposures of each user; after [X]: the row of each exposure in the rows [C] of
-    all pasts; items [X]; seconds [X].
+    pasts: the events of each user; sizes: number of exposures of each user; after [X]: row of each exposure in the
+    concatenated rows [C] of all pasts; items [X]; seconds [X].
     """
 
     pasts: Sequence[PastEvents]

@@ -25,7 +25,9 @@ and the parts follow the split's rule.
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ from hllm_torchrec.data.manifest import ITEM_COUNTS, MANIFEST, SCHEMA_VERSION
 from hllm_torchrec.data.sources.declared_columns import read_declarations
 from hllm_torchrec.data.sources.table_columns import EventColumns
 from hllm_torchrec.data.split import SPLITS, per_user_starts
-from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.data.validation import REMEDY, error_location
 from hllm_torchrec.data.vocabulary import compute_marks
 
 logger = logging.getLogger(__name__)
@@ -77,8 +79,9 @@ def seal(root: Path) -> Dataset:
     if EVENTS in contract:
         manifest |= _declared(root, contract[EVENTS])
     dataset = Dataset(root, manifest)
-    _check_tables(dataset)
-    facts = _check_sequences(dataset)
+    with _remedy_of_sealing():
+        _check_tables(dataset)
+        facts = _check_sequences(dataset)
     np.save(root / ITEM_COUNTS, facts.pop("item_counts"))
     found = write_base_events(dataset, root)
     written = hash_files([root / name for name in (ITEM_COUNTS, *found["event_files"])], "checksums")
@@ -95,6 +98,15 @@ def seal(root: Path) -> Dataset:
     replace_file(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     logger.info("%s: sealed", root)
     return Dataset.open(root)
+
+
+@contextmanager
+def _remedy_of_sealing() -> Iterator[None]:
+    """Context manager that replaces the remedies of `data.validation`: `hllm prepare` did not write these files."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(rf"(\. Set the time unit to \w+)?; {REMEDY}", f"; {_REMEDY}", str(error))) from error
 
 
 def read_contract(path: Path) -> dict[str, Any]:
@@ -237,7 +249,7 @@ def _check_distinct(path: Path, name: str, values: pa.ChunkedArray) -> None:
     if len(pc.unique(values)) != len(values):
         counts = values.value_counts()
         twice = counts.field("values")[int(np.argmax(counts.field("counts").to_numpy() > 1))]
-        raise ValueError(f"{path}: {name} {twice.as_py()!r} is there more than once; {_REMEDY}")
+        raise ValueError(f"{path}: {name} {abbreviate(twice.as_py())} is there more than once; {_REMEDY}")
 
 
 def _check_sequences(dataset: Dataset) -> dict[str, Any]:

@@ -80,6 +80,11 @@ def stage(
     # Same number of partitions and same hash as for the events, so that partition k of both has the same users.
     user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
     sorted_events = _sort(event_files, users, log, locate)
+    if pair := users.float_spelling():
+        raise ValueError(
+            f"{source.event_files[0]}: both {pair[0]} and {pair[1]} are ids of users: in some files the ids became "
+            "floats, as pandas writes them if some are missing; write all ids in one way"
+        )
     return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, context_words, log, locate)
 
 

@@ -1,5 +1,6 @@
 """`TableFacts`: facts about a source's tables, collected while they are read, and notes on them for the user."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -122,6 +123,8 @@ class TableFacts:
             yield f"caution: all times lie in {first[:4]} to {last[:4]}; is the time unit right?"
         elif self._first < EARLY:
             yield f"caution: some times lie before 1980, the first in {first[:4]}"
+        if self._last > time.time() + DAY:
+            yield f"caution: some times lie in the future, the last at {last}; later events will count as late"
         if self._rounded:
             yield "caution: times have an exponent (1.7E+09): a spreadsheet has rounded them"
         if self._whole_days and self.rows > 1 and self._last >= EARLY:

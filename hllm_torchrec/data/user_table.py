@@ -41,6 +41,21 @@ class UserTable:
         """Number of final ids."""
         return max(int(self.final_ids.max(initial=0)), self.existing)
 
+    def float_spelling(self) -> tuple[str, str] | None:
+        """A new id and the same id as a float, or a new float and the same whole number; None if there is no pair."""
+        new = pa.chunked_array(self.raw_ids, pa.string())
+        old = pa.chunked_array([], pa.string()) if self._old is None else self._old["raw_user_id"]
+        every = pa.chunked_array([*new.chunks, *old.chunks], pa.string())
+        floats = every.filter(pc.match_substring(every, ".0"))  # much faster than the regular expression
+        floats = floats.filter(pc.match_substring_regex(floats, r"^-?\d+\.0+$")).combine_chunks()
+        if not len(floats):
+            return None
+        whole = pc.replace_substring_regex(floats, r"\.0+$", "")
+        in_old = [pc.is_in(ids, value_set=old.combine_chunks()) for ids in (whole, floats)]
+        pairs = pc.and_not(pc.is_in(whole, value_set=every.combine_chunks()), pc.and_(*in_old))
+        at = pc.index(pairs, True).as_py()
+        return None if at < 0 else (str(whole[at]), str(floats[at]))
+
     def assign_ids(self, event_counts: np.ndarray) -> np.ndarray:
         """Assign final ids (int64, by user number; 0: dropped). event_counts: by user number, after all filters."""
         known = np.zeros(len(self), np.int64)

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
-from hllm_torchrec.config.rules import task_entry_problems
-from hllm_torchrec.config.schema import TaskConfig
+from hllm_torchrec.config.objective import TaskConfig, task_entry_problems
 
 VectorPlacement = Literal["dense", "slots"]
 """Position of stored vectors in a DLRM: dense features, or slots of the interaction."""

@@ -19,13 +19,9 @@ from hllm_torchrec.common.terminal import say
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, in_step
 from hllm_torchrec.evaluation.metrics_schema import bounds, curves_block, model_block, paired_block, slice_block
 from hllm_torchrec.evaluation.prediction_layout import PredictionModel
-from hllm_torchrec.evaluation.prediction_rows import (
-    DAY_SLICE,
-    HISTORY_BUCKETS,
-    ITEM_BUCKETS,
-    PredictionRows,
-    RowBatch,
-)
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows
+from hllm_torchrec.evaluation.row_batch import RowBatch
+from hllm_torchrec.evaluation.row_slices import DAY_SLICE, HISTORY_SLICES, ITEM_SLICES
 from hllm_torchrec.evaluation.spooled_rows import Spool, SpooledRows
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
@@ -294,7 +290,7 @@ def _percentiles(drawn: np.ndarray | None) -> dict[str, float | None]:
 
 
 def _place(key: tuple[int, str]) -> tuple[int, int, str]:
-    """Sort key of slices: by column, then in the order of `HISTORY_BUCKETS` or `ITEM_BUCKETS`, then by name."""
+    """Sort key of slices: by column, then in the order of `HISTORY_SLICES` or `ITEM_SLICES`, then by name."""
     column, name = key
-    ordered = [*(f"history_{bucket}" for bucket in HISTORY_BUCKETS), *(f"item_events_{one}" for one in ITEM_BUCKETS)]
+    ordered = (*HISTORY_SLICES, *ITEM_SLICES)
     return column, ordered.index(name) if name in ordered else -1, name

@@ -3,10 +3,9 @@
 The files are read once: every batch has the columns of the first label and of all further tasks.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,64 +29,21 @@ from hllm_torchrec.evaluation.prediction_files import (
 )
 from hllm_torchrec.evaluation.prediction_layout import RAW, ColumnLayout, PredictionModel, label_of, task_columns
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
+from hllm_torchrec.evaluation.row_batch import ReadRows, RowBatch, without_zero_weights
+from hllm_torchrec.evaluation.row_slices import Slices, cold_slices, history_slices, item_slices, time_slices
 from hllm_torchrec.metrics.group_auc import NO_USER
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
 
 MEMORY = 1 << 30
 """Default of `memory`: bytes for rows per rank."""
 
-DAY = 86_400
 MOST_EXACT = (1 << 53) - 1
 """float64 distinguishes all whole numbers up to this magnitude."""
-
-DAY_SLICE = "day_"
-"""Beginning of the names of slices by day."""
-HISTORY_BUCKETS = {
-    "0": (0.0, 0.0),
-    "1-9": (1.0, 9.0),
-    "10-49": (10.0, 49.0),
-    "50-199": (50.0, 199.0),
-    "200+": (200.0, math.inf),
-}
-"""Slices by history length: name → inclusive bounds."""
-
-ITEM_BUCKETS = {"0": 0, "1-5": 1, "6-20": 6, "21+": 21}
-"""Slices by an item's number of training events: name → lowest."""
 
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
 
 Rows = Mapping[str, np.ndarray]
 """Model → row numbers in its files [n], for messages."""
-
-
-@dataclass(frozen=True)
-class RowBatch:
-    """A batch of n rows, without rows of weight 0."""
-
-    is_positive: np.ndarray
-    weights: np.ndarray | None
-    scores: dict[str, np.ndarray]
-    """model → scores [n], float32, float64 or int64."""
-    probabilities: dict[str, np.ndarray]
-    """model → probabilities float64 [n], for models that have them."""
-    users: np.ndarray | None
-    """int64 [n]: the number itself, or a 64-bit hash of the text; `NO_USER` + its number for a row without user."""
-    keys: np.ndarray
-    """uint64 [n]: hash of the label and, if present, of weight, user and item; identifies the evaluated exposures."""
-    slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
-    """For each column, the names of its slices and the index of each row's slice [n], -1 for none."""
-
-
-@dataclass(frozen=True)
-class ReadRows:
-    """Rows that were read together, decoded for the first label and for each further task."""
-
-    start: int
-    """Number of the first row within the rank's share or, if rows are paired, within its bucket of users."""
-    first: RowBatch
-    tasks: dict[str, RowBatch | Doubles]
-    """Task → its rows, those whose label is defined. A binary task has no keys; one that predicts numbers has float64
-    [n, 2 + m]: label, weight (1 without weights), and the predictions of its m models."""
 
 
 class PredictionRows:
@@ -204,7 +160,7 @@ class PredictionRows:
                 task: own._task_batch(tables, every) if kind == "binary" else own._task_numbers(tables, every, task)
                 for (task, kind), own in zip(self.layout.tasks.items(), tasks.values(), strict=True)
             }
-            yield ReadRows(start, _weighed(every), of_tasks)
+            yield ReadRows(start, without_zero_weights(every), of_tasks)
 
     def _tables_of(self, rank: int, world_size: int, size: int) -> Iterator[tuple[int, Tables]]:
         """(number of the first row, see `ReadRows`; the tables)."""
@@ -259,7 +215,7 @@ class PredictionRows:
         items = None if self._known_items is None else self._identities(table, self.layout.item)
         slices = self._slices(table, rows, items)
         no_keys = np.empty(0, np.uint64)
-        return _weighed(RowBatch(is_positive, weights, scores, probabilities, users, no_keys, slices))
+        return without_zero_weights(RowBatch(is_positive, weights, scores, probabilities, users, no_keys, slices))
 
     def _task_numbers(self, read: Tables, every: RowBatch, task: str) -> Doubles:
         """The rows of a task that predicts numbers (`of_task`): see `ReadRows`."""
@@ -392,7 +348,7 @@ class PredictionRows:
             rule = f"{problem}; give seconds, or leave it out (--timestamp NONE)"
             self._check(self.models[0].name, column, seconds, good, rows, rule)
 
-    def _slices(self, table: pa.Table, rows: Rows, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
+    def _slices(self, table: pa.Table, rows: Rows, items: np.ndarray | None) -> list[Slices]:
         layout, found = self.layout, []
         cold: np.ndarray | None = None
         if layout.item_is_cold:
@@ -417,9 +373,7 @@ class PredictionRows:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, rows)
             found.append(history_slices(lengths))
         if layout.item and self._item_events is not None:
-            counts = self._item_events[table[layout.item].to_numpy()]
-            names = [f"item_events_{name}" for name in ITEM_BUCKETS]
-            found.append((names, np.searchsorted(list(ITEM_BUCKETS.values()), counts, side="right") - 1))
+            found.append(item_slices(self._item_events[table[layout.item].to_numpy()]))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
                 seconds = self._numbers(self.models[0].name, table, layout.timestamp, rows)
@@ -456,49 +410,6 @@ def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.nd
     return found
 
 
-def cold_slices(is_cold: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Slices of cold and warm items, is_cold bool [n]: names, and the index of each row's slice [n]."""
-    return ["item_cold", "item_warm"], np.where(is_cold, 0, 1)
-
-
-def history_slices(lengths: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Slices by `HISTORY_BUCKETS` of history lengths [n]: names, and the index of each row's slice [n]."""
-    lows = [low for low, _ in HISTORY_BUCKETS.values()]
-    return [f"history_{name}" for name in HISTORY_BUCKETS], np.searchsorted(lows, lengths, side="right") - 1
-
-
-def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
-    """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and index of each row's slice [n]."""
-    days, hours = seconds // DAY, seconds % DAY // 3600
-    # Only the days that occur in the batch get a slice.
-    unique, of_row = np.unique(days, return_inverse=True)
-    by_day = [f"{DAY_SLICE}{np.datetime64(int(day), 'D')}" for day in unique], of_row
-    unique, of_row = np.unique(hours, return_inverse=True)
-    return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
-
-
 def _unzipped(read: Tables) -> tuple[dict[str, pa.Table], Rows]:
     """(Model → its rows, model → their numbers)."""
     return {name: table for name, (table, _) in read.items()}, {name: rows for name, (_, rows) in read.items()}
-
-
-def _weighed(batch: RowBatch) -> RowBatch:
-    """The batch without rows of weight 0."""
-    return batch if batch.weights is None or batch.weights.all() else _without(batch, batch.weights > 0)
-
-
-def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:
-    """The batch with the rows in the mask `kept` (bool [n]) only."""
-
-    def pick(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else values[kept]
-
-    return RowBatch(
-        batch.is_positive[kept],
-        pick(batch.weights),
-        {name: values[kept] for name, values in batch.scores.items()},
-        {name: values[kept] for name, values in batch.probabilities.items()},
-        pick(batch.users),
-        batch.keys[kept] if batch.keys.size else batch.keys,
-        [(names, codes[kept]) for names, codes in batch.slices],
-    )

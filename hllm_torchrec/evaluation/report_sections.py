@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
-from hllm_torchrec.evaluation.prediction_rows import DAY_SLICE
 from hllm_torchrec.evaluation.report_figures import (
     NEUTRALS,
     Estimate,
@@ -17,6 +16,7 @@ from hllm_torchrec.evaluation.report_figures import (
     step_lines,
     unit_square,
 )
+from hllm_torchrec.evaluation.row_slices import DAY_SLICE
 
 MAX_DRAWN = 40
 """Maximum number of slices in the figure; the table has all slices."""

@@ -129,6 +129,7 @@ def load_run(
     *,
     dataset: Path | None = None,
     use_items: bool = True,
+    encode: bool = True,
 ) -> LoadedRun:
     """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
@@ -137,6 +138,7 @@ def load_run(
         dataset: dataset to read instead of the run's; its ids must be the run's ids, possibly followed by new ones.
         use_items: for a run with stored item embeddings: fill the table of items; without it the model can only embed
             items.
+        encode: see `build_experiment`.
 
     Raises:
         ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of a different model or its ids do
@@ -147,7 +149,8 @@ def load_run(
     folder = checkpoint.parent.parent
     factors, evidence = RunFactors.load(folder), run_evidence(config.data.evidence, folder)
     transitions = run_transitions(config, folder)
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence, transitions=transitions)
+    fitted: Any = {"factors": factors, "evidence": evidence, "transitions": transitions}
+    experiment = build_experiment(config, device, **fitted, encode=encode)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))

@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.evaluation.prediction_rows import RowBatch
+from hllm_torchrec.evaluation.row_batch import RowBatch
 
 FRACTION_SPOOLED = 8
 """The stored rows of all labels together use at most 1/8 of the memory; further rows are on disk."""

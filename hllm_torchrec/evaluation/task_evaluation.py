@@ -13,7 +13,8 @@ from hllm_torchrec.common.arrays import Doubles
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, world_size
 from hllm_torchrec.evaluation.label_evaluation import LabelEvaluation
 from hllm_torchrec.evaluation.metrics_schema import finite_or_none
-from hllm_torchrec.evaluation.prediction_rows import PredictionRows, RowBatch
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows
+from hllm_torchrec.evaluation.row_batch import RowBatch
 from hllm_torchrec.evaluation.spooled_rows import Spool, SpooledRows
 from hllm_torchrec.metrics.number_metrics import NumberSums, number_metrics
 

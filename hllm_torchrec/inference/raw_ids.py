@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.store.keys import hash_keys
 
 
@@ -75,6 +76,6 @@ def raw_texts(values: Any, what: str) -> list[str] | None:
     if wrong is None:
         return None
     raise ValueError(
-        f"{what}, entry {wrong}: {listed[wrong]!r}: ids are either all raw ids (texts, as in the source) or all dense "
-        "ids of the dataset (whole numbers)"
+        f"{what}, entry {wrong}: {abbreviate(listed[wrong])}: ids are either all raw ids (texts, as in the source) or "
+        "all dense ids of the dataset (whole numbers)"
     )

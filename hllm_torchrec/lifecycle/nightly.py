@@ -37,9 +37,11 @@ def run_night(
         is_idle = True
         for step in STEPS:
             state = run_on_rank_zero(lambda: NightState.read(folder, name))
-            if step not in steps or step in state.done:
+            is_judged_again = step == "gate" and state.is_rejected  # the gate's settings may have changed
+            if step not in steps or (step in state.done and not is_judged_again):
                 continue
-            if state.is_rejected and len(steps) > 1:  # a single step that was requested raises an error itself
+            # A single step that was requested raises an error itself.
+            if state.is_rejected and not is_judged_again and len(steps) > 1:
                 break
             facts = RUN_STEP[step](Night(config, state, device))
             run_on_rank_zero(partial(state.with_step, step, facts))

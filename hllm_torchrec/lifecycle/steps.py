@@ -92,13 +92,14 @@ def _append(night: Night) -> dict[str, Any]:
         append_events(source, dataset.root, split=split)
         version = version_of_source(Dataset.open(config.dataset), source)
         assert version is not None, "events after the last one are new"
+    before = max(version - 1, 1)  # 1: the dataset was prepared from the night's files
     pin_version(dataset.root, version, night.work)  # until the run pins it, because others may append and prune
     return {
         "version": version,
         "start_from": config.start_from if last is None else last.run,
         "checkpoint": "best" if last is None else last.checkpoint,
-        "train_since": train_cut(dataset, version - 1) if last is None else last.trained_until,
-        "train_late_after": version - 1 if last is None else last.version,
+        "train_since": train_cut(dataset, before) if last is None else last.trained_until,
+        "train_late_after": before if last is None else last.version,
         "train_until": train_cut(dataset, version),
     }
 
@@ -255,6 +256,13 @@ def gate(night: Night) -> dict[str, Any]:
 
 
 def _gate(night: Night) -> dict[str, Any]:
+    verdict = _verdict(night)
+    if verdict["status"] == "pass":
+        _check_start(night)  # a refused night may be judged again, but not once a later night has been published
+    return verdict
+
+
+def _verdict(night: Night) -> dict[str, Any]:
     settings, auc = night.config.gate, night.state.facts("evaluate")["auc"]
     if auc["new"] is None or auc["new"] < settings.least_auc:
         return {"status": "fail", "text": f"FAIL: AUC {auc['new']}, at least {settings.least_auc:g} is required"}

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.config.eval_protocols import dataset_problems
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.derived_files import derived_path
@@ -56,6 +57,7 @@ def build_experiment(
     evidence: EvidenceModel | None = None,
     transitions: Transitions | None = None,
     version: int | None = None,
+    encode: bool = True,
 ) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
 
@@ -64,6 +66,7 @@ def build_experiment(
         evidence: fitted evidence of the run; None: it is fitted if the configuration uses evidence.
         transitions: fitted transitions of the run; None: they are fitted if the configuration uses transitions.
         version: version of the dataset to read; None: `data.version`.
+        encode: False: do not encode items now; evidence that reads texts lacks them until `read_catalogue` is called.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.
@@ -78,7 +81,7 @@ def build_experiment(
     encoders, live = _build_encoders(config, model, tokens, device)
     creatives = CreativeInputs.open(config, dataset, model)
     catalogue = None
-    if reads_texts(config) or (compares_texts(config) and transitions is None):
+    if encode and (reads_texts(config) or (compares_texts(config) and transitions is None)):
         catalogue = frozen_catalogue(model, encoders.get("item_llm"), live, device)
     found = open_evidence(config, dataset, catalogue, evidence)
     flow = open_transitions(config, dataset, catalogue, transitions)

@@ -8,9 +8,11 @@ import torch
 
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.creative import CreativeConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
+from hllm_torchrec.config.lora import LoRAConfig
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.evidence import evidence_width
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.models.hllm import HLLM, ContextInputs

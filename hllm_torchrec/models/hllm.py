@@ -27,9 +27,11 @@ from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.event_schema import LabelColumn
 from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
+from hllm_torchrec.models.hllm_output import HLLMOutput
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
-from hllm_torchrec.models.tasks import Task, binary_outputs, is_single
+from hllm_torchrec.models.slot_layout import SlotLayout
+from hllm_torchrec.models.tasks import Task, binary_outputs, is_single, task_losses
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -50,33 +52,6 @@ from hllm_torchrec.modules.precision import widen
 from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
-
-
-@dataclass
-class HLLMOutput:
-    """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
-
-    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks, or None if the first label is
-    the only task; tasks: task name -> loss; value_error: [] weighted sum of squared errors of the auxiliary value head,
-    or None; generative: the sums of the generative loss, or None; next_items: [X, E] predicted next item of every
-    exposure, or None; items: detached item vectors, [U, D] if the generative loss compares items in the space
-    "features", else the Item LLM's embeddings [U, E] or None; creative: losses of a batch of creatives, or None.
-    """
-
-    logits: Tensor
-    outputs: Tensor | None
-    tasks: dict[str, TaskLoss]
-    value_error: Tensor | None
-    generative: InfoNceOutput | None
-    next_items: Tensor | None
-    items: Tensor | None
-    creative: CreativeLosses | None = None
-
-    @property
-    def classification(self) -> Tensor:
-        """[] sum of the minimized losses of all tasks, each with weight 1."""
-        terms = [loss.trained for loss in self.tasks.values()]
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 @dataclass(frozen=True)
@@ -153,28 +128,18 @@ class HLLM(nn.Module):
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
         if self.generates:
-            straight = same or self.compares_features
-            self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
-            self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
-            if objective.mask_cosine_above is not None:
-                self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
-            self.logit_scale = LogitScale(objective.temperature)
-            self.mask_own_items = objective.mask_own_items
+            self._build_generation(straight=same or self.compares_features, item_width=item_width)
         self.text_similarity: TextSimilarity | None = None
         if objective.text_similarity and item_llm is not None:
             self.text_similarity = TextSimilarity(objective.text_similarity, objective.text_decay)
         self.transitions: TransitionSimilarity | None = None
         """Set by `hllm_torchrec.models.run_transitions` if `objective.transitions` is above 0."""
-        self.interleaved = config.user.actions == "interleaved"
+        self.slots = SlotLayout(self.fusion, config.user.actions == "interleaved", self.compares_features)
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
         self.creative, self.creative_head, self.liked_texts = creative, None, None
         if creative is not None:
-            if config.creative.soft.text_decay:
-                self.liked_texts = LikedTexts(config.creative.soft.text_decay, *features.history_actions)
-            self.creative_head = CreativeHead(
-                config.creative, self.user_vector_width, item_width, creative.width, creative.word_scale
-            )
+            self._build_creative(creative, item_width)
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
@@ -203,6 +168,25 @@ class HLLM(nn.Module):
         self.task_scales: Tensor
         if objective.task_weighting == "uncertainty":
             self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
+
+    def _build_generation(self, *, straight: bool, item_width: int) -> None:
+        """Build the parts of the generative loss; straight: predictions are compared with items without projection."""
+        objective = self.config.objective
+        self.project_next = nn.Identity() if straight else nn.Linear(self.user.width, item_width)
+        self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
+        if objective.mask_cosine_above is not None:
+            self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
+        self.logit_scale = LogitScale(objective.temperature)
+        self.mask_own_items = objective.mask_own_items
+
+    def _build_creative(self, creative: CreativeLLM, item_width: int) -> None:
+        """Build the parts of the losses of personalized texts."""
+        section = self.config.creative
+        if section.soft.text_decay:
+            self.liked_texts = LikedTexts(section.soft.text_decay, *self.features.history_actions)
+        self.creative_head = CreativeHead(
+            section, self.user_vector_width, item_width, creative.width, creative.word_scale
+        )
 
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """Forward pass of one step; want_next: also return the predicted next item of every exposure (evaluation)."""
@@ -361,7 +345,7 @@ class HLLM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(h [T, D], q [Q, D], target features [X, D] if late fusion else None, item features [U, D] or None)."""
         x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
-        of_items = item_UD if self._has_item_slots(batch) else None
+        of_items = item_UD if self.slots.has_items(batch) else None
         queries = None
         if self.fusion.has_queries:
             queries = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
@@ -376,8 +360,10 @@ class HLLM(nn.Module):
         fusion [0, D]) and items [U, D] (without item slots [0, D]). Features of a slot depend only on the slot.
         """
         numbers = self.standardized_numbers(batch.numeric)
-        slots = self.features(batch.features, numbers, self._items_of_slots(batch, items))
-        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
+        projected = self._projected(items, batch.item_vectors)
+        of_slots = None if projected is None else self.slots.item_vectors(batch, projected)
+        slots = self.features(batch.features, numbers, of_slots)
+        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self.slots.bounds(batch))
         if self.fusion.query_is_user:
             x_QD = x_QD + self.user_token
         return x_TD, x_QD, target_XD, item_UD
@@ -405,24 +391,6 @@ class HLLM(nn.Module):
             weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
         outputs = logits[:, None] if self.has_one_logit else logits
         return self.position_bias(outputs, ids, weights).view_as(logits)
-
-    def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
-        """P(E) + W v [S, D] of each slot's item, 0 for a slot without an item (action token, [USER] query), or None."""
-        projected = self._projected(items, batch.item_vectors)
-        if projected is None:
-            return None
-        # The order of the parts is the order of the slots in the batch's KJT: see `_slot_bounds`.
-        parts = [projected[batch.history_index]]
-        if self.interleaved:  # odd positions are action tokens, which have no item
-            parts[0] = parts[0] * (torch.arange(len(parts[0]), device=projected.device) % 2 == 0)[:, None]
-        targets = projected[batch.target_index]
-        if self.fusion.query_is_target:
-            parts.append(targets[batch.query_target])
-        if self.fusion.query_is_user:  # a [USER] query has no item; the target has its own slot
-            parts += [targets.new_zeros(batch.query_times.numel(), targets.shape[1]), targets]
-        if self._has_item_slots(batch):
-            parts.append(projected)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
         """P(E) + W v [n, D] from E [n, E] and dense features v [n, V] of items; None if the model has neither."""
@@ -458,16 +426,6 @@ class HLLM(nn.Module):
             transitions = self.transitions.history(batch.item_ids, batch.seq_offsets)
         return texts, transitions
 
-    def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
-        history = batch.item_ids.numel()
-        queries = batch.query_times.numel() if self.fusion.has_queries else 0
-        targets = batch.target_items.numel() if self.fusion.query_is_user else 0
-        return history, history + queries, history + queries + targets
-
-    def _has_item_slots(self, batch: HybridBatch) -> bool:
-        """True for training batches if the loss compares features; evaluation batches have no item slots."""
-        return self.compares_features and batch.features.stride() > self._slot_bounds(batch)[2]
-
     def _classify(
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, TaskLoss], Tensor | None]:
@@ -483,7 +441,10 @@ class HLLM(nn.Module):
         inputs = q_QD[batch.target_query], target_XD, batch.evidence
         if isinstance(self.head, TaskTowers):
             outputs = self.biased(self.head(*inputs), batch)
-            return outputs[:, 0], outputs, self._task_losses(batch, outputs), None
+            uncertain = self.config.objective.task_weighting == "uncertainty"
+            log_variances = self.task_log_variances if uncertain else None
+            losses = task_losses(self.tasks, batch, outputs, self.task_scales, log_variances)
+            return outputs[:, 0], outputs, losses, None
         logits = self.biased(self.head(*inputs), batch)
         trained = logits if batch.logit_offset is None else logits + batch.logit_offset
         loss = binary_cross_entropy(trained, batch.labels, batch.weights)
@@ -493,27 +454,6 @@ class HLLM(nn.Module):
         known = ~torch.isnan(batch.target_values)  # NaN: the exposure has no value, and must not affect the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
         return logits, None, tasks, (error.square() * batch.weights[known]).sum()
-
-    def _task_losses(self, batch: HybridBatch, outputs: Tensor) -> dict[str, TaskLoss]:
-        """Task name -> weighted sum of the task's losses over the exposures for which its label is defined."""
-        assert batch.task_labels is not None and batch.task_weights is not None, "the batch has no labels of tasks"
-        found, start = {}, 0
-        for k, task in enumerate(self.tasks):
-            predicted = outputs[:, start : start + task.outputs]
-            start += task.outputs
-            if k == 0 and batch.logit_offset is not None:
-                predicted = predicted + batch.logit_offset[:, None]
-            weights = batch.task_weights[:, k]
-            # An undefined label is NaN, and NaN times its weight 0 would be NaN, so replace it before the loss.
-            losses = task.losses(predicted, batch.task_labels[:, k].nan_to_num(), self.task_scales[k])
-            raw = (losses * weights).sum()
-            trained = raw
-            if self.config.objective.task_weighting == "uncertainty":
-                # exp(-s) * loss + s per unit of weight: after division by the global weight, s is added once per step.
-                log_variance = self.task_log_variances[k]
-                trained = (-log_variance).exp() * raw + log_variance * weights.sum()
-            found[task.name] = TaskLoss(raw.detach(), trained)
-        return found
 
     def _has_targets(self, batch: HybridBatch) -> bool:
         """True if the generative loss is computed; a batch of creatives has no targets on any rank."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hllm_torchrec.config.schema import ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.data.token_store import read_tokenizer, tokenize
 from hllm_torchrec.models.backbone_check import check_user_backbone
 from hllm_torchrec.models.backbones import backbone_config, build_backbone

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hllm_torchrec.config.creative import CreativeConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.config.rules import LLM_SECTIONS
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM

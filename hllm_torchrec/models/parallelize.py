@@ -16,7 +16,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from hllm_torchrec.common.errors import ConfigError, configured_by
 from hllm_torchrec.config.creative import CreativeConfig
-from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import (
     check_hash_tables,

@@ -47,7 +47,7 @@ def open_evidence(
 
 def reads_texts(config: Config) -> bool:
     """True if the configured evidence uses the texts of items."""
-    return config.item_llm.enabled and not set(config.data.evidence).isdisjoint(TEXT_GROUPS)
+    return config.item_llm.enabled and not TEXT_GROUPS.isdisjoint(config.data.evidence)
 
 
 def frozen_catalogue(model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device) -> Tensor:

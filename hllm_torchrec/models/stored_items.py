@@ -13,6 +13,7 @@ from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_source import StoredItems
+from hllm_torchrec.models.run_evidence import reads_texts
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.store.keys import is_key, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
@@ -71,6 +72,8 @@ def read_catalogue(experiment: Experiment, path: str) -> None:
     hllm.item_source = live
     vectors[0] = hllm.embed_items(torch.zeros(1, dtype=torch.int64, device=experiment.device), live)[0]
     experiment.frozen_catalogue = vectors
+    if experiment.evidence is not None and reads_texts(experiment.config):
+        experiment.evidence = experiment.evidence.with_text(vectors.float().cpu().numpy())
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
-from hllm_torchrec.config.schema import ObjectiveConfig, TaskConfig
+from hllm_torchrec.config.objective import ObjectiveConfig, TaskConfig
+from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import EventSchema, LabelColumn
-from hllm_torchrec.modules.losses.task_losses import ROW_LOSSES, expected_class
+from hllm_torchrec.modules.losses.task_losses import ROW_LOSSES, TaskLoss, expected_class
 
 LOSSES_OF_KIND = {"binary": ("bce",), "ordinal": ("ordinal",), "regression": ("huber", "weighted_logistic")}
 """Kind of a label -> losses for this kind, the default first."""
@@ -90,6 +91,36 @@ class Task:
 
 def _transformed(labels: Tensor, label: LabelColumn) -> Tensor:
     return torch.log1p(labels) if label.transform == "log1p" else labels
+
+
+def task_losses(
+    tasks: Sequence[Task], batch: HybridBatch, outputs: Tensor, scales: Tensor, log_variances: Tensor | None
+) -> dict[str, TaskLoss]:
+    """Return task name -> weighted sum of the task's losses over the exposures for which its label is defined.
+
+    Args:
+        outputs: [X, O] outputs of all tasks.
+        scales: [tasks, 2] see `Task.losses`.
+        log_variances: [tasks] learned s of the uncertainty weighting exp(-s) L + s; None: no such weighting.
+    """
+    assert batch.task_labels is not None and batch.task_weights is not None, "the batch has no labels of tasks"
+    found, start = {}, 0
+    for k, task in enumerate(tasks):
+        predicted = outputs[:, start : start + task.outputs]
+        start += task.outputs
+        if k == 0 and batch.logit_offset is not None:
+            predicted = predicted + batch.logit_offset[:, None]
+        weights = batch.task_weights[:, k]
+        # An undefined label is NaN, and NaN times its weight 0 would be NaN, so replace it before the loss.
+        losses = task.losses(predicted, batch.task_labels[:, k].nan_to_num(), scales[k])
+        raw = (losses * weights).sum()
+        trained = raw
+        if log_variances is not None:
+            # s is added per unit of weight: after division by the global weight, it is added once per step.
+            log_variance = log_variances[k]
+            trained = (-log_variance).exp() * raw + log_variance * weights.sum()
+        found[task.name] = TaskLoss(raw.detach(), trained)
+    return found
 
 
 PLACE = "objective.tasks"

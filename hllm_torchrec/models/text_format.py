@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
-from hllm_torchrec.config.schema import Config, ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.token_store import read_tokenizer
 from hllm_torchrec.models.backbones import backbone_config
 from hllm_torchrec.models.model_files import naming_directory

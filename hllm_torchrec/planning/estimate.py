@@ -26,7 +26,8 @@ from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from hllm_torchrec.config.creative import CreativeConfig
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
+from hllm_torchrec.config.schema import Config, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import plan_sharding, table_constraints

@@ -60,7 +60,7 @@ def create_app(
 ) -> FastAPI:
     """Build the application.
 
-    log: function that prints the line of JSON for each request, which has no ids and texts; None: no log. reloader:
+    log: function that prints a line of JSON for each request, without ids and texts; None: no log. reloader:
     for the endpoint /v1/reload; None: no such endpoint.
     """
 
@@ -213,7 +213,9 @@ def _remaining(service: Service, user: str) -> str:
     """Text for the answer: where the user's data remain, and the command that removes them."""
     given = shlex.join(["--dataset", str(service.engine.scorer.experiment.dataset.root), f"--user={user}"])
     command = f"hllm forget {given} --runs RUNS --stores STORES"
-    return f"the dataset, runs and stores still contain this user; remove it with: {command}"
+    if service.engine.histories.dataset_has(user):
+        return f"the dataset, runs and stores still contain this user; remove it with: {command}"
+    return f"the dataset that is served does not contain this user; to search its other versions: {command}"
 
 
 def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:

@@ -73,8 +73,11 @@ def add_errors(app: FastAPI, service: Service) -> None:
         return answer(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if isinstance(error.body, bytes):  # not decoded, because it is not declared as JSON
+            given = request.headers.get("content-type", "none")
+            return answer(422, f"body: its content type is {given}: send it with content-type: application/json")
         field = ".".join(str(part) for part in first["loc"])
         return answer(422, f"{field}: {first['msg']}")
 

@@ -13,8 +13,9 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import WHOLE_FLOAT, ContextColumn
 
-ContextValue = str | float | None
-"""Value of a context column: a string if it is categorical, a number if it is numeric; None: unknown."""
+ContextValue = str | bool | float | None
+"""Value of a context column: a number if it is numeric; a string, a number or a boolean (the category `true` or
+`false`) if it is categorical. None: unknown."""
 
 WHOLE = re.compile(WHOLE_FLOAT)
 

@@ -54,9 +54,14 @@ class RawHistories:
         if actions is not None:
             numbers = np.array([0 if name is None else self._actions.get(name, -1) for name in actions], np.int64)
             named = [str(name) for name in actions]
-            check_found(f"actions of user {user!r}", numbers, named, f"it has {', '.join(self._actions)}")
+            check_found(f"actions {of_user(user)}", numbers, named, f"it has {', '.join(self._actions)}")
         given = np.full(item_ids.size, np.nan) if labels is None else labels
         return UserHistory(self.user(user), item_ids, timestamps, given, numbers)
+
+
+def of_user(user: str | None) -> str:
+    """Words for messages about a history: "of user 'u7'", or "of the history" if it has no user."""
+    return "of the history" if user is None else f"of user {user!r}"
 
 
 def check_ids(name: str, ids: Ints, number: int) -> None:

@@ -12,6 +12,7 @@ Needs the extra `ray`: pip install "hllm_torchrec[serve,faiss,ray]".
 """
 
 import asyncio
+import itertools
 import os
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -35,10 +36,12 @@ from hllm_torchrec.serving.micro_batches import BatchLimits
 from hllm_torchrec.serving.reload import Reloader
 from hllm_torchrec.serving.request_schema import MAX_BODY
 from hllm_torchrec.serving.service import Service
-from hllm_torchrec.serving.shards import Answer, ask_application, shard_of, state_file, user_of
+from hllm_torchrec.serving.shards import Answer, ask_application, merged_metrics, shard_of, state_file, user_of
 
-OF_ALL = ("/healthz", "/readyz", "/v1/reload")
-"""Paths whose requests are sent to every shard; the answer with the highest status is returned."""
+METRICS = "/metrics"
+OF_ALL = ("/healthz", "/readyz", "/v1/reload", METRICS)
+"""Paths whose requests are sent to every shard. The answer with the highest status is returned; those of METRICS are
+merged."""
 
 
 class Options(BaseModel):
@@ -117,7 +120,7 @@ class Entry:
     """Ray deployment that sends each request to the shard of its user."""
 
     def __init__(self, deadline: float, *shards: DeploymentHandle) -> None:
-        self._deadline, self._shards = deadline, shards
+        self._deadline, self._shards, self._turns = deadline, shards, itertools.cycle(range(len(shards)))
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
@@ -129,16 +132,20 @@ class Entry:
             body += part
             if len(body) > MAX_BODY:
                 return JSONResponse({"error": f"the body must have at most {MAX_BODY} bytes"}, 413)
-        shards = (
-            self._shards
-            if path in OF_ALL
-            else [self._shards[shard_of(user_of(request.method, path, body), len(self._shards))]]
-        )
+        shards = self._shards if path in OF_ALL else [self._shards[self._shard(request.method, path, body)]]
         # A reload takes as long as a start, so it has no deadline.
         seconds = None if path == "/v1/reload" else self._deadline + 1
         answers = [await _ask(shard, scope, body, seconds) for shard in shards]
+        if path == METRICS and request.method == "GET":
+            texts = [content.decode() if status == 200 else None for status, _, content in answers]
+            return Response(merged_metrics(texts), media_type="text/plain; version=0.0.4")
         status, fields, content = max(answers, key=lambda answer: answer[0])
         return Response(content, status, {name.decode(): value.decode() for name, value in fields})
+
+    def _shard(self, method: str, path: str, body: bytes) -> int:
+        """The shard of the request's user; requests without a user, which have no state, go to each shard in turn."""
+        user = user_of(method, path, body)
+        return next(self._turns) if user is None else shard_of(user, len(self._shards))
 
 
 async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seconds: float | None) -> Answer:

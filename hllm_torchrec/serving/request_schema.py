@@ -25,7 +25,7 @@ def _is_label(value: float) -> float:
 
 
 Label = Annotated[float, AfterValidator(_is_label), Field(ge=0, le=1)]
-Context = dict[str, str | float | None] | None
+Context = dict[str, str | bool | int | float | None] | None
 
 
 class _Body(BaseModel):

@@ -49,7 +49,7 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandi
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.serving.raw_context import ContextValue, RawContext
-from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
+from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids, of_user
 from hllm_torchrec.serving.request_rules import RequestRules, candidates_batch, history_batch
 from hllm_torchrec.serving.scorer_loading import calibration_of, check_servable, in_one_process
 from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
@@ -148,7 +148,8 @@ class Scorer:
             ValueError: as `load_run` and the constructor; or the store is of another Item LLM, or lacks items.
         """
         device = device or init_distributed()
-        loaded = load_run(run, which, device, in_one_process(run_config(run, dataset)))
+        config = in_one_process(run_config(run, dataset))
+        loaded = load_run(run, which, device, config, encode=store is None)
         # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
@@ -285,7 +286,7 @@ class Scorer:
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.
         """
-        ids = self.item_ids(items, f"items of user {user!r}") if len(items) else np.zeros(0, np.int64)
+        ids = self.item_ids(items, f"items {of_user(user)}") if len(items) else np.zeros(0, np.int64)
         return self._raw_ids.history(user, ids, timestamps, labels, actions)
 
     @torch.no_grad()

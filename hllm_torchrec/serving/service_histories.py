@@ -37,6 +37,10 @@ class ServiceHistories:
         self._users = RawIds(self._dataset.users["raw_user_id"], "user")
         self.actions = {name: int(number) for number, name in self._dataset.manifest["actions"]["names"].items()}
 
+    def dataset_has(self, user: str) -> bool:
+        """True if the loaded version of the dataset has the user, also if the user was forgotten here."""
+        return bool(self._users.find([user])[0] > 0)
+
     def dense_user(self, user: str | None) -> int:
         """Dense id of a raw user id; 0 if the dataset does not have the user, or the user was forgotten."""
         if user is None or (self._log is not None and self._log.is_forgotten(user)):

@@ -1,14 +1,20 @@
 """Sharding of a service by user: the user of a request, the shard of a user, and the file of a shard's events.
 
 A shard runs the complete application (`create_app`) in its process, which `ask_application` calls without a socket.
+`merged_metrics` joins the metrics of all shards.
 """
 
 import asyncio
 import json
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Scope
 
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -72,3 +78,26 @@ async def ask_application(app: ASGIApp, scope: dict[str, Any], body: bytes) -> A
 
     await app(full_scope, receive, send)
     return found["status"], found["headers"], found["body"]
+
+
+def merged_metrics(texts: Sequence[str | None]) -> bytes:
+    """Metrics of all shards in Prometheus's text format. Each sample gets the label `shard`, the shard's number.
+
+    texts: the metrics of each shard, None if it gave no answer; the metric `hllm_shard_up` tells which did.
+    """
+    up = GaugeMetricFamily("hllm_shard_up", "1 for a shard that answers, else 0", labels=["shard"])
+    families: dict[str, Metric] = {up.name: up}
+    for number, text in enumerate(texts):
+        up.add_metric([str(number)], float(text is not None))
+        for found in text_string_to_metric_families(text or ""):
+            family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+            for sample in found.samples:
+                family.add_sample(sample.name, {**sample.labels, "shard": str(number)}, sample.value)
+
+    class Families(Collector):
+        def collect(self) -> list[Metric]:
+            return list(families.values())
+
+    registry = CollectorRegistry()
+    registry.register(Families())
+    return generate_latest(registry)

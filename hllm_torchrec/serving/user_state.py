@@ -36,11 +36,13 @@ class UserHistory(Events):
         sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
+        # The history of a request has no user, or a raw id that is not known here.
+        whose = f"user {self.user_id}" if self.user_id else "history"
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
         if back.size:
             row = int(back[0]) + 1
             raise ValueError(
-                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before that of the previous event "
+                f"{whose}, event {row}: time {self.timestamps[row]} is before that of the previous event "
                 f"({self.timestamps[row - 1]}): sort events by time"
             )
 
@@ -69,9 +71,9 @@ class UserState:
 
     history: all events; start: index of the first event that the model uses; cache: keys and values of the events from
     `start` on. mark: identifies the model and the numbering of the items; scorers with another mark refuse the state.
-    past: evidence of all events, None if the model reads none. numbers: memo of `RequestRules.numbers`, number of
-    visible events -> numeric features [1, F] of a request; filled only if all numeric features depend on the events
-    alone, not on the time of the request.
+    past: what evidence needs of all events; None for a model without evidence. numbers: memo of `RequestRules.numbers`,
+    number of visible events -> numeric features [1, F] of a request; filled only if all numeric features depend on the
+    events alone, not on the time of the request.
     """
 
     history: UserHistory

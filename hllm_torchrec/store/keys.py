@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.common.hashing import mix_bits
+from hllm_torchrec.common.yaml_files import abbreviate
 
 KeyKind = Literal["string", "int64"]
 Keys: TypeAlias = pa.Array | NDArray[np.int64] | Tensor | Sequence[str] | Sequence[int]
@@ -70,7 +71,8 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
         numbers = [int(text or 0) for text in texts.to_pylist()]
         wrong = np.flatnonzero([not NO_KEY < number < 2**63 for number in numbers])
     raise ValueError(
-        f"keys int64: raw id {texts[int(wrong[0])].as_py()!r} is not a whole number of 64 bits: use keys of type string"
+        f"keys int64: raw id {abbreviate(texts[int(wrong[0])].as_py())} is not a whole number of 64 bits: use keys "
+        "of type string"
     )
 
 

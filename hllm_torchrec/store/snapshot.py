@@ -123,7 +123,7 @@ class Snapshot:
                 yield keys, rows
 
     def _not_in(self, newest: int, rows: Ints, keys: pa.Array) -> tuple[Ints, pa.Array]:
-        """Return those rows and keys whose key no segment from number `newest` on has or deletes."""
+        """Return the rows and keys without those whose key occurs in, or is deleted by, a segment from `newest` on."""
         if newest == len(self.segments) or rows.size == 0:
             return rows, keys
         hashes = hash_keys(keys)

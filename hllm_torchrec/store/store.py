@@ -33,6 +33,7 @@ from hllm_torchrec.common.atomic_files import replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.common.machine_errors import is_machine_error
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.store.compaction import first_to_merge, merge_segments
 from hllm_torchrec.store.files import (
     FORMAT,
@@ -312,8 +313,8 @@ class StoreWriter:
         if not all_finite(stored):
             row = int((~torch.isfinite(stored)).any(dim=1).nonzero()[0])
             raise ValueError(
-                f"vectors: row {row} (key {array[row].as_py()!r}) is not finite in {self.store.dtype}: look at the "
-                "model, or use a store of fp32"
+                f"vectors: row {row} (key {abbreviate(array[row].as_py())}) is not finite in {self.store.dtype}: "
+                "look at the model, or use a store of fp32"
             )
         self._writing().add(
             array, stored, np.zeros(len(array), np.uint64) if content_hashes is None else content_hashes

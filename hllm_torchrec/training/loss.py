@@ -13,7 +13,7 @@ from hllm_torchrec.config.creative import CreativeLossConfig
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
-from hllm_torchrec.models.hllm import HLLMOutput
+from hllm_torchrec.models.hllm_output import HLLMOutput
 from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 

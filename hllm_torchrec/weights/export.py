@@ -25,8 +25,9 @@ from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.creative import CreativeConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.config.loading import save_config
-from hllm_torchrec.config.schema import ItemLLMConfig, LoRAConfig
+from hllm_torchrec.config.lora import LoRAConfig
 from hllm_torchrec.data.token_store import TOKENIZER_FILES
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run

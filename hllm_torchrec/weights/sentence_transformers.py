@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.config.schema import ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.data.token_store import TokenStore, item_texts, read_tokenizer
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.text_format import TextFormat, text_format

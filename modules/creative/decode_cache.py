@@ -1,10 +1,11 @@
-"""Keys and values of a decoding: those before {user} once per item, and each user's own.
+"""Attention plans of decoding: keys and values of the positions before {user}, per item, and of later ones, per user.
 
-The positions of an item's prompt before {user} are the same for all of its users. Their keys and values are never
-copied for the users: a step reads them once per item, for all users of the item together.
+The positions of an item's prompt before {user} are the same for all users of the item. Unless the items have very
+different numbers of users (MOST_PADDING), their keys and values are not copied: a step reads them once per item, for
+all users of the item together.
 
-Legend: I items, B users, L positions before {user}, n new positions of each user, m own ones so far, M at most,
-H heads, G key-value heads, r = H / G, E width of a head, u users of an item at most.
+Legend: I items, B users, L positions before {user}, n new positions of each user, m of at most M positions of each user
+after the prefix, H heads, G key-value heads, r = H / G, E width of a head, u maximum number of users of an item.
 """
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from hllm_torchrec.modules.attention.text import grouped_attention
 
 MOST_PADDING = 2
-"""Users of items are padded to u per item; beyond this many cells per user, each user gets a copy of the prefix."""
+"""Maximum number of cells per user: the users of each item are padded to u cells; if there would be more than
+MOST_PADDING cells per user on average, each user gets a copy of the prefix instead."""
 
 
 class PrefixPlan:
@@ -35,13 +37,15 @@ class PrefixPlan:
 
 
 class UserPlan:
-    """`TextPlan` of the passes over the positions of B users behind those of their items; `advance` begins a pass.
+    """`TextPlan` of the passes over the positions of B users after the prefixes of their items; `advance` begins a
+    pass.
 
     Args:
-        prefixes: `layers` of a `PrefixPlan`; empty: nothing stands before {user}.
-        item_of: int64 [B].
+        prefixes: `layers` of a `PrefixPlan`; empty if the prompts begin with {user}.
+        item_of: int64 [B] item of each user.
         most: M.
-        lengths: int64 [B], number of positions of each user in the first pass, which is padded on the right; None: all.
+        lengths: int64 [B] number of positions of each user in the first pass, which is padded on the right; None: no
+            padding.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class UserPlan:
         self.first = self.end = self._layer = self._padded = 0
 
     def _group(self) -> None:
-        """Find the cells [I u] of the users of each item (padding repeats users), and the cell of each user [B]."""
+        """Assign users to cells: cells [I u] is the user of each cell (user 0 for padding), cell_of [B] the cell."""
         if not self.before:
             return
         of, items = self.item_of, self.prefixes[0][0].shape[0]
@@ -79,7 +83,7 @@ class UserPlan:
         self._place = torch.arange(self.first, self.end, device=self.item_of.device).expand(self.number, -1)
         if not self.first:
             self._padded = new
-        elif self.lengths is not None:  # in place of the padding, which nothing has seen
+        elif self.lengths is not None:  # overwrite the padding of the first pass, which no position attends to
             self._place = self._place - self._padded + self.lengths[:, None]
         self.position_ids = (self.before + self._place).flatten()[None]
         self.longest = self.before + self.end
@@ -91,8 +95,8 @@ class UserPlan:
         layer, self._layer = self._layer, self._layer + 1
         if q.shape[1] == 1:
             return self._attend_next(q[:, 0], keys, values, layer, scaling)
-        assert not self.first, "several positions are the first ones of each user"
-        mask = None  # what is padding lies in the future of all positions
+        assert not self.first, "only the first pass may have several positions"
+        mask = None  # padding comes after all real positions, so the causal mask hides it
         if self.before:
             old = (x.index_select(0, self.item_of).transpose(1, 2) for x in self.prefixes[layer])
             k, v = (torch.cat([x, new], 1) for x, new in zip(old, (k, v), strict=True))
@@ -100,7 +104,7 @@ class UserPlan:
         return grouped_attention(q, k, v, mask, not self.before, scaling, dropout)
 
     def _with_own(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, G, n, E] of the layer; returns all of its users' own ones, [B, G, m, E]."""
+        """Store k and v [B, G, n, E] of the layer; returns those of all positions so far, [B, G, m, E]."""
         if self._layer == len(self.own):
             shape = *k.shape[:2], self.most
             self.own.append((k.new_empty(*shape, k.shape[3]), v.new_empty(*shape, v.shape[3])))
@@ -113,7 +117,7 @@ class UserPlan:
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def _attend_next(self, q: Tensor, keys: Tensor, values: Tensor, layer: int, scaling: float) -> Tensor:
-        """Attend with the next position of each user, q [B, H, E] -> [B, H, E]; it sees all others."""
+        """Attend with the next position of each user to all earlier positions and itself: q [B, H, E] -> [B, H, E]."""
         q = q.unflatten(1, (keys.shape[1], -1))
         scores = [q @ keys.transpose(2, 3)]
         if self.lengths is not None:
@@ -129,9 +133,9 @@ class UserPlan:
         return out.flatten(1, 2)
 
     def _of_items(self, x: Tensor) -> Tensor:
-        """[B, G, r, w] -> [I, G, u r, w]."""
+        """Group rows by item: [B, G, r, w] -> [I, G, u r, w]."""
         return x.index_select(0, self.cells).unflatten(0, (self.items, -1)).transpose(1, 2).flatten(2, 3)
 
     def _of_users(self, x: Tensor, repeats: int) -> Tensor:
-        """[I, G, u r, w] -> [B, G, r, w]."""
+        """Reverse `_of_items`: [I, G, u r, w] -> [B, G, r, w]."""
         return x.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1).index_select(0, self.cell_of)

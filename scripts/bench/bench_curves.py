@@ -21,14 +21,9 @@ from bench_step import LLAMA, SMALL, GivenNegatives, labelled_piece
 from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 from matplotlib.figure import Figure
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.event_schema import EventSchema

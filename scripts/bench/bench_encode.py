@@ -45,7 +45,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
-from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, ParallelConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config, FeatureConfig, ParallelConfig
 from hllm_torchrec.data.token_store import TokenStore, tokenize
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference.item_embedding import embed_items

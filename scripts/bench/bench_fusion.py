@@ -20,16 +20,9 @@ import torch
 from bench_step import LLAMA
 from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, EvaluationConfig, FeatureConfig, OptimConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece

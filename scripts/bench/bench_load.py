@@ -1,6 +1,7 @@
 """The service under load: the engine of `hllm serve` against one `Scorer` behind a lock, with the same HTTP server.
 
     python scripts/bench/bench_load.py --out benchmarks/DATE-load.json [--folder DIR] [--quick]
+    python scripts/bench/bench_load.py --runs RUN [RUN ...] [--out FILE] [--quick]
 
 Server and client are two processes, each pinned to one core. Requests of 200 candidates arrive as a Poisson process,
 their users are drawn from a Zipf distribution, and a latency is measured from the scheduled arrival. The `capacity` is
@@ -10,7 +11,8 @@ a cache of user states of 1 GB, filled with the most active users and then reduc
 p99 by size of the cache, and a plot is written beside the JSON.
 
 Dataset and models are synthetic (`serving_stand_in`); they are written to `--folder` and reused from there. The bench
-takes about 11 minutes on a machine that runs nothing else.
+takes about 11 minutes on a machine that runs nothing else. With `--runs` these runs are measured instead, each with its
+dataset, without the last part: about 5 minutes for each.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from benchmarking import ROOT, arguments, matmul_peak, report, say
 from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
 
 from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.evaluation.run_loader import run_config
 from hllm_torchrec.serving.app import create_app
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import AnyRequest, Engine, ScoreRequest, Scores
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the bench, or one of its servers."""
     parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-load")
+    parser.add_argument("--runs", type=Path, nargs="+", help="runs to measure (default: generated ones)")
     parser.add_argument("--serve", choices=("engine", "locked"), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help=argparse.SUPPRESS)
@@ -62,30 +66,34 @@ def main(argv: list[str] | None = None) -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     seconds = 1.0 if args.tiny else 3.0 if args.quick else 8.0
-    few, many = stand_ins(args.folder, args.tiny)
+    runs, many = (args.runs, None) if args.runs else stand_ins(args.folder, args.tiny)
     os.sched_setaffinity(0, {cores[-1]})
     found: dict[str, Any] = {"ratios": {}, "shapes": {"candidates": CANDIDATES, "p99_ms": P99_MS}}
-    for fusion in ("late", "early"):
-        sides = {side: side_of(side, few / fusion, seconds, cores[0]) for side in ("engine", "locked")}
-        found[fusion] = sides
-        found["ratios"][f"{fusion}_capacity"] = sides["engine"]["capacity"] / max(sides["locked"]["capacity"], 1e-9)
-        found["ratios"][f"{fusion}_p99_over_p50"] = sides["engine"]["p99_over_p50"]
-    found["caches"] = caches(many / "late", cores[0], 3 * seconds, 300 if args.tiny else 100_000)
-    if args.out is not None:
-        plot(found["caches"], args.out.with_suffix(".svg"))
+    for run in runs:
+        sides = {side: side_of(side, run, seconds, cores[0]) for side in ("engine", "locked")}
+        found[run.name] = sides
+        found["ratios"][f"{run.name}_capacity"] = sides["engine"]["capacity"] / max(sides["locked"]["capacity"], 1e-9)
+        found["ratios"][f"{run.name}_p99_over_p50"] = sides["engine"]["p99_over_p50"]
+    if many is not None:
+        found["caches"] = caches(many, cores[0], 3 * seconds, 300 if args.tiny else 100_000)
+        if args.out is not None:
+            plot(found["caches"], args.out.with_suffix(".svg"))
     report("load", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
 
 
-def stand_ins(folder: Path, tiny: bool) -> tuple[Path, Path]:
-    """Make the runs; return the folders of those with the sizes of MovieLens-100k, and of that with 10^5 users."""
+def stand_ins(folder: Path, tiny: bool) -> tuple[list[Path], Path]:
+    """Make the runs; return those with the sizes of MovieLens-100k, and that with 10^5 users."""
     few, many = folder / "few", folder / "many"
     with distributed_device() as device:
         dataset = stand_in_dataset(few, Sizes(60, 300, 20) if tiny else Sizes())
-        for fusion in ("late", "early"):
-            stand_in_run(few / fusion, dataset, fusion, device)
+        runs = [stand_in_run(few / fusion, dataset, fusion, device) for fusion in ("late", "early")]
         dataset = stand_in_dataset(many, Sizes(300, 300, 20) if tiny else Sizes(users=100_000, items=5000))
-        stand_in_run(many / "late", dataset, "late", device)
-    return few, many
+        return runs, stand_in_run(many / "late", dataset, "late", device)
+
+
+def ids_of(run: Path) -> tuple[list[str], list[str]]:
+    """Raw ids of the users, and of the items, of a run's dataset."""
+    return raw_ids(run_config(run, None).data.dataset)
 
 
 # ---------------------------------------------------------------------- the servers
@@ -124,7 +132,7 @@ def serve(kind: str, run: Path, warm: int) -> None:
         limits = BatchLimits(deadline=10.0, queue=4096)
         if kind == "locked":
             engine, limits = LockedScorer(Scorer.of_run(run, device=device), scorer), replace(limits, requests=1)
-        users, items = raw_ids(run.parent / "data")
+        users, items = ids_of(run)
         # The most active users come last, so that they are the most recently used entries of the cache.
         asked = [ScoreRequest(user, items[:1], int(time.time())) for user in reversed(active(users)[:warm])]
         for at in range(0, len(asked), 16):
@@ -174,7 +182,7 @@ def active(users: list[str]) -> list[str]:
 
 async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, number: int) -> LoadResult:
     """Result of an open-loop load test at a rate, with requests of `number` users."""
-    users, items = raw_ids(run.parent / "data")
+    users, items = ids_of(run)
     arrivals = draw_arrivals(rate, seconds, min(number, len(users)), 1.0, seed)
     bodies = score_bodies(users, items, arrivals, CANDIDATES, 0)
     client = HttpClient(url)
@@ -188,7 +196,7 @@ async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, 
 
 def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
     """Capacity of a server, and its latencies at half of the capacity."""
-    users = len(raw_ids(run.parent / "data")[0])
+    users = len(ids_of(run)[0])
     with running(kind, run, core, users) as url:
         say(f"{kind}, {run.name}")
 

@@ -1,9 +1,10 @@
 """Compares the speed of the service's engine with that of `Scorer`, for requests of many users and without HTTP.
 
     python scripts/bench/bench_serving.py --fusion late [--quick] [--out FILE]
-    python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
+    python scripts/bench/bench_serving.py --run RUN [--untrained late] [--dataset DATASET] [--quick] [--out FILE]
 
-Without `--run` the model is that of configs/ml100k/early.yaml with random weights, on a generated dataset
+With `--untrained` the model has the configuration, item factors and evidence of the run, another fusion, and random
+weights. Without `--run` the model is that of configs/ml100k/early.yaml with random weights, on a generated dataset
 (`serving_stand_in`). Both programs score the same requests with one thread; the histories are already in the cache.
 `scorer` scores one request after the other, with dense ids; `engine` scores batches of `--batch` requests with raw ids;
 `engine_one` scores batches of one. The programs alternate, and ratios are those of the median CPU times, which other
@@ -13,9 +14,11 @@ processes influence less than wall times. The benchmark stops if the scores diff
 It is measured by timers around the calls of these modules, in a separate pass.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,20 @@ from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, ratio
 from serving_stand_in import Sizes, stand_in_dataset, stand_in_run
 from torch import nn
 
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.evidence import run_evidence
+from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules import prepared_head
 from hllm_torchrec.serving import batch_scorer
 from hllm_torchrec.serving import scorer as scorer_module
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine, ScoreRequest, Scores
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
+from hllm_torchrec.serving.scorer_loading import in_one_process
 
 USERS = 64
 
@@ -43,19 +53,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="run to measure (default: a generated one)")
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-serving", help="of the generated run")
     parser.add_argument("--fusion", choices=("early", "late"), default="late", help="of the generated run")
+    parser.add_argument("--untrained", choices=("early", "late"), help="fusion of random weights for --run")
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with distributed_device() as device:
+    with distributed_device() as device, ExitStack() as stack:
         if args.run is None:
             args.dataset = stand_in_dataset(args.folder, Sizes())
             args.run = stand_in_run(args.folder / args.fusion, args.dataset, args.fusion, device)
-        plain = Scorer.of_run(args.run, device=device, dataset=args.dataset)
-        engine = Engine(BatchScorer.of_run(args.run, device=device, dataset=args.dataset), index="none")
+        config = in_one_process(run_config(args.run, args.dataset))
+        experiment = untrained(config, args, device) if args.untrained else trained(args.run, config, device, stack)
+        plain, engine = Scorer(experiment), Engine(BatchScorer(experiment), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)
         report("serving", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
+
+
+def trained(run: Path, config: Config, device: torch.device, stack: ExitStack) -> Experiment:
+    """The model of a run with its evaluation weights, until `stack` is closed."""
+    loaded = load_run(run, "best", device, config)
+    stack.enter_context(loaded.weights)
+    return loaded.experiment
+
+
+def untrained(config: Config, args: argparse.Namespace, device: torch.device) -> Experiment:
+    """The model of `--run` with the fusion of `--untrained` and random weights."""
+    config = replace(config, objective=replace(config.objective, fusion=args.untrained))
+    evidence = run_evidence(config.data.evidence, args.run)
+    return build_experiment(config, device, factors=RunFactors.load(args.run), evidence=evidence)
 
 
 def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats: int) -> dict[str, Any]:

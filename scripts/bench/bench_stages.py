@@ -39,15 +39,9 @@ from benchmarking import (
 )
 from plain_hllm import draw_samples
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    StageConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset

@@ -41,16 +41,9 @@ from benchmarking import (
 from plain_hllm import Ints, PlainBatch, PlainHLLM, Sample, draw_samples, plain_batch
 from torch import Tensor
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, OptimConfig, ParallelConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset

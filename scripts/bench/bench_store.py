@@ -44,7 +44,8 @@ from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matm
 from lance_table import INSTALLED, REMEDY, LanceTable
 from torch import Tensor
 
-from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config, FeatureConfig
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
@@ -161,7 +162,7 @@ def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[flo
 
 
 def commit_parts(rows: Rows) -> dict[str, Callable[[], object]]:
-    """What a commit does in addition to writing the bytes of the vectors, each on one thread."""
+    """Parts of a commit other than writing the bytes of the vectors, each on one thread."""
     blocks, ids = [rows.vectors[block] for block in rows.blocks()], pa.chunked_array([rows.keys["string"]])
     return {
         "finite": lambda: all(map(all_finite, blocks)),

@@ -8,9 +8,9 @@ fill the cache and are not timed. `subsample` is the median over the steps of se
 share; `tokens` is the ratio of the numbers of tokens that the Item LLM encoded.
 """
 
-import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,27 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 
-def compare(config: Config, options: argparse.Namespace, steps: int, skipped: int) -> dict[str, Any]:
-    """Seconds of every timed step, and numbers of encoded tokens, by side."""
-    full = replace(config, stages=config.stages[:1], resume=False)
-    part = replace(full, item_llm=replace(full.item_llm, trained_share=options.share))
+def compare(sides: Mapping[str, Config], steps: int, skipped: int) -> dict[str, Any]:
+    """Seconds of every timed step of the first stage, on the same batches, and numbers of encoded tokens, by side."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"all": full, "share": part}
         trainers = {
-            name: build_trainer(replace(one, output=f"{folder}/{name}"), init_distributed())
+            name: build_trainer(
+                replace(one, output=f"{folder}/{name}", stages=one.stages[:1], resume=False), init_distributed()
+            )
             for name, one in sides.items()
         }
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         tokens = dict.fromkeys(trainers, 0)
-        batches = trainers["all"]._micro_batches(trainers["all"].schedule.segments[0])
+        first = next(iter(trainers.values()))
+        batches = first._micro_batches(first.schedule.segments[0])
         for number, batch in zip(range(skipped + steps), batches, strict=False):
             for name, trainer in trainers.items():
                 encoder = trainer.experiment.item_encoder
-                assert encoder is not None, "a model without an Item LLM has no items to sample"
-                before, begun = encoder.work.tokens, time.perf_counter()
+                before, begun = encoder.work.tokens if encoder else 0, time.perf_counter()
                 trainer.train_step(batch)
                 if number >= skipped:
                     seconds[name].append(time.perf_counter() - begun)
-                    tokens[name] += encoder.work.tokens - before
+                    tokens[name] += encoder.work.tokens - before if encoder else 0
         batches.close()
     return {"seconds": seconds, "tokens": tokens}
 
@@ -57,7 +56,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--share", type=float, default=0.25, help="item_llm.trained_share")
     options = parser.parse_args(argv)
     steps, skipped = (2, 1) if options.tiny else (12, 8) if options.quick else (40, 15)
-    found = compare(config_from_file(options.config), options, steps, skipped)
+    full = config_from_file(options.config)
+    part = replace(full, item_llm=replace(full.item_llm, trained_share=options.share))
+    found = compare({"all": full, "share": part}, steps, skipped)
     destroy_distributed()
     return report(
         "subsample",

@@ -24,15 +24,9 @@ import torch
 import yaml
 from benchmarking import arguments, matmul_peak, medians, ratio, report
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, OptimConfig
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed

@@ -63,7 +63,7 @@ def step_as_on_cpu(where: Where) -> dict[str, Any]:
 
 @check(60)
 def hstu_step_as_on_cpu(where: Where) -> dict[str, Any]:
-    """As step_as_on_cpu, with HSTU as user encoder and the backend that `auto` selects (triton on CUDA, else eager)."""
+    """The same as `step_as_on_cpu` with HSTU as user encoder, by the backend that `auto` selects (triton on CUDA)."""
     if not where.on_cuda:
         raise Skipped("in Triton's interpreter a training step takes minutes")
     shape = {"width": 32, "layers": 2, "heads": 2, "divide_by": 32, "backend": "auto"}
@@ -72,7 +72,7 @@ def hstu_step_as_on_cpu(where: Where) -> dict[str, Any]:
 
 @check(60)
 def lora_step_as_on_cpu(where: Where) -> dict[str, Any]:
-    """As step_as_on_cpu, with adapters (LoRA) on both LLMs."""
+    """The same as `step_as_on_cpu` with adapters (LoRA) on both LLMs."""
     if importlib.util.find_spec("peft") is None:
         raise Skipped("peft is not installed")
     return _same_as_cpu(where, item_llm__lora={"rank": 4}, user__lora={"rank": 4})

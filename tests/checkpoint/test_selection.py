@@ -175,6 +175,7 @@ def _bring(url: str) -> None:
             local_run(url, "latest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "allowed"), [("best", {2.0, 5.0}), ("latest", {3.0, 6.0})])
 def test_a_reader_of_a_copy_gets_one_whole_checkpoint_whatever_happens_at_the_url(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, allowed: set[float]

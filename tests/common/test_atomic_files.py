@@ -62,6 +62,7 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
 # --- kills ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replace", "exchanges", "stride"), [(True, True, 1), (True, False, 1), (False, True, 3)])
 def test_after_a_kill_at_any_file_access_the_old_or_the_new_is_there(tmp_path, monkeypatch, replace, exchanges, stride):
     if not exchanges:  # a file system that cannot exchange two folders

@@ -26,7 +26,8 @@ from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.common.run_log import RunLog, read_log
 from hllm_torchrec.common.warning_filters import quiet_libraries
-from hllm_torchrec.config.schema import Config, ItemLLMConfig, LogsConfig, UserEncoderConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config, LogsConfig
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.training.wandb_sink import open_run_log
 

@@ -44,6 +44,7 @@ def settings_hash(path: Path) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_every_configuration_resolves_to_what_it_was() -> None:
     found = {path.relative_to(CONFIGS).as_posix(): settings_hash(path) for path in complete_files()}
     assert found == RESOLVED  # of a configuration that was changed on purpose, the new hash goes into the file

@@ -39,6 +39,7 @@ def test_every_model_builds_on_the_meta_device(path: Path) -> None:
         assert count == pytest.approx(PARAMETERS[path.stem], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_table_share_data_negatives_loss_and_protocol() -> None:
     configs = [load(path) for path in TABLE]
     assert len(configs) >= 11

@@ -176,6 +176,7 @@ def test_what_does_not_fit_interleaved_actions_is_an_error(sections: dict[str, A
         fixtures.config(data={"max_history": 64}, **sections)
 
 
+@pytest.mark.slow
 def test_a_run_trains_both_tasks_and_is_served_from_a_cache(tmp_path: Path) -> None:
     options = {"user__actions": "interleaved", "objective__fusion": "early", "objective__generative_weight": 0.5}
     settings = training.config(tmp_path / "run", max_steps=3, data__stochastic_length=1.3, **options)

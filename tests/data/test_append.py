@@ -109,6 +109,15 @@ def test_an_append_moves_the_cuts_of_a_split_by_time_for_all_events(tmp_path):
     assert Dataset.open(root, 1).manifest["split"]["rule"] == "time" and dataset.manifest["split"]["rule"] == "date"
     again = append_events(memory_source(tmp_path / "2", [("u1", "i3", 5, 90)], ITEMS[:1]), root)
     assert again is not None and list(sequences(Dataset.open(root), "test")) == ["u1", "u2"]
+    # Nothing new, but other dates: a version with only these; the same call again writes nothing.
+    for version, name in ((4, "2"), (5, "3")):  # the same file; another one with known events
+        dates = Split("date", train_until=70 + version, valid_until=90)
+        same = memory_source(tmp_path / name, [("u1", "i3", 5, 90)], ITEMS[:1])
+        assert append_events(same, root, split=dates)["events"] == 0
+        assert append_events(same, root, split=dates) is None
+        dataset = Dataset.open(root)
+        assert dataset.version == version and list(sequences(dataset, "valid")) == ["u2"]
+        assert dataset.training_item_counts().sum() == 8 and dataset.manifest["counts"]["events"] == 10
 
 
 @pytest.mark.parametrize(

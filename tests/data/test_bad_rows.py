@@ -70,6 +70,20 @@ def test_times_in_other_units_are_named(tmp_path):
             prepare(source, tmp_path / "out")
 
 
+def test_an_unknown_item_of_zeros_alone_is_named(tmp_path):
+    for item in ("0", "000", ".0"):
+        source = memory_source(tmp_path, [*GOOD, ("u1", item, 5, 99)], ITEMS)
+        with pytest.raises(ValueError, match=rf"row 13: item '{item}' is not in the item file"):
+            prepare(source, tmp_path / "out")
+
+
+def test_a_long_cell_is_cut_in_messages(tmp_path):
+    source = memory_source(tmp_path, [*GOOD, ("u1", "x" * 100_000, 5, 99)], ITEMS)
+    with pytest.raises(ValueError, match=r"row 13: item 'xxx.*\.\.\. is not in the item file") as found:
+        prepare(source, tmp_path / "out")
+    assert len(str(found.value)) < 1_000
+
+
 def item_source(folder, pairs):
     return memory_source(folder, [(f"u{n % 3}", f"i{n % 3}", 5, n) for n in range(30)], pairs)
 

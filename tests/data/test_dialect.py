@@ -45,6 +45,7 @@ def check(path: Path, rows, given: Format) -> None:
     assert read(path, given) == written(rows)
 
 
+@pytest.mark.slow
 @SLOWLY
 @given(
     tables.TABLES,
@@ -171,6 +172,7 @@ def test_the_mapping_overrides_what_is_detected(tmp_path, text, given, rows):
     assert read(tmp_path / "t.csv", given) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", ['"Weird Al" in concert', '"a, ""b""\nc"', "plain"])
 def test_the_first_quoted_cell_after_the_sample_decides(tmp_path, late):
     rows = [(f"i{k}", f"title {k}") for k in range(2 * SAMPLE_BYTES // 14)]

@@ -97,6 +97,11 @@ BROKEN = {
         with_column("timestamps", lambda v: [v[0][::-1], *v[1:]]),
         r"part-00000\.parquet, row group 0, row 0: timestamps\[\d+\] is \d+; it is earlier than the one before",
     ),
+    "milliseconds": (
+        "sequences/train/part-00000.parquet",
+        with_column("timestamps", lambda v: [[1_700_000_000_000 for _ in row] for row in v]),
+        r"row 0: timestamps\[0\] is 1700000000000; .* it looks like milliseconds; write",
+    ),
     "another history": (
         "sequences/valid/part-00000.parquet",
         with_column("item_ids", lambda v: [[v[0][0] % 15 + 1, *v[0][1:]], *v[1:]]),
@@ -125,8 +130,9 @@ def test_what_breaks_the_contract_is_named_and_nothing_is_sealed(tmp_path, kind)
     name, change, message = BROKEN[kind]
     root, _ = unsealed(tmp_path)
     changed(root / name, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         seal(root)
+    assert str(error.value).endswith("; write the file again, then seal")
     assert not (root / "manifest.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
@@ -94,6 +96,37 @@ def test_files_that_were_joined_with_their_headers_are_refused(tmp_path):
         prepared(shop(tmp_path, catalogue=half))
     renamed = [*ITEMS[:3], ("item", "another title", "genre"), *ITEMS[3:]]
     assert "item" in prepared(shop(tmp_path, catalogue=renamed)).items["raw_item_id"].to_pylist()
+
+
+def test_users_whose_ids_became_floats_in_one_file_are_refused(tmp_path):
+    events = [(str(int(event[0][1])), *event[1:]) for event in EVENTS]
+    mapping = shop(tmp_path, events[:20], events={"path": "e*.csv"})
+    write_csv(tmp_path / "e2.csv", [EVENT_NAMES, *((f"{user}.0", *rest) for user, *rest in events[20:])])
+    with pytest.raises(ValueError, match=r"csv: both (\d) and \1\.0 are ids of users: .* write all ids in one way"):
+        prepared(mapping)
+    (tmp_path / "e2.csv").rename(tmp_path / "day.csv")
+    dataset = prepared(mapping)
+    with pytest.raises(ValueError, match=r"both (\d) and \1\.0 are ids of users"):
+        append_events(table(mapping, append=[tmp_path / "day.csv"]), dataset.root)
+    write_csv(tmp_path / "day.csv", [EVENT_NAMES, *((f"{user}.5", *rest) for user, *rest in events[20:])])
+    append_events(table(mapping, append=[tmp_path / "day.csv"]), dataset.root)
+    assert Dataset.open(dataset.root).num_users == 9
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (pickle.dumps({"user": 1}), "is a pickle, which is not read; write it as CSV, Parquet or JSON lines"),
+        (b"SQLite format 3\0" + bytes(84), "is an SQLite database, which is not read"),
+        (b"ORC" + bytes(50), "is not a table: its first line has a zero byte"),
+        (b"e.csv" + bytes(507), "is not a table: its first line has a zero byte; write it as CSV or Parquet"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, data, message):
+    mapping = shop(tmp_path)
+    (tmp_path / "e.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"e\.csv {message}"):
+        prepared(mapping)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -269,6 +302,12 @@ def test_early_times_are_said(tmp_path):
     assert "caution: all times lie in 1970 to 1970; is the time unit right?" in summary(
         prepared(shop(tmp_path, events)).root
     )
+
+
+def test_times_in_the_future_are_said(tmp_path):
+    events = [(user, item, time + 10**9, label) for user, item, time, label in EVENTS]
+    said = summary(prepared(shop(tmp_path, events)).root)
+    assert "caution: some times lie in the future, the last at 20" in said and "the time unit" not in said
 
 
 def test_a_user_file_that_matches_nobody_is_said(tmp_path):

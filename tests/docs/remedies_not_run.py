@@ -179,7 +179,6 @@ NOT_RUN: dict[str, str] = {
     "--key-from □: this environment variable": "a variable with a key",
     "--writer □: must": "the option's value is to be corrected",
     "no like has □ earlier ones and a title; lower --least": "takes a model",
-    "--□ belongs to --source □": "the option to leave out is the one that is named",
     "--□ is missing: --source □ needs it": "the option that is named takes files",
     "--name □: □ exists; choose another": "takes a table of creatives",
     "--run □: at a URL: give --state": "a service",

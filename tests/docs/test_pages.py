@@ -46,6 +46,24 @@ def targets(page: Path) -> Iterator[str]:
             yield target
 
 
+def test_the_table_of_places_names_files_and_what_is_in_them() -> None:
+    """In a row of "Where is ...?", a file without a folder is in the folder of the file before it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (`.*?) \| (.*?) \|$", page.split("## Where is")[1].split("\n## ")[0], re.MULTILINE)
+    assert len(rows) > 60
+    for topic, files, names in rows:
+        folder, text = ROOT, ""
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", f"{files} {names}"):
+            place = next((p for p in (ROOT / "hllm_torchrec" / name, ROOT / name, folder / name) if p.exists()), None)
+            assert place is not None, f"{topic}: there is no {name}"
+            folder = place if place.is_dir() else place.parent
+            text += "".join(
+                file.read_text(encoding="utf-8") for file in (place.rglob("*.py") if place.is_dir() else [place])
+            )
+        for name in re.findall(r"`(?:\w+\.)*(\w+)`", re.sub(r"`[\w/]+\.py`", "", names)):
+            assert re.search(rf"(def|class) {name}\b|^ *{name}\b *[:=]", text, re.MULTILINE), f"{topic}: {name}"
+
+
 @every_page
 def test_every_link_and_anchor_is_there(page: Path) -> None:
     for target in targets(page):

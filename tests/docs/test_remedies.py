@@ -83,6 +83,7 @@ def test_the_search_finds_what_it_is_for(text: str) -> None:
     assert list(problems(text))
 
 
+@pytest.mark.slow
 def test_every_remedy_exists() -> None:
     found = list(messages())
     assert len(found) > 3000

@@ -35,7 +35,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("--items belongs to □, not to □", f"{PREPARE} --items {{shop}}/items.csv", PREPARE),
     ("--stars belongs to □, not to □ (table: declare an ordinal label)", f"{PREPARE} --stars", PREPARE),
     ("--html belongs to □, not to □ (table: set items.html in the mapping)", f"{PREPARE} --html keep", PREPARE),
-    ("--□ belongs to --writer □, not to □; leave it out",
+    ("--□ belongs to --□ □, not to □; leave it out",
      "creatives build --dataset {data} --name a --least 1 --users 3",
      "creatives build --dataset {data} --name a --least 1"),
     ("--template □: {□} is neither {value} nor {liked}",

@@ -170,6 +170,7 @@ def test_sharded_tables_belong_to_the_in_backward_optimizer_only() -> None:
     assert every - dense == fixtures.dataset().num_items * SMALL.width
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_keeps_the_best_epoch(tmp_path: Path) -> None:
     trainer = DLRMTrainer(fixtures.dataset(), dataclasses.replace(SMALL, lr=0.03, epochs=8), init_distributed())
     first = trainer.train_epoch(1)

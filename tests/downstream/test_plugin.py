@@ -206,6 +206,7 @@ def test_the_example_learns_from_vectors_what_ids_cannot_tell(
     assert ": 0.0% of 2048 item ids are not in the store" in said and ": 12.5% of 2048 user ids are not in" in said
 
 
+@pytest.mark.slow
 def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     stores = ["--items", str(tmp_path / "items"), "--users", str(tmp_path / "users"), "--output", str(tmp_path / "out")]
     losses = run_ranks(run_example, 2, [*write_world(tmp_path), *stores])

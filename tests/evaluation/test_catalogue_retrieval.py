@@ -183,6 +183,7 @@ def test_one_rank_two_ranks_and_fsdp_train_alike(encoder: str, tmp_path: Path) -
         )
 
 
+@pytest.mark.slow
 def test_results_name_the_protocol_and_what_was_measured(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", evaluation__protocol="ml1m_hstu", data__train_part="train_and_valid")
     training_fixtures.train(settings)

@@ -20,7 +20,8 @@ from hllm_torchrec.evaluation.prediction_files import (
     seconds_of,
 )
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
-from hllm_torchrec.evaluation.prediction_rows import PredictionRows, RowBatch, known_items
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
+from hllm_torchrec.evaluation.row_batch import RowBatch
 from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER
 from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
 

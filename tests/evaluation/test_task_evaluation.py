@@ -132,6 +132,7 @@ def evaluate_on_ranks(folders: dict[str, Path], memory: int = 1 << 30) -> dict[s
     return evaluate_files(models, layout, EvaluationSettings(memory=memory), paired=True)[0]
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path], tmp_path: Path) -> None:
     one, two = run_ranks(evaluate_on_ranks, 2, folders)
     assert one == two
@@ -145,6 +146,7 @@ def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path
     )
 
 
+@pytest.mark.slow
 def test_numbers_of_more_rows_than_fit_are_ranked_on_a_sample(folders: dict[str, Path]) -> None:
     few, every = (evaluate_on_ranks(folders, memory)["tasks"]["watch"] for memory in (1 << 16, 1 << 30))
     assert few["rows"] == every["rows"] > 700 and 200 < few["rows_ranked"] <= 512 and "rows_ranked" not in every

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -142,6 +143,7 @@ TARGET = Target(
 )
 
 
+@pytest.mark.slow
 @FEW
 @example((1, 12, "int64", "numbers", "csv", False, 0.5))
 @example((2, 12, "uint64", "texts", "parquet", True, 0.5))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -172,6 +173,7 @@ TARGET = Target(
 )
 
 
+@pytest.mark.slow
 @FEWER
 @example(("gemma2", 0, "item"))
 @example(("modernbert", 46686, "user"))

@@ -25,6 +25,8 @@ CELLS = (
     None, "", " ", "-1", "0", "1.5", "nan", "inf", "1e400", "1400000000000", "-86400", "4102444800",
     "9223372036854775808", "u1\x00", "\u202e\u200b", "👩‍👩‍👧", "x" * 100_000, '"', "a,b", "1\n2",
 )  # fmt: skip
+ELSEWHERE = "/etc/passwd"
+"""A file that a changed mapping may name."""
 TYPES = (pa.int64(), pa.float64(), pa.bool_(), pa.binary(), pa.timestamp("ns"), pa.list_(pa.string()), pa.date32())
 LENIENT = BadRows("drop", "drop", "drop", "drop", "drop", "drop", "drop")
 
@@ -65,7 +67,7 @@ def check(mutation: Any) -> None:
         document = document | {key: mapping[key] | {"path": f"{key}.parquet"} for key in ("events", "items")}
     path = folder / "mapping.yaml"
     path.write_bytes(yaml.safe_dump(document, allow_unicode=False).encode())
-    check_reader(lambda: use(path, lenient), [str(folder), "tiny-shop", "split", "no item is left"])
+    check_reader(lambda: use(path, lenient), [str(folder), "tiny-shop", "split", "no item is left", ELSEWHERE])
 
 
 _TEXT = pa.csv.ConvertOptions(
@@ -117,6 +119,10 @@ TARGET = Target(
 @example(("bytes", False, "events.parquet", [("cut", 0.5, 1)]))
 @example(("cell", False, "events", 2, 5, "1400000000000"))
 @example(("cell", False, "events", 2, 5, "-86400"))
+@example(("cell", False, "events", 6, 418, "x" * 100_000))
+@example(("cell", False, "events", 4, 72, "x" * 100_000))
+@example(("cell", True, "events", 1, 202, "0"))
+@example(("mapping", True, [([23, 16, 11], "set", ELSEWHERE)]))
 @example(("type", False, "events", 3, pa.list_(pa.string())))
 @given(TARGET.inputs)
 def test_tables_are_prepared_or_refused_by_file_and_row(mutation: Any) -> None:

@@ -22,17 +22,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from hllm_torchrec.config.schema import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    FeatureConfig,
-    ItemLLMConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    UserEncoderConfig,
-)
+from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
+from hllm_torchrec.config.schema import Config, DataConfig, EvaluationConfig, FeatureConfig, OptimConfig, ParallelConfig
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hllm_torchrec.evaluation.metrics_schema import finite_or_none
-from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS
+from hllm_torchrec.evaluation.row_slices import HISTORY_BUCKETS
 from hllm_torchrec.metrics.auc import delong_interval
 from hllm_torchrec.metrics.group_auc import grouped_auc
 from hllm_torchrec.metrics.input_checks import UserIds, Values, as_floats, as_groups, as_labels, as_scores, as_weights

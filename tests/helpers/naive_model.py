@@ -13,7 +13,8 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.events import Piece
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.models.backbones import build_backbone
-from hllm_torchrec.models.hllm import HLLM, HLLMOutput
+from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.models.hllm_output import HLLMOutput
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.features.timestamps import TIME_FEATURES
 from tests.helpers import fixtures

@@ -113,6 +113,10 @@ def test_a_model_that_the_gate_refuses_is_not_published(
     assert "night day-04: the gate has refused its model: FAIL" in capsys.readouterr().err
     current = read_alias(world.nights, "current")
     assert current is not None and current.name == "day-03"
+    world.configure(gate={"least_auc": 0.1, "max_drop": 1.0})  # judged again, with other settings
+    assert nightly.main(world.words("day-04")) == 0
+    current = read_alias(world.nights, "current")
+    assert current is not None and current.name == "day-04"
 
 
 def test_old_nights_are_removed_but_what_is_published_or_unfinished(tmp_path: Path) -> None:

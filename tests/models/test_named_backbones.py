@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hllm_torchrec.config.schema import UserEncoderConfig
+from hllm_torchrec.config.encoders import UserEncoderConfig
 from hllm_torchrec.models.build import build_user_encoder
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from tests.helpers import fixtures

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.schema import ObjectiveConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
 from hllm_torchrec.data.event_schema import LabelColumn
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.models.assembly import build_experiment

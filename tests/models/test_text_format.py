@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.schema import ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.data.token_store import special_tokens, tokenize
 from hllm_torchrec.launch import check_model
 from hllm_torchrec.models.build import build_text_llm

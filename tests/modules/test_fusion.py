@@ -4,7 +4,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from hllm_torchrec.config.schema import ObjectiveConfig
+from hllm_torchrec.config.objective import ObjectiveConfig
 from hllm_torchrec.modules.fusion import Fusion
 
 

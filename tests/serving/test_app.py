@@ -132,18 +132,28 @@ def test_a_new_user_is_scored_without_history(serve: Serve) -> None:
         ({"candidates": ["s1", "nope"]}, "candidates: 1 of 2 are not in the dataset: 'nope'"),
         ({"time": -1}, "body.time: Input should be greater than or equal to 0"),
         ({"usr": "u1"}, "body.usr: Extra inputs are not permitted"),
-        ({"history": [{"item": "s1", "timestamp": 5}, {"item": "s1", "timestamp": 4}]}, "is before that of the prev"),
+        (
+            {"history": [{"item": "s1", "timestamp": 5}, {"item": "s1", "timestamp": 4}]},
+            "history, event 1: time 4 is before",
+        ),
         (
             {"history": [{"item": "s1", "timestamp": 5, "label": 0.5}]},
             "body.history.0.label: Value error, must be 0 or 1",
         ),
-        ({"history": [{"item": "s1", "timestamp": 5, "action": "flew"}]}, "are not in the dataset: 'flew'; it has"),
+        ({"history": [{"item": "s1", "timestamp": 5, "action": "flew"}]}, "actions of the history: 1 of 1 are not"),
+        ({"history": [{"item": "nope", "timestamp": 5}]}, "items of the history: 1 of 1 are not in the dataset"),
     ],
 )
 def test_wrong_requests_are_answered_with_one_line(serve: Serve, change: dict[str, Any], problem: str) -> None:
     answer = serve().post("/v1/score", json={"user": "u1", "candidates": ["s1"], "time": TIME} | change)
     assert answer.status_code == 422
     assert problem in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_a_body_that_is_not_declared_as_json_is_refused_with_the_reason(serve: Serve) -> None:
+    given = {"content": b'{"candidates": ["s1"]}', "headers": {"content-type": "application/x-www-form-urlencoded"}}
+    problem = serve().post("/v1/score", **given).json()["error"]  # what curl sends without -H
+    assert problem.endswith("is application/x-www-form-urlencoded: send it with content-type: application/json")
 
 
 def test_bodies_are_limited_whether_or_not_they_say_their_length(serve: Serve) -> None:
@@ -219,6 +229,7 @@ def test_events_items_recommendations_and_forgetting(serve: Serve) -> None:
         remaining = client.delete(f"/v1/users/{quote(user)}", headers=secret).json()["remaining"]
         parsed = build_parser().parse_args(shlex.split(remaining.partition("hllm forget ")[2]))
         assert (parsed.dataset, parsed.user) == (fixtures.dataset().root, [user])
+        assert ("still contain this user" in remaining) == (user == "u3")
     assert post("/v1/score", **asked)["events"] == 0
 
 

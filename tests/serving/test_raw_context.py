@@ -1,5 +1,6 @@
 """Context values of requests are read as `hllm prepare` reads the cells of a table."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.serving.raw_context import RawContext
+from hllm_torchrec.serving.request_schema import ScoreBody
 from tests.helpers import task_shop
 
 CELLS: dict[str, tuple[Any, Any]] = {
@@ -41,6 +43,16 @@ def test_a_value_of_a_request_is_that_of_its_cell(dataset: Dataset, name: str) -
     stored = dataset.feature_values("device").to_pylist()
     assert found > 0 and stored[found - 1] == (expected or (str(cell).lower() if isinstance(cell, bool) else str(cell)))
     assert not context.unknown["device"]
+
+
+def test_values_keep_their_type_in_a_request_over_http(dataset: Dataset) -> None:
+    given = '{"a": true, "b": 5, "c": 0.25, "d": "5", "e": null, "f": 9007199254740993}'
+    body = ScoreBody.model_validate_json(f'{{"candidates": ["s1"], "context": {given}}}')
+    assert repr(body.context) == repr(json.loads(given))
+    (found,) = RawContext(dataset, ("device",)).columns({"device": body.context["a"]}, 1)["context_device"]  # type: ignore[index]
+    assert dataset.feature_values("device").to_pylist()[found - 1] == "true"
+    with pytest.raises(ValueError, match="context 'price' is True; it must be a finite number"):
+        RawContext(dataset, ("price",)).columns({"price": True}, 1)
 
 
 def test_a_value_that_no_cell_can_have_is_refused(dataset: Dataset) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import Counter as Counted
+from prometheus_client.parser import text_string_to_metric_families
 
 from hllm_torchrec.serving.http_rules import BodyLimit
 from hllm_torchrec.serving.request_schema import MAX_BODY
-from hllm_torchrec.serving.shards import ask_application, shard_of, state_file, user_of
+from hllm_torchrec.serving.shards import ask_application, merged_metrics, shard_of, state_file, user_of
 
 
 @pytest.mark.parametrize("user", ["u7", "a/b", "x/events", "50%", "a%41", "\N{LATIN SMALL LETTER U WITH DIAERESIS} 1"])
@@ -55,3 +58,23 @@ def test_an_application_is_asked_as_over_http() -> None:
     assert (status, json.loads(body)) == (201, ["a/b", "1", "2", 3])
     assert dict(headers)[b"content-type"] == b"application/json"
     assert asyncio.run(ask_application(app, scope, b"x" * (MAX_BODY + 1)))[0] == 413
+
+
+def test_the_metrics_of_all_shards_are_told_apart() -> None:
+    def metrics(requests: int) -> str:
+        registry = CollectorRegistry()
+        Counted("hllm_requests", "Answers", ["route"], registry=registry).labels("/v1/score").inc(requests)
+        Histogram("hllm_stage_seconds", "Time", buckets=[1.0], registry=registry).observe(requests)
+        return generate_latest(registry).decode()
+
+    text = merged_metrics([metrics(3), None, metrics(5)]).decode()
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    counts = {
+        sample.labels["shard"]: (sample.labels["route"], sample.value)
+        for sample in found["hllm_requests"].samples
+        if sample.name == "hllm_requests_total"
+    }
+    assert counts == {"0": ("/v1/score", 3.0), "2": ("/v1/score", 5.0)}
+    assert found["hllm_stage_seconds"].type == "histogram"
+    assert [sample.value for sample in found["hllm_shard_up"].samples] == [1.0, 0.0, 1.0]
+    assert text.count("# TYPE hllm_requests_total counter") == 1  # a family once, with the samples of all shards

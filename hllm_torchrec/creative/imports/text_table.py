@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hllm_torchrec.common.text_files import Utf8File
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.creative_table import NEEDED, SCHEMA, dense_ids
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.sources.columnar import parse_record, read_columns, text_lines
@@ -107,7 +108,7 @@ def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
     own = rows[_PART].to_pylist()
     for row, part in enumerate(own):
         if part is not None and part not in SPLITS:
-            raise ValueError(f"--files, row {row}: part {part!r}: must be one of {', '.join(SPLITS)}")
+            raise ValueError(f"--files, row {row}: part {abbreviate(part)}: must be one of {', '.join(SPLITS)}")
     return [part or other for part, other in zip(own, drawn, strict=True)]
 
 

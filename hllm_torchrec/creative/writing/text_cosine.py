@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hllm_torchrec.config.schema import ItemLLMConfig
+from hllm_torchrec.config.encoders import ItemLLMConfig
 from hllm_torchrec.data.token_store import read_tokenizer, tokenize
 from hllm_torchrec.models.build import build_text_llm
 from hllm_torchrec.models.text_format import text_format

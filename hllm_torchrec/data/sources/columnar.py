@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.text_files import Utf8File
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, UnclearTableError, detect_dialect
 from hllm_torchrec.data.sources.row_stream import RowStream
 from hllm_torchrec.data.sources.values import as_texts
@@ -23,6 +24,18 @@ from hllm_torchrec.data.validation import error_location
 
 _ROWS_PER_BATCH = 131_072
 _DAMAGED = "the file is damaged: fetch or write it again"
+_FOREIGN = {
+    b"Obj\x01": "an Avro file",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
+"""First bytes, which no text begins with, of files that are often given instead of tables -> their kind."""
 
 
 class ColumnChunk(NamedTuple):
@@ -72,18 +85,20 @@ def _require_folder_value(path: Path, name: str, value: str | None, values: pa.C
     for found in as_texts(values).unique().to_pylist():
         if found != value:
             raise ValueError(
-                f"{path}: column {name} has {found!r}, and the name of its folder says {name}={value}; rename the "
-                "column or the folder"
+                f"{path}: column {name} has {abbreviate(found)}, and the name of its folder says {name}={value}; "
+                "rename the column or the folder"
             )
 
 
 def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[ColumnChunk]:
     with path.open("rb") as file:
-        head = file.read(6)
+        head = file.read(16)
     if head[:4] == b"PAR1":
         return read_parquet(path, columns)
-    if head == b"ARROW1":
+    if head[:6] == b"ARROW1":
         return _read_arrow(path, columns)
+    if kind := next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None):
+        raise ValueError(f"{path} is {kind}, which is not read; write it as CSV, Parquet or JSON lines")
     if path.suffix in (".parquet", ".feather", ".arrow"):
         raise ValueError(f"{path} is not a {path.suffix[1:]} file by its first bytes; {_DAMAGED}")
     if given is None or given == Format():
@@ -91,6 +106,8 @@ def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[
             start = text.read(4096).lstrip()
         if start[:1] == b"{":
             return read_json_lines(path, columns)
+        if b"\0" in start.partition(b"\n")[0]:
+            raise ValueError(f"{path} is not a table: its first line has a zero byte; write it as CSV or Parquet")
         if re.match(rb"\[\s*\{", start):
             raise ValueError(f"{path} is one JSON array; write one object per line, without commas between them")
     return read_csv(path, columns, given)

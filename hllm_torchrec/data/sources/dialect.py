@@ -265,6 +265,8 @@ class _Sample:
                 rows = self._rows(separator, quote.encode(), escape.encode(), header.size)
                 if self._is_consistent(rows, len(header.names), header.size):
                     fits[quote, escape] = rows.rows
+                    if (quote, escape) == ('"', "") and _is_proven(rows.rows, header.quoted):
+                        return '"', "", True  # whatever fits as well: the sample need not be read again
         line = self.line + count_lines(self.text[: header.size])
         return _Choice(self.path, fits, header.quoted, separator.encode(), body, line).made()
 
@@ -277,7 +279,7 @@ class _Sample:
         """The words for null in the mapping, or else in the sample."""
         if self.given.nulls is not None:
             return tuple(self.given.nulls)
-        words = [word.encode() for word in NULL_WORDS if word.encode() in self.text]
+        words = [word.encode() for word in NULL_WORDS if self._is_cell(word.encode(), separator.encode())]
         found = ["\\N"] if b"\\N" in self.text else []
         if words:
             rows = self._rows(separator, quote.encode(), escape.encode(), skip).rows
@@ -287,6 +289,15 @@ class _Sample:
                 if absent and others and all(map(_VALUE.fullmatch, others)):
                     found += [word.decode() for word in sorted(absent)]
         return tuple(dict.fromkeys(found))
+
+    def _is_cell(self, word: bytes, separator: bytes) -> bool:
+        """True if there may be a cell without quotation marks that is this word."""
+        edge = rb"[\r\n]|" + re.escape(separator)
+        return (
+            word in self.text
+            and re.search(rb"(?:\A|" + edge + rb")" + re.escape(word) + rb"(?:" + edge + rb"|\Z)", self.text)
+            is not None
+        )
 
 
 def _plain(text: str) -> str:
@@ -354,7 +365,7 @@ class _Choice:
 
         other: escape of the reading without quoting; None if the rows do not fit without quoting.
         """
-        if other is None or self.header_quoted or self._has_evidence(marked):
+        if other is None or _is_proven(marked, self.header_quoted):
             return '"', "", True
         if any(b"\n" in cell.value or b"\r" in cell.value for row in marked for cell in row if cell.quoted):
             line = self._line_of_break()
@@ -378,12 +389,6 @@ class _Choice:
             )
         return "", other, True
 
-    def _has_evidence(self, rows: list[list[Cell]]) -> bool:
-        """True if a cell has doubled marks, or all cells of some column are quoted."""
-        if any(cell.quoted and b'"' in cell.value for row in rows for cell in row):
-            return True
-        return _has_quoted_column(rows)
-
     def _all_in_apostrophes(self) -> bool:
         """True if all cells of some column, at least two, are quoted when apostrophes are the marks."""
         rows = self.fits.get(("'", ""))
@@ -392,6 +397,12 @@ class _Choice:
     def _line_of_break(self) -> int:
         match = re.search(rb"(?:^|[\r\n]|" + re.escape(self.separator) + rb')"[^"\r\n]*[\r\n]', self.body)
         return self.line + count_lines(self.body[: match.start() + 1 if match else 0])
+
+
+def _is_proven(rows: list[list[Cell]], header_quoted: bool) -> bool:
+    """True if the header or some column is quoted, or a quoted cell has doubled marks; and some cell is quoted."""
+    quoted = [cell for row in rows for cell in row if cell.quoted]
+    return bool(quoted) and (header_quoted or any(b'"' in cell.value for cell in quoted) or _has_quoted_column(rows))
 
 
 def _has_quoted_column(rows: list[list[Cell]]) -> bool:

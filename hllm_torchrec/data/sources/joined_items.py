@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.sources.columnar import read_columns
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
 from hllm_torchrec.data.sources.table_columns import Join
@@ -62,6 +63,5 @@ def _require_agreement(path: Path, table: pa.Table) -> None:
     for i in again:
         for name in table.column_names:
             if table[name][int(i)] != table[name][int(first[i])]:
-                raise ValueError(
-                    f"{path}: item {ids[int(i)].as_py()!r} came before with another {name}; give one row per item"
-                )
+                item = abbreviate(ids[int(i)].as_py())
+                raise ValueError(f"{path}: item {item} came before with another {name}; give one row per item")

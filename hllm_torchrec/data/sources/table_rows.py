@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.sources.base import Chunk, event_table
 from hllm_torchrec.data.sources.columnar import read_columns
 from hllm_torchrec.data.sources.declared_columns import DeclaredColumns
@@ -91,7 +92,9 @@ def _check_unit(time: pa.Array, seconds: pa.Array, columns: EventColumns, path: 
     if columns.time_unit != "iso8601" and are_dates_as_numbers(time):
         raise ValueError(f"{place}: {time[0]} looks like a date; set the time unit: time_unit: iso8601")
     if pa.types.is_string(time.type) and (example := rounded_example(time, share=0.5)):
-        raise ValueError(f"{place}: times like {example} were rounded, as spreadsheets do; write them as whole numbers")
+        raise ValueError(
+            f"{place}: times like {example[:50]} were rounded, as spreadsheets do; write them as whole numbers"
+        )
     scale = TIME_UNITS[columns.time_unit]
     if scale <= 1 or pa.types.is_temporal(time.type) or seconds.null_count == len(seconds):
         return
@@ -118,7 +121,7 @@ def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray
     if unlisted.any():
         first = int(np.flatnonzero(unlisted)[0])
         raise ValueError(
-            f"{path}, row {rows[first]}: {columns.action}={raw[first].as_py()!r} is not in events.actions "
+            f"{path}, row {rows[first]}: {columns.action}={abbreviate(raw[first].as_py())} is not in events.actions "
             f"({', '.join(map(str, columns.actions))}); add it there"
         )
     return ids

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
 
 TIME_UNITS = {
@@ -105,8 +106,8 @@ def require_exact_ids(values: Column, what: str) -> None:
             )
     elif pa.types.is_string(kind) and (example := rounded_example(values)):
         raise ValueError(
-            f"{what} ids like {example!r} are numbers in scientific notation, which spreadsheets round; write the ids "
-            "again as texts or whole numbers"
+            f"{what} ids like {abbreviate(example)} are numbers in scientific notation, which spreadsheets round; "
+            "write the ids again as texts or whole numbers"
         )
 
 
@@ -306,7 +307,7 @@ def parse_flags(values: Column) -> pa.Array:
     at = pc.index_in(texts, value_set=pa.array(_FLAGS, pa.string()))
     unknown = pc.and_(pc.and_(texts.is_valid(), at.is_null()), pc.not_equal(texts, ""))
     if pc.any(unknown).as_py():
-        raise ValueError(f"{texts.filter(unknown)[0].as_py()!r} is none of {', '.join(_FLAGS)}")
+        raise ValueError(f"{abbreviate(texts.filter(unknown)[0].as_py())} is none of {', '.join(_FLAGS)}")
     return pa.array(_FLAGS.values(), pa.bool_()).take(at)
 
 

@@ -10,18 +10,8 @@ from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.modules.encoders.fused_inference import can_run_fused, fused_inference
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.lora import add_lora
-from tests.helpers.fixtures import enlarge
+from tests.helpers.fixtures import BERT, LLAMA, enlarge
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-}
-BERT = LLAMA | {"model_type": "bert", "max_position_embeddings": 64}
 KINDS = {
     "llama": (LLAMA, "item"),
     "llama, mean": (LLAMA, "mean"),

@@ -15,17 +15,8 @@ from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
 from hllm_torchrec.modules.lora import add_lora
-from tests.helpers.fixtures import enlarge
+from tests.helpers.fixtures import LLAMA, enlarge
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-}
 TOKENS = torch.randint(0, 32, (40,), generator=torch.Generator().manual_seed(2))
 TEXTS = torch.tensor([0, 5, 12, 12, 20, 40])
 PREFIX = torch.tensor([3, 1, 4])
@@ -33,7 +24,7 @@ PREFIX = torch.tensor([3, 1, 4])
 
 def built(kind: type[ItemLLM] | type[UserLLM]) -> Any:
     torch.manual_seed(0)
-    model = kind(build_backbone(None, SHAPE, word_embeddings=kind is ItemLLM))
+    model = kind(build_backbone(None, LLAMA, word_embeddings=kind is ItemLLM))
     enlarge(model)
     with torch.no_grad():  # gains of exactly 1 hide that they are multiplied into the weights
         for name, parameter in model.named_parameters():
@@ -83,7 +74,7 @@ def test_values_and_gradients_are_those_of_transformers(
     monkeypatch.setattr(FusedLlamaLayer, "runs_fused", lambda *_: True)
     monkeypatch.setattr(fused_llama, "fused_layer", in_double)
     errors = relative_errors(values_and_gradients(model, loss_of), expected)
-    assert len(calls) == SHAPE["num_hidden_layers"]
+    assert len(calls) == LLAMA["num_hidden_layers"]
     assert max(errors.values()) < 2e-6, errors  # transformers' norms are in float32
 
 

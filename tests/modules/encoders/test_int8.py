@@ -6,16 +6,8 @@ from torch import nn
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.modules.encoders.int8 import Int8Linear, quantized_copy
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-from tests.helpers.fixtures import enlarge
+from tests.helpers.fixtures import LLAMA, enlarge
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 32,
-}
 TOKENS, TEXTS = torch.arange(20) % 32, torch.tensor([0, 5, 12, 20])
 
 
@@ -36,7 +28,7 @@ def test_a_product_is_that_of_rounded_weights_and_inputs() -> None:
 
 def test_a_copy_embeds_nearly_the_same_and_leaves_the_model_as_it_was() -> None:
     torch.manual_seed(0)
-    model = ItemLLM(build_backbone(None, SHAPE)).eval().requires_grad_(False)
+    model = ItemLLM(build_backbone(None, LLAMA)).eval().requires_grad_(False)
     enlarge(model)
     expected, names = model(TOKENS, TEXTS), list(model.state_dict())
     copy = quantized_copy(model)

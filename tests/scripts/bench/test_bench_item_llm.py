@@ -8,21 +8,12 @@ from tests.helpers import fixtures
 from tests.helpers.scripts import bench_module
 
 bench = bench_module("bench_item_llm")
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-}
 
 
 def test_the_products_are_those_of_the_model() -> None:
     """As many operations as torch counts in the linear maps, and the attention's over padded buckets."""
-    side = bench.Side(fixtures.token_store(), torch.arange(40), TINY, share=True)
-    products = bench.products(side, TINY)
+    side = bench.Side(fixtures.token_store(), torch.arange(40), fixtures.LLAMA, share=True)
+    products = bench.products(side, fixtures.LLAMA)
     with FlopCounterMode(display=False) as ours:
         products()
     with FlopCounterMode(display=False) as theirs:
@@ -30,7 +21,10 @@ def test_the_products_are_those_of_the_model() -> None:
     counted, expected = (counter.get_flop_counts()["Global"] for counter in (ours, theirs))
     assert counted[torch.ops.aten.mm] == expected[torch.ops.aten.mm]
     cells = sum(b.texts * b.longest * (b.seen + b.longest) for b in side.plan().buckets)
-    assert counted[torch.ops.aten.bmm] == 6 * 2 * cells * TINY["hidden_size"] * TINY["num_hidden_layers"]
+    assert (
+        counted[torch.ops.aten.bmm]
+        == 6 * 2 * cells * fixtures.LLAMA["hidden_size"] * fixtures.LLAMA["num_hidden_layers"]
+    )
 
 
 @pytest.mark.slow

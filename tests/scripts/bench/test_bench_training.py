@@ -1,4 +1,4 @@
-"""The benches of what a step waits for and of item sub-sampling, on tiny runs."""
+"""The benches of what a step waits for, of item sub-sampling and of precision, on tiny runs."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import pytest
 from hllm_torchrec.config.loading import save_config
 from tests.helpers.scripts import bench_module, tiny_result
 from tests.helpers.training_fixtures import config
+
+benchmarking = bench_module("benchmarking")
 
 
 @pytest.mark.slow
@@ -30,3 +32,14 @@ def test_bench_subsample_ends_with_its_json(tmp_path: Path, capsys: pytest.Captu
     bench_module("bench_subsample").main(arguments)
     result = tiny_result("subsample", out, capsys.readouterr().out)
     assert result["ratios"]["tokens"] > 1 and result["ratios"]["subsample"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(benchmarking.why_no_bf16() is not None, reason="the processor has no bfloat16")
+def test_bench_precision_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(config(tmp_path / "run"), tmp_path / "tiny.yaml")
+    out = tmp_path / "precision.json"
+    given = ["--tiny", "--out", str(out), "--", "--config", str(tmp_path / "tiny.yaml")]
+    bench_module("bench_precision").main(given)
+    result = tiny_result("precision", out, capsys.readouterr().out)
+    assert result["ratios"]["precision_step"] > 0 and result["tokens"]["fp32"] == result["tokens"]["bf16"] > 0
