@@ -231,8 +231,11 @@ def popularity(trained_on: Sequence[str], texts: Sequence[str]) -> Doubles:
 def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, Any]:
     """Evaluate a trained arm on the users of the part; the results are stored in a JSON file."""
     target = arguments.work / f"{run.name}-{arguments.split}.json"
+    asked = {name: getattr(arguments, name) for name in ("clusters", "medoids", "evaluated")}
     if target.is_file():
-        return dict(json.loads(target.read_text(encoding="utf-8")))
+        found = dict(json.loads(target.read_text(encoding="utf-8")))
+        if found.get("asked") == asked:  # a result without the conditions that are asked for now is none
+            return found
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
         with loaded.weights, loaded.experiment.evaluation_items():  # encoded once for all conditions
@@ -241,6 +244,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
         "arm": arm,
         "run": run.name,
         "split": arguments.split,
+        "asked": asked,
         "steps": loaded.step,
         "creatives": int(users.size),
         "users": int(np.unique(users).size),

@@ -5,7 +5,7 @@
 E1's texts name the genre of the film with the largest lift in the user's latest 20 likes. No language model is involved
 here: the users of the training part are clustered by k-means of the shares of genres in these 20 likes, and the genre
 is chosen by a linear layer (`creator_probe.py`). Printed are the nats of the part's texts if the layer gets nothing of
-the user, the user's own shares (right), or the mean shares of the user's cluster, for which another layer is fitted; and
+the user, the user's own shares (right), or the mean shares of the user's cluster (with a layer of its own); and
 
     kept(K) = (nothing - cluster) / (nothing - right)
 
