@@ -90,7 +90,7 @@ def decode(
     same = torch.arange(before.shape[0], device=device)
     if before.shape[1]:
         before, same = before.unique(dim=0, return_inverse=True)
-    prefix = PrefixPlan(*before.shape, device)
+    prefix = PrefixPlan(before.shape[0], before.shape[1], device)
     if before.shape[1]:
         run(llm, llm.embed(before), prefix)
     behind = llm.embed(after)[of]
