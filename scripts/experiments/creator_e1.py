@@ -60,7 +60,6 @@ ARMS: dict[str, list[str]] = {
     "D": [
         "--creative.data=history",
         "--creative.soft.dropout=1.0",
-        "--creative.prompt=Liked: {profile}. Film: {title} ({genres}){user}",
         "--creative.max_prompt_length=640",
     ],
     "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.profile.max_length=16"],
@@ -81,11 +80,8 @@ WRITERS: dict[str, list[str]] = {
 }
 """The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue; its steps
 cost a tenth."""
-FEATURES: dict[str, list[str]] = {
-    "genres": [],
-    "cast": ["--creative.prompt={title}. {plot} With {cast}{user}", "--creative.max_prompt_length=384"],
-}
-"""Item features that texts are about, with options of their runs. The table of texts has the feature's name."""
+FEATURES = {"genres": "{title} ({genres}){user}", "cast": "{title}. {plot} With {cast}{user}"}
+"""Item features that texts are about, with the prompts of their runs. The table of texts has the feature's name."""
 AT_ONCE = 96
 AMONG = ", among the film's values"
 """Suffix of the names of nats that are computed given that the text is one of the film's genres (or actors)."""
@@ -132,7 +128,9 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         f"{{name: together, epochs: {epochs}, item_embeddings: cached}}]"
     ]
     own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *writer_options(arguments)]
-    own += [f"--creative.data={feature}", *FEATURES[feature], *ARMS[arm]]
+    prompt = f"Liked: {{profile}}. Film: {FEATURES[feature]}" if arm == "D" else FEATURES[feature]
+    own += [f"--creative.data={feature}", f"--creative.prompt={prompt}", "--creative.max_prompt_length=384"]
+    own += ARMS[arm]
     own += arguments.options
     run_job("train", ["--config", str(config), *common, *own], work / f"{run.name}.log", work / f"{run.name}.done")
     (work / f"{run.name}.done").touch()
