@@ -4,7 +4,8 @@
 
 For every liked film with at least two genres and five earlier likes, the text is the genre of the film with the largest
 lift among the user's latest 20 likes (`hllm_torchrec.creative.template`), which cannot be predicted without the user.
-The test part has a fifth of the users. All arms use the same LLM, number of steps and seeds:
+With `--feature cast`, on films that have plots as texts and `cast` as an item feature, it is an actor instead, and the
+prompt has the plot. The test part has a fifth of the users. All arms use the same LLM, number of steps and seeds:
 
     A    item only: null, the learned tokens of unknown users, replaces every user
     B    a soft token from the user encoder, which is trained, too
@@ -14,9 +15,10 @@ The test part has a fifth of the users. All arms use the same LLM, number of ste
     E2   B on other texts: the title of the next film that the user liked; the prompt does not mention the film
 
 Reported for the users of the part: nats per text, and accuracy of the genre among the film's genres, given the right
-user, null, another user, and the center of the user's cluster (k-means of the training users' soft tokens); and both
-for a table of counts per film. Differences have 95% intervals by resampling users. Finished runs and results are reused
-by the next call. Use `--split valid` (the default) to choose settings.
+user, null, another user, and the center of the user's cluster (k-means of the training users' soft tokens; the mean,
+with `--medoids` also the nearest user); and both for a table of counts per film. Differences have 95% intervals by
+resampling users. Finished runs and results are reused by the next call. Use `--split valid` (the default) to choose
+settings.
 """
 
 import argparse
@@ -58,7 +60,6 @@ ARMS: dict[str, list[str]] = {
     "D": [
         "--creative.data=history",
         "--creative.soft.dropout=1.0",
-        "--creative.prompt=Liked: {profile}. Film: {title} ({genres}){user}",
         "--creative.max_prompt_length=640",
     ],
     "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.profile.max_length=16"],
@@ -79,17 +80,21 @@ WRITERS: dict[str, list[str]] = {
 }
 """The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue; its steps
 cost a tenth."""
-TABLE, FEATURE = "genres", "genres"
+FEATURES = {"genres": "{title} ({genres}){user}", "cast": "{title}. {plot} With {cast}{user}"}
+"""Item features that texts are about, with the prompts of their runs. The table of texts has the feature's name."""
 AT_ONCE = 96
-AMONG = ", among the film's genres"
-"""Suffix of the names of nats that are computed given that the text is one of the film's genres."""
+AMONG = ", among the film's values"
+"""Suffix of the names of nats that are computed given that the text is one of the film's genres (or actors)."""
 
 
 def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
     """Train an arm, unless this has been done; returns its run."""
     work: Path = arguments.work
     models, base = arguments.models, work / "base"
+    dataset, feature = Dataset.open(arguments.dataset), arguments.feature
     common = [f"--data.dataset={arguments.dataset}", f"--item_llm.pretrained={models}"]
+    if not dataset.manifest["user_features"]:
+        common.append("--data.user_features=[]")
     config = ROOT / "configs" / "ml100k" / "late.yaml"
     run_job(
         "train",
@@ -98,17 +103,17 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         work / "base.done",
     )
     (work / "base.done").touch()
-    table = arguments.dataset / "creatives" / TABLE
-    build = ["build", "--dataset", str(arguments.dataset), "--name", TABLE, "--template", "{value}"]
-    run_job("creatives", build, work / "build.log", table)
-    dataset = Dataset.open(arguments.dataset)
+    table = arguments.dataset / "creatives" / feature
+    build = ["build", "--dataset", str(arguments.dataset), "--name", feature, "--feature", feature]
+    run_job("creatives", [*build, "--template", "{value}"], work / "build.log", table)
     if arm == "D":
-        add_history(dataset, TABLE, "history")
+        add_history(dataset, feature, "history", ("title", feature))
     elif arm == "R":
-        add_interests(dataset, TABLE, "interests")
+        add_interests(dataset, feature, "interests", feature)
     elif arm == "E2":
         write_next(dataset, "next")
-    run = work / f"{arguments.writer}-{arm}-{arguments.steps}-{seed}"
+    of = "" if feature == "genres" else f"-{feature}"
+    run = work / f"{arguments.writer}{of}-{arm}-{arguments.steps}-{seed}"
     config = ROOT / "configs" / "creator" / "ml100k.yaml"
     own = [
         f"--output={run}",
@@ -122,7 +127,10 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         f"--stages=[{{name: writer, epochs: {arguments.alone}, item_embeddings: cached, trains: creative}}, "
         f"{{name: together, epochs: {epochs}, item_embeddings: cached}}]"
     ]
-    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *writer_options(arguments), *ARMS[arm]]
+    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *writer_options(arguments)]
+    prompt = f"Liked: {{profile}}. Film: {FEATURES[feature]}" if arm == "D" else FEATURES[feature]
+    own += [f"--creative.data={feature}", f"--creative.prompt={prompt}", "--creative.max_prompt_length=384"]
+    own += ARMS[arm]
     own += arguments.options
     run_job("train", ["--config", str(config), *common, *own], work / f"{run.name}.log", work / f"{run.name}.done")
     (work / f"{run.name}.done").touch()
@@ -145,10 +153,10 @@ class Choices:
     owner: [C] position in `rows` of each candidate's creative; is_right: [C] whether it is the creative's own text.
     """
 
-    def __init__(self, experiment: Experiment, part: CreativeRows, rows: Ints) -> None:
+    def __init__(self, experiment: Experiment, part: CreativeRows, rows: Ints, feature: str = "genres") -> None:
         dataset = experiment.dataset
-        values, offsets = dataset.feature_ids("item", FEATURE)
-        names = ["", *dataset.feature_values(FEATURE).to_pylist()]
+        values, offsets = dataset.feature_ids("item", feature)
+        names = ["", *dataset.feature_values(feature).to_pylist()]
         items, right = part.item_ids[rows], part.rows["response"].take(rows).to_pylist()
         self.items = items
         texts = [[names[v] for v in values[offsets[item] : offsets[item + 1]]] for item in items]
@@ -221,8 +229,11 @@ def popularity(trained_on: Sequence[str], texts: Sequence[str]) -> Doubles:
 def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, Any]:
     """Evaluate a trained arm on the users of the part; the results are stored in a JSON file."""
     target = arguments.work / f"{run.name}-{arguments.split}.json"
+    asked = {name: getattr(arguments, name) for name in ("clusters", "medoids", "evaluated")}
     if target.is_file():
-        return dict(json.loads(target.read_text(encoding="utf-8")))
+        found = dict(json.loads(target.read_text(encoding="utf-8")))
+        if found.get("asked") == asked:  # a result without the conditions that are asked for now is none
+            return found
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
         with loaded.weights, loaded.experiment.evaluation_items():  # encoded once for all conditions
@@ -231,6 +242,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
         "arm": arm,
         "run": run.name,
         "split": arguments.split,
+        "asked": asked,
         "steps": loaded.step,
         "creatives": int(users.size),
         "users": int(np.unique(users).size),
@@ -262,7 +274,8 @@ def score(
         texts = known.loader.part.rows["response"].take(np.asarray(known.loader.tokens.rows)[chosen]).to_pylist()
         nats["popularity"] = popularity(experiment.creatives.table.part("train").rows["response"].to_pylist(), texts)
     else:
-        choices = Choices(experiment, known.loader.part, np.asarray(known.loader.tokens.rows)[chosen])
+        rows = np.asarray(known.loader.tokens.rows)[chosen]
+        choices = Choices(experiment, known.loader.part, rows, arguments.feature)
         nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}
         nats = {name: values[choices.is_right] for name, values in nll.items()}
         hits = {name: choices.accuracy(values) for name, values in nll.items()}
@@ -271,9 +284,11 @@ def score(
     if arguments.clusters and arm not in WITHOUT_USER:
         trained_on = creative_vectors(experiment, "train").vectors
         assert experiment.hllm.creative_head is not None
+        soft_prompt = experiment.hllm.creative_head.soft_prompt
         for number in arguments.clusters:
-            given = centers(trained_on, vectors, number, experiment.hllm.creative_head.soft_prompt)
-            nats[f"cluster {number}"] = nll_of_texts(experiment, known, chosen, given, ~nobody)
+            for kind in ("cluster", "medoid")[: 1 + arguments.medoids]:
+                given = centers(trained_on, vectors, number, soft_prompt, kind == "medoid")
+                nats[f"{kind} {number}"] = nll_of_texts(experiment, known, chosen, given, ~nobody)
     return nats, hits, users
 
 
@@ -293,8 +308,12 @@ def _texts_of(known: CreativeVectors, chosen: Ints, index: Ints) -> PackedTexts:
     return known.loader.tokens.gather(chosen[index])
 
 
-def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens: SoftPrompt) -> torch.Tensor:
+def centers(
+    trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens: SoftPrompt, is_medoid: bool = False
+) -> torch.Tensor:
     """Return the cluster centers [n, D] of `vectors` [n, D], by k-means of the soft tokens of `trained_on` [N, D].
+
+    is_medoid: a center is the vector whose tokens are the nearest to the fitted center, not the mean.
 
     Soft tokens are clustered, as published, because distances between user vectors are dominated by directions that the
     Creative LLM does not use.
@@ -304,11 +323,16 @@ def centers(trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens
         with torch.no_grad():
             return tokens(users, torch.zeros(len(users), dtype=torch.bool)).flatten(1).float().numpy()
 
-    fitted = KMeans(number, n_init=1, random_state=0).fit(read(trained_on))
+    read_on = read(trained_on)
+    fitted = KMeans(number, n_init=1, random_state=0).fit(read_on)
+    of_vectors = torch.from_numpy(fitted.predict(read(vectors)).astype(np.int64))
+    if is_medoid:
+        nearest = torch.cdist(torch.from_numpy(fitted.cluster_centers_), torch.from_numpy(read_on)).argmin(1)
+        return trained_on[nearest[of_vectors]]
     of_user = torch.from_numpy(fitted.labels_.astype(np.int64))
     means = torch.zeros(number, trained_on.shape[1]).index_add(0, of_user, trained_on)
     means = means / torch.bincount(of_user, minlength=number)[:, None]
-    return means[torch.from_numpy(fitted.predict(read(vectors)).astype(np.int64))]
+    return means[of_vectors]
 
 
 def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]:
@@ -328,7 +352,7 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
 
 def kept(nats: dict[str, Doubles]) -> dict[str, float]:
     """Return the share of null - right that remains with the centers of clusters."""
-    clusters = {name: values for name, values in nats.items() if name.startswith("cluster")}
+    clusters = {name: values for name, values in nats.items() if name.startswith(("cluster", "medoid"))}
     return {
         name: float((nats["null"] - values).mean() / (nats["null"] - nats["right"]).mean())
         for name, values in clusters.items()
@@ -342,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct")
     parser.add_argument("--writer", choices=WRITERS, default="smollm2", help="Creative LLM")
+    parser.add_argument("--feature", choices=FEATURES, default="genres", help="item feature that texts are about")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
@@ -351,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluated", type=int, default=1500, help="number of texts to score")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="part to evaluate on")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")
+    parser.add_argument("--medoids", action="store_true", help="also the nearest user in place of each center")
     parser.add_argument("options", nargs="*", help="options of `hllm train` for the arms, after --")
     arguments = parser.parse_args(argv)
     for name in ("work", "dataset", "models"):

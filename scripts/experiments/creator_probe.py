@@ -12,13 +12,12 @@ training. By the configuration the user vector includes the mean text embedding 
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from creator_e1 import TABLE
 from jobs import ROOT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -44,7 +43,7 @@ class Texts:
     """
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        part = CreativeTable.open(dataset, TABLE).part(split)
+        part = CreativeTable.open(dataset, "genres").part(split)
         values, offsets = dataset.feature_ids("item", "genres")
         names = ["", *dataset.feature_values("genres").to_pylist()]
         has = np.zeros((offsets.size - 1, len(names)), np.float32)
@@ -66,19 +65,24 @@ class Texts:
         return [float(cross_entropy(masked, self.right)), float((masked.argmax(1) == self.right).float().mean())]
 
 
-def fit(given: dict[str, Tensor], texts: dict[str, Texts], steps: int = 600) -> list[float]:
-    """Fit a linear layer to fixed vectors {split: [N, F]}; returns [nats, accuracy] of the validation texts."""
+def linear_choice(given: Tensor, texts: Texts, steps: int = 600) -> Callable[[Tensor], Tensor]:
+    """Fit a linear layer to fixed vectors [N, F]; returns a function of vectors [n, F] that computes logits [n, G]."""
     torch.manual_seed(0)
-    mean, deviation = given["train"].mean(0), given["train"].std(0) + 1e-6
-    layer = nn.Linear(mean.numel(), texts["train"].may.shape[1])
+    mean, deviation = given.mean(0), given.std(0) + 1e-6
+    layer = nn.Linear(mean.numel(), texts.may.shape[1])
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05, weight_decay=1e-4)
     for _ in range(steps):
-        logits = layer((given["train"] - mean) / deviation).masked_fill(~texts["train"].may, MASKED)
-        cross_entropy(logits, texts["train"].right).backward()
+        logits = layer((given - mean) / deviation).masked_fill(~texts.may, MASKED)
+        cross_entropy(logits, texts.right).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        return texts["valid"].scores(layer((given["valid"] - mean) / deviation))
+    layer.requires_grad_(False)
+    return lambda vectors: layer((vectors - mean) / deviation)
+
+
+def fit(given: dict[str, Tensor], texts: dict[str, Texts]) -> list[float]:
+    """Fit a linear layer to fixed vectors {split: [N, F]}; returns [nats, accuracy] of the validation texts."""
+    return texts["valid"].scores(linear_choice(given["train"], texts["train"])(given["valid"]))
 
 
 def train_on(trainer: Trainer, texts: dict[str, Texts], steps: int) -> list[float]:

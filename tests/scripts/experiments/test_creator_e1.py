@@ -60,6 +60,8 @@ def test_clusters_keep_what_their_centers_keep_and_one_cluster_is_the_mean() -> 
     two = creator_e1.centers(vectors, vectors[[3, 0]], 2, tokens)
     torch.testing.assert_close(two, torch.tensor([[10.5, 0.0], [0.5, 0.0]]))
     torch.testing.assert_close(creator_e1.centers(vectors, vectors[:1], 1, tokens), vectors.mean(0)[None])
+    medoids = creator_e1.centers(vectors, vectors[[3, 0]], 2, tokens, is_medoid=True)
+    assert all(any(torch.equal(one, vector) for vector in vectors) for one in medoids) and medoids[0, 0] >= 10
     nats = {"null": np.array([2.0, 4.0]), "right": np.array([1.0, 1.0]), "cluster 2": np.array([1.0, 2.0])}
     assert creator_e1.kept(nats) == {"cluster 2": pytest.approx(0.75)}
 
