@@ -185,7 +185,8 @@ def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) 
     if missing.size:
         wrong = raw[int(missing[0])].as_py()
         hint = "" if wrong is None else did_you_mean(wrong, [text for text in known.to_pylist() if text])
-        raise ValueError(f"{where}, row {missing[0]}: raw_{kind}_id {abbreviate(wrong)}: not in {dataset.root}{hint}")
+        what = f"{where}, row {missing[0]}: raw_{kind}_id {abbreviate(wrong)}"
+        raise ValueError(f"{what}: not in {dataset.root}{hint}; correct the id, or remove the row")
     return found.to_numpy(zero_copy_only=False).astype(np.int64) + 1
 
 
