@@ -20,6 +20,8 @@ SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Schema versions that can be read; version 1 has no hash of the marker itself."""
 MARKER = "COMPLETE"
+_LONGEST_DAMAGE = 400
+"""Characters of a description of damage."""
 
 
 class DiskFull(OSError):
@@ -139,12 +141,14 @@ def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) 
     marker: dict[str, Any] = {}
     try:
         marker = read_marker(path)
-        return marker, _damage_of(path, marker, check_hashes, share)
+        damage = _damage_of(path, marker, check_hashes, share)
     # A damaged marker may have any content, so that its use may raise any of these errors.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if is_machine_error(error):
             raise
-        return marker, f"has no readable {MARKER} file ({type(error).__name__}: {error})"
+        damage = f"has no readable {MARKER} file ({type(error).__name__}: {error})"
+    # It may quote values of a damaged marker, which may be of any length.
+    return marker, damage if damage is None or len(damage) <= _LONGEST_DAMAGE else f"{damage[:_LONGEST_DAMAGE]}..."
 
 
 def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tuple[int, int]) -> str | None:
@@ -156,6 +160,8 @@ def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tu
     part, parts = share
     for number, (name, (size, digest)) in enumerate(marker["files"].items()):
         file = path / name
+        if not isinstance(size, int):
+            return f"is damaged: {MARKER} gives no size of {name}"
         # The marker may come from an untrusted source: names must not point outside of the directory.
         if Path(name).name != name or file.is_symlink():
             return f"is damaged: {repr(name)[:100]} leads out of it"

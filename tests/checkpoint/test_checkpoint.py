@@ -244,6 +244,17 @@ def test_loading_a_truncated_checkpoint_raises(tmp_path: Path) -> None:
         load_numbers(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("schema_version", ["x"] * 9000), ("files", {"extra.json": [["x"] * 9000, ""]})]
+)
+def test_the_message_of_a_damaged_marker_is_short(tmp_path: Path, key: str, value: Any) -> None:
+    marker = save_numbers(tmp_path, 1) / files.MARKER
+    changed = files.with_checksum(json.loads(marker.read_text()) | {key: value})
+    marker.write_text(json.dumps(changed))
+    damage = files.find_damage(marker.parent, check_hashes=False)
+    assert damage is not None and len(damage) < 500
+
+
 # --- hostile or foreign files ----------------------------------------------------------------------------
 
 
