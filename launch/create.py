@@ -25,7 +25,9 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm create", description=__doc__)
     parser.add_run()
-    parser.add_argument("--clusters", type=Path, required=True, metavar="DIR", help="clusters of hllm cluster")
+    parser.add_argument(
+        "--clusters", type=Path, required=True, metavar="DIR", help="folder of clusters, written by `hllm cluster`"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the titles")
     parser.add_argument(
         "--items",
@@ -44,7 +46,13 @@ def build_parser() -> CommandParser:
     pairs.add_argument(
         "--top", type=natural, default=0, metavar="N", help="select the N best clusters of an item (default: 0, all)"
     )
-    pairs.add_argument("--above", type=float, default=0.0, metavar="P", help="minimum match (default: 0)")
+    pairs.add_argument(
+        "--above",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="select only clusters with at least this probability (default: 0)",
+    )
     texts = parser.add_argument_group("texts")
     texts.add_argument(
         "--temperature", type=float, default=0.0, help="temperature of sampling; 0: greedy decoding (default)"
@@ -74,7 +82,11 @@ def build_parser() -> CommandParser:
         metavar="SHARE",
         help="minimum share of a title's names, numbers and content words that the item's texts contain (default: 1)",
     )
-    texts.add_argument("--no-filters", action="store_true", help="accept every title that has an end and is not empty")
+    texts.add_argument(
+        "--no-filters",
+        action="store_true",
+        help="accept every non-empty title that ends with an end-of-sequence token",
+    )
     return parser
 
 
@@ -147,12 +159,16 @@ def _print(report: "CreateReport", output: Path) -> None:
         say(f"replaced: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
-    if report.fallbacks == report.titles:
+    if not report.titles:
+        say("caution: there are no titles")
+    elif report.fallbacks == report.titles:
         say("caution: no title passes the rules: every title is the item's own text")
+    elif report.equal_to_null is None:
+        say("caution: there are no generated titles for clusters: nothing is personal")
     elif report.equal_to_null == 1:
-        say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
+        say("caution: all generated titles for clusters equal the item's title for everybody: nothing is personal")
     else:
-        say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+        say(f"{report.equal_to_null:.1%} of the generated titles for clusters equal the item's title for everybody")
 
 
 def _dense(dataset: "Dataset", raw_ids: list[str], file: Path) -> "Ints":

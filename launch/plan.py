@@ -52,7 +52,9 @@ def build_parser() -> CommandParser:
         help="mean tokens per text (default: the dataset's, or item_llm.max_text_length)",
     )
     parser.add_argument(
-        "--history", type=positive_number, help="mean events per pass (default: the dataset's, or data.max_history)"
+        "--history",
+        type=positive_number,
+        help="mean events per piece of a user's sequence (default: the dataset's, or data.max_history)",
     )
     parser.add_argument(
         "--rows",
@@ -69,8 +71,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     """Estimate and print; return 0 if the model fits into memory, else 1.
 
     Raises:
-        ValueError: the configuration is invalid, the shape of a model is unknown, or the numbers of items and users
-            are unknown.
+        ValueError: the configuration is invalid, the shape of a model is unknown, or as `workload`.
     """
     from hllm_torchrec.common.warning_filters import quiet_libraries
     from hllm_torchrec.config.loading import load_config
@@ -95,7 +96,8 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     """Workload and rows of the tables, from the dataset or from the options.
 
     Raises:
-        ValueError: neither has the numbers of items and users.
+        ValueError: neither has the numbers of items and users; or `--rows` is invalid, or given although the dataset
+            is prepared.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.models.assembly import batch_spec_of
@@ -107,7 +109,8 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     if (Path(config.data.dataset) / "manifest.json").is_file():
         if args.rows:
             raise ValueError(
-                f"--rows {args.rows[0]}: {config.data.dataset} is prepared and has the numbers of rows: remove it"
+                f"--rows {args.rows[0]}: not needed, because {config.data.dataset} is prepared and has the numbers of "
+                "rows: leave out --rows"
             )
         dataset = Dataset.open(config.data.dataset, config.data.version)
         tables = batch_spec_of(config, dataset).tables(dataset)
@@ -120,7 +123,10 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
         popularity = None if args.items else dataset.training_item_counts()[1:]
     else:
         if not (args.items and args.users):
-            raise ValueError(f"{config.data.dataset}: not prepared here: say how many with --items and --users")
+            raise ValueError(
+                f"{config.data.dataset}: not prepared here: give the numbers of items and users with --items and "
+                "--users"
+            )
         items, users, tables = args.items, args.users, guessed_tables(config) | rows_of(args.rows, config)
     if config.features.item_id and "item_id" in tables:
         tables["item_id"] = items + 1
@@ -128,11 +134,11 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
 
 
 def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, float]:
-    """Return, for the planned stage, (mean events per pass, events of an epoch's largest step / those of a mean step).
+    """Return, for the planned stage, (mean events per piece, events of an epoch's largest step / those of a mean step).
 
-    A step of all ranks has n passes; the standard deviation of their total events is sqrt(n) times that of one pass.
+    A step of all ranks has n pieces; the standard deviation of their total events is sqrt(n) times that of one piece.
     The largest of S such sums is about sqrt(2 ln S) standard deviations above the mean (Gaussian extremes), and at
-    most n times the longest pass.
+    most n times the longest piece.
     """
     import numpy as np
 
@@ -225,7 +231,7 @@ def as_text(config: "Config", work: "Workload", machine: "Machine", estimate: "E
     lines = [
         f"{config.output}: {machine.nodes} x {machine.ranks} ranks of {machine.memory / 1e9:.0f} GB; "
         f"{work.items:,} items of {work.item_tokens:.0f} tokens, {work.users:,} users",
-        f"a step of a rank: {counts['pieces']:.0f} users, {counts['positions']:,.0f} events, "
+        f"a step of a rank: {counts['pieces']:.0f} pieces of users' sequences, {counts['positions']:,.0f} events, "
         f"{counts['encoded_items']:,.0f} items encoded ({counts['item_tokens']:,.0f} tokens), "
         f"{counts['negatives']:,.0f} negatives",
         "",

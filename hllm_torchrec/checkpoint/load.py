@@ -133,7 +133,7 @@ def _raise_mismatches(
     # Groups that `state` leaves out (such as the optimizers) are skipped on purpose: their keys are not unexpected.
     unexpected = {key for key in reports[0]["saved"] if is_under(key, groups) and key not in wanted}
     grown = _grown(reports)
-    # Keys of state that another optimizer updates than in the checkpoint: see `starts_anew`.
+    # Keys of optimizer state and averages that may start from their initial values: see `starts_anew`.
     moved = {key for key in missing | unexpected if growth.starts_anew(key, grown)}
     kept = {key for key in missing if key in moved or is_under(key, allow_missing)}
     unexpected = {key for key in unexpected - moved if not is_under(key, allow_missing)}

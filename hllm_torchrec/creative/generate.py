@@ -53,7 +53,7 @@ class CreateReport:
     items: number of items with titles; too_long: number of items without titles, because their prompts are too long;
     titles: number of titles; generated: number of titles that the folder did not contain before; fallbacks: number of
     titles that were replaced by the item's source text; reasons: number of replaced titles by reason; equal_to_null:
-    share of the titles for clusters that equal the item's null title, without replaced titles.
+    share of the titles for clusters, without replaced ones, that equal the item's null title; None if there are none.
     """
 
     items: int
@@ -62,7 +62,7 @@ class CreateReport:
     generated: int
     fallbacks: int
     reasons: dict[str, int]
-    equal_to_null: float
+    equal_to_null: float | None
 
 
 def create_titles(
@@ -230,5 +230,5 @@ class _Job:
             generated=self.generated,
             fallbacks=len(fallbacks),
             reasons=dict(Counter(fallbacks["reasons"].to_pylist()).most_common()),
-            equal_to_null=float(equal.mean()) if equal.size else 0.0,
+            equal_to_null=float(equal.mean()) if equal.size else None,
         )

@@ -3,6 +3,7 @@
 A user encoder would have to learn from gradients what these predictors compute in closed form. A linear layer on the
 evidence features is already a strong ranking model; the network's output is added to its logit.
 
+The value of an event is its action's number (such as a rating) if actions have different numbers, else its label.
 Groups of columns (`data.evidence` names them):
 
 - factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the user's
@@ -22,7 +23,7 @@ are fitted to the training part, so they would predict the training exposures to
 predicted by a fit without their user's fold (cross-fitting), all later exposures by the fit of all users.
 
 Legend: n events of one user, X exposures, C different numbers of visible events, N items, E width of text embeddings, P
-components of texts, J factors, F columns.
+components of texts, J factors, D descriptors of an item (see `tastes`), F columns, M pairs of columns.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -159,7 +160,7 @@ def column_names(names: tuple[str, ...]) -> list[str]:
 
 @cache
 def crossed_pairs(names: tuple[str, ...]) -> tuple[Ints, Ints]:
-    """Indices [C], [C] of the columns that are multiplied with each other, each pair once, squares included."""
+    """Indices [M], [M] of the columns that are multiplied with each other, each pair once, squares included."""
     crossed = [number for number, column in enumerate(column_names(names)) if column in CROSSED]
     pairs = list(combinations_with_replacement(crossed, 2)) if CROSSES in names else []
     first, second = np.array(pairs, np.int64).reshape(-1, 2).T
@@ -311,9 +312,10 @@ class Evidence:
         return raw_FX
 
     def _of_items(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
-        """[n, D + 4]: what the columns need of `items` [n] with the events before `seconds` [n].
+        """[n, D + 4]: what the columns need of `items` [n], from the events visible at `seconds` [n].
 
-        Descriptors (see `tastes`), the two columns of the group "items", bias, and mean plus bias.
+        Descriptors (see `tastes`), the two columns of the group "items", bias, and mean plus bias. Visible are the
+        events before `seconds - delay`.
         """
         number, total = self.statistics.before(items, seconds - self.delay)
         statistics = np.stack([(total - number * fit.mean) / (number + SHRINKAGE), np.log1p(number)], axis=1)
@@ -355,7 +357,7 @@ def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
 
 
 def evidence_problems(names: tuple[str, ...]) -> list[str]:
-    """Error messages for names in `data.evidence` that are not groups."""
+    """Error messages for unknown groups in `data.evidence`, and for "crosses" without another group."""
     groups = [*GROUPS, CROSSES]
     if names == (CROSSES,):
         return [f"data.evidence: {CROSSES!r} multiplies columns of other groups: name {', '.join(GROUPS)} as well"]

@@ -1,6 +1,7 @@
 """Users' sequences as flat arrays with the exposures that a baseline scores.
 
-Legend: R rows (users), T events of all rows, X exposures (events of the split's part with a label), N items.
+Legend: R rows (users), T events of all rows, X exposures (labelled events of a sequence's part that belongs to the
+split, from `target_start` on), N items.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ From a history of n events, with N = maximum number of events in a forward pass,
     all n events                           if n <= N^(alpha / 2), else with probability N^alpha / n^2
     a sorted subsample of N^(alpha / 2)    otherwise
 
-so that attention over the longest histories costs N^alpha instead of N^2 on average.
+so that attention over the longest histories costs O(N^alpha) instead of O(N^2) on average.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ from hllm_torchrec.evaluation.report_figures import (
 from hllm_torchrec.evaluation.row_slices import DAY_SLICE
 
 MAX_DRAWN = 40
-"""Maximum number of slices in the figure; the table has all slices."""
+"""Maximum number of slices in the figure; the table has all slices that are not empty, except the days."""
 
 CURVES = {
     "roc": ("ROC curve and AUC", "auc", "false_positive_rate", "true_positive_rate"),
@@ -55,7 +55,7 @@ def training_figures(losses: Sequence[Series], aucs: Sequence[Series]) -> dict[s
 
 
 def paired_figure(paired: Mapping[str, Any], reference: str) -> Svg | str:
-    """Figure of the AUC differences from the reference with both intervals."""
+    """Figure of the AUC differences from the reference, with two 95% intervals: DeLong's, and that over users."""
     groups = {
         name: [
             Estimate("DeLong", pair["difference"], pair["delong_low"], pair["delong_high"]),

@@ -36,7 +36,10 @@ def user_ranks(
     random, known = np.random.default_rng(seed), np.flatnonzero(vectors.known)
     users = np.unique(vectors.user_ids[known])
     if users.size < 2:
-        raise ValueError(f"retrieval of users needs two with earlier events, the part has {users.size}: name another")
+        raise ValueError(
+            f"retrieval of users needs at least two users with earlier events, and this part has {users.size}: name "
+            "another part"
+        )
     chosen = known[np.linspace(0, known.size - 1, min(most, known.size)).astype(np.int64)]
     candidates = np.stack([_candidates(vectors, known, one, users, others, random) for one in chosen])
     own = np.arange(chosen.size)[rank() :: world_size()]

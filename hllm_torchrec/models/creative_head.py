@@ -5,7 +5,8 @@
     L_recon = L_write with the user's profile as response, its own prompt (`profile.prompt`) and its own soft token
     L_align = symmetric InfoNCE of W' U_n and the Creative LLM's hidden state of a learned token after the profile
 
-U_n: user vector of creative n; w_n: its weight; z: logits of user-item pairs; W': a projection of its own.
+U_n: user vector of creative n; w_n: its weight; z: logits of user-item pairs; W': projection of user vectors
+for L_align, separate from the soft prompt's.
 
 Legend: Q queries, N creatives, K sampled items, U unique items, D user width, E item width, Y_n tokens of response n.
 """

@@ -1,7 +1,7 @@
 """Conversion of keys to sortable 64-bit numbers: int64 keys unchanged, strings by a hash.
 
-Lookups compare the strings of equal hashes. The hash of all strings of an array is computed at once, eight bytes at a
-time. It is part of the file format: tests compare it with golden values.
+Lookups compare the strings of equal hashes. The hashes of an array's strings are computed together, eight bytes per
+step. The hash function is part of the file format: tests compare it with golden values.
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
         numbers = [int(text or 0) for text in texts.to_pylist()]
         wrong = np.flatnonzero([not NO_KEY < number < 2**63 for number in numbers])
     raise ValueError(
-        f"keys int64: raw id {abbreviate(texts[int(wrong[0])].as_py())} is not a whole number of 64 bits: use keys "
-        "of type string"
+        f"keys int64: raw id {abbreviate(texts[int(wrong[0])].as_py())} is not an int64 in its usual decimal form "
+        "(7, not 007): use keys of type string"
     )
 
 

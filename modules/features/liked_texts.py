@@ -5,7 +5,7 @@
 gamma is the decay, e_j the text embedding of item j. a(action) is the share of positive labels among the training
 events with this action. The vectors of a user encoder that is trained to rank separate likes from dislikes, but contain
 little information about the topics of the likes: on MovieLens a linear model that predicts the genre which a user
-favors needs .82 nats with these vectors, and .42 nats with c (docs/experiments.md).
+favors has a cross-entropy of .82 nats with these vectors, and of .42 nats with c (docs/experiments.md).
 
 Legend: T history positions, Q queries, S slots, U unique items, E width of a text embedding, A actions.
 """
@@ -52,8 +52,8 @@ class LikedTexts(nn.Module):
         return sums[:, :-1] / sums[:, -1:].clamp(min=1e-6)
 
     def _weights(self, features: KeyedJaggedTensor, positions: int) -> Tensor:
-        """Return a(action) [T] of the history positions, which are the first slots; positions without one have action
-        0."""
+        """Return a(action) [T] of the history positions, which are the first slots; positions without an action have
+        action 0."""
         if self.key is None:
             return self.shares.expand(positions)
         bags = features[self.key]

@@ -63,7 +63,11 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBia
 def _no_compiler(device: torch.device) -> str | None:
     # torch.compile emits Triton kernels for CUDA, and C++ for the CPU.
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "torch.compile needs triton on CUDA, not installed"
+        return (
+            None
+            if importlib.util.find_spec("triton")
+            else "torch.compile needs triton on CUDA, and it is not installed"
+        )
     found = any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
     return None if found else "torch.compile needs a C++ compiler on the CPU, and none is on the PATH"
 
@@ -99,10 +103,9 @@ def choose_hstu_backend(name: str, device: torch.device) -> tuple[HSTUBackend, s
     """
     if name == "auto":
         problem = triton_backend.unavailable_reason(device) if device.type == "cuda" else "it needs CUDA"
-        chosen = "triton" if problem is None else "eager"
-        return HSTU_BACKENDS[chosen], f"{chosen}: " + (
-            "the first choice here" if problem is None else f"triton: {problem}"
-        )
+        if problem is None:
+            return HSTU_BACKENDS["triton"], "triton: the default on CUDA"
+        return HSTU_BACKENDS["eager"], f"eager, because triton cannot run here: {problem}"
     backend = HSTU_BACKENDS[known_backend(name)]
     missing = backend.unavailable_reason(device)
     if missing is not None:

@@ -1,4 +1,6 @@
-"""E1: whether a soft token of the user determines what a text stresses. Users of MovieLens-100k, texts made by a rule.
+"""Experiment E1: whether a soft token of the user determines what a text stresses.
+
+The users are those of MovieLens-100k, and the texts are made by a rule. The arm E2 writes real titles instead.
 
     python scripts/experiments/creator_e1.py --work runs/creator_e1 --arms A B --seeds 0 --steps 700
 
@@ -7,18 +9,19 @@ lift among the user's latest 20 likes (`hllm_torchrec.creative.template`), which
 With `--feature cast`, on films that have plots as texts and `cast` as an item feature, it is an actor instead, and the
 prompt has the plot. The test part has a fifth of the users. All arms use the same LLM, number of steps and seeds:
 
-    A    item only: null, the learned tokens of unknown users, replaces every user
+    A    item only: the learned tokens for unknown users (null) replace every user's soft token
     B    a soft token from the user encoder, which is trained, too
     C    B with a frozen user encoder
     D    the latest 20 likes with their genres as text in the prompt, without a user vector
     R    B with `creative.losses.recon` of a profile: the genres of the latest 20 likes with the largest lifts
     E2   B on other texts: the title of the next film that the user liked; the prompt does not mention the film
 
-Reported for the users of the part: nats per text, and accuracy of the genre among the film's genres, given the right
-user, null, another user, and the center of the user's cluster (k-means of the training users' soft tokens; the mean,
-with `--medoids` also the nearest user); and both for a table of counts per film. Differences have 95% intervals by
-resampling users. Finished runs and results are reused by the next call. Use `--split valid` (the default) to choose
-settings.
+Reported for the users of the part (`--split`): nats per text given the right user, null, another user, and, with
+`--clusters`, the mean user vector of the user's cluster (k-means of the training users' soft tokens; with `--medoids`
+also the user nearest to the center). Accuracy among the film's genres is reported for the first three (not for E2). The
+baseline without users has both: a table of counts per film. For E2 it has only nats: the titles' frequencies.
+Differences have 95% intervals by resampling users. Finished runs and results are reused by the next call. Use `--split
+valid` (the default) to choose settings.
 """
 
 import argparse
@@ -232,7 +235,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
     asked = {name: getattr(arguments, name) for name in ("clusters", "medoids", "evaluated")}
     if target.is_file():
         found = dict(json.loads(target.read_text(encoding="utf-8")))
-        if found.get("asked") == asked:  # a result without the conditions that are asked for now is none
+        if found.get("asked") == asked:  # results computed with other settings are not reused
             return found
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
@@ -351,7 +354,10 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
 
 
 def kept(nats: dict[str, Doubles]) -> dict[str, float]:
-    """Return the share of null - right that remains with the centers of clusters."""
+    """Return, for each clustering, (null - cluster) / (null - right).
+
+    That is the share of the right user's gain in nats that the cluster's center keeps.
+    """
     clusters = {name: values for name, values in nats.items() if name.startswith(("cluster", "medoid"))}
     return {
         name: float((nats["null"] - values).mean() / (nats["null"] - nats["right"]).mean())

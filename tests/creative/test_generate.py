@@ -20,6 +20,7 @@ from hllm_torchrec.creative.titles import Creatives, written
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
 from hllm_torchrec.launch import cli
+from hllm_torchrec.launch import create as create_command
 from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.store.store import EmbeddingStore
 from tests.helpers import creative_fixtures
@@ -283,3 +284,21 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         errors = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
         assert len(errors) == 1 and re.search(said, errors[0]), errors
     assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    ("titles", "fallbacks", "equal", "last"),
+    [
+        (0, 0, None, "caution: there are no titles"),
+        (30, 30, None, "caution: no title passes the rules: every title is the item's own text"),
+        (30, 20, None, "caution: there are no generated titles for clusters: nothing is personal"),
+        (30, 3, 1.0, "caution: all generated titles for clusters equal the item's title for everybody: nothing is "),
+        (30, 3, 0.25, "25.0% of the generated titles for clusters equal the item's title for everybody"),
+    ],
+)
+def test_the_last_line_says_how_personal_the_generated_titles_are(
+    titles: int, fallbacks: int, equal: float | None, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = generate.CreateReport(10, 0, titles, titles, fallbacks, {}, equal)
+    create_command._print(report, Path("titles"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)

@@ -1,4 +1,4 @@
-"""Tables of users through `prepare`: what is read, what is refused, and what is said."""
+"""Tables of users through `prepare`: what is read, what is refused, and what is reported."""
 
 import gzip
 import json

@@ -60,9 +60,7 @@ def test_in_bfloat16_on_a_cpu_layers_run_fused_and_give_the_same_vectors(tmp_pat
 
 def test_keys_are_numbers_where_the_raw_ids_are(tmp_path: Path) -> None:
     experiment = build(tmp_path)
-    with pytest.raises(
-        ValueError, match="keys int64: raw id 's0' is not a whole number of 64 bits: use keys of type str"
-    ):
+    with pytest.raises(ValueError, match="keys int64: raw id 's0' is not an int64 .*: use keys of type str"):
         embed_items(experiment, tmp_path / "s", "fp32", "int64")
     assert not (tmp_path / "s").exists()
     numbers = [7 * 10**17 + 13 * i if i % 2 else -i for i in range(len(RAW_IDS))]

@@ -129,7 +129,7 @@ def test_advice_names_what_is_large() -> None:
 def test_what_cannot_be_known_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     paper = str(ROOT / "configs/paper/pixel1m_hllm_1b.yaml")
     assert command.main(["--config", paper]) == 2
-    assert "not prepared here: say how many with --items and --users" in capsys.readouterr().err
+    assert "not prepared here: give the numbers of items and users with --items and --users" in capsys.readouterr().err
     assert command.main(["--config", paper, "--items=9", "--users=9", "--user.pretrained", "models/mystery"]) == 2
     assert "user.pretrained: models/mystery: is not there, and 'mystery' is none of" in capsys.readouterr().err
 

@@ -46,7 +46,9 @@ def read_hllm_creator(paths: Sequence[Path]) -> Iterator[Sample]:
 def _sample(values: Mapping[str, Any], where: str) -> Sample:
     ids, titles = (_list(values[name], f"{where}, {name}") for name in ("item_id_list", "title_list"))
     if len(ids) != len(titles):
-        raise ValueError(f"{where}: item_id_list has {len(ids)} entries, title_list {len(titles)}: must be as many")
+        raise ValueError(
+            f"{where}: item_id_list has {len(ids)} entries, title_list {len(titles)}: they must have the same number"
+        )
     title, description = text_of(values["original_title"]), text_of(values.get("original_description"))
     return Sample(
         history=tuple(Item(one, text) for one, text in zip(ids, titles, strict=True)),

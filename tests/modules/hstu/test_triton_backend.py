@@ -44,7 +44,10 @@ def test_on_a_cpu_without_the_interpreter_it_is_an_error(monkeypatch: pytest.Mon
 
 def test_auto_is_eager_where_there_is_no_cuda_and_says_so() -> None:
     backend, words = choose_hstu_backend("auto", CPU)
-    assert backend is choose_hstu_backend("eager", CPU)[0] and words == "eager: triton: it needs CUDA"
+    assert (
+        backend is choose_hstu_backend("eager", CPU)[0]
+        and words == "eager, because triton cannot run here: it needs CUDA"
+    )
 
 
 def test_bucket_edges_are_where_the_buckets_change() -> None:
