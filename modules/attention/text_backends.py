@@ -111,7 +111,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype, sof
         if problem is None and softcap and not TEXT_BACKENDS[tried].has_softcap:
             problem = "cannot cap scores, as the model does"
         if problem is None:
-            default = "asked for" if name != "auto" else "the first choice here"
+            default = "asked for" if name != "auto" else f"the default on {torch.device(device).type}"
             return BackendChoice(TEXT_BACKENDS[tried], ", ".join(passed) or default)
         passed.append(f"{tried} {problem}")
     raise ArgumentError(f"attention: {', '.join(passed)}; choose auto, which takes what can run")

@@ -198,7 +198,7 @@ def test_on_a_cpu_buckets_are_chosen_and_the_reason_is_said() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_varlen_is_chosen_in_bf16_and_buckets_in_fp32() -> None:
-    assert str(choose_text_backend("auto", CUDA, torch.bfloat16)) == "varlen: the first choice here"
+    assert str(choose_text_backend("auto", CUDA, torch.bfloat16)) == "varlen: the default on cuda"
     choice = choose_text_backend("auto", CUDA, torch.float32)
     assert choice.backend is TEXT_BACKENDS["buckets"] and "varlen runs in bfloat16 or float16 (this is float32" in str(
         choice
