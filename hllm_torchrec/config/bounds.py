@@ -5,6 +5,9 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hllm_torchrec.common.yaml_files import abbreviate
+
+MAX_INTEGER = 2**63 - 1
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -17,8 +20,10 @@ def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> I
 
 
 def bound_problems(name: str, value: float, bound: str) -> Iterator[str]:
-    """Yield a problem if a number is outside its range or not finite."""
-    if not math.isfinite(value):
+    """Yield a problem if a number is outside its range, not finite, or a whole number of more than 64 bits."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        yield f"{name}: {abbreviate(value)}: must be at most {MAX_INTEGER} in magnitude"
+    elif not math.isfinite(value):
         yield f"{name}: {value}: must be a finite number"
     elif not all(_holds(value, part) for part in bound.split(", ")):
         yield f"{name}: {value}: must be {bound.replace(', ', ' and ')}"

@@ -129,3 +129,10 @@ def test_a_number_that_is_not_finite_is_refused() -> None:
         load_config(["--optim.table_options", "{eps: .inf}"])
     with pytest.raises(ConfigError, match=r"optim\.weight_decay: inf: must be a finite number"):
         load_config(["--optim.weight_decay", ".inf"])
+
+
+def test_whole_numbers_have_at_most_64_bits(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"seed: {'1' * 400}\nmax_steps: {2**63}\n")
+    with pytest.raises(ConfigError, match=r"max_steps: \d+: must be at most 9223372036854775807") as found:
+        load_config(["--config", str(tmp_path / "c.yaml")])
+    assert "seed: 1111" in str(found.value) and "1" * 300 not in str(found.value)
