@@ -122,7 +122,7 @@ def test_mistakes_of_an_import_are_named(tmp_path: Path, capsys: pytest.CaptureF
     shutil.copy(asked, tmp_path / "bare.json")
     change(tmp_path / "bare.json", lambda content: content[2].pop("profile"))
     cases: list[tuple[str, list[object], str]] = [
-        ("hllm_creator", ["--files", files["uneven"]], "row 1: item_id_list has 4 entries, title_list 1: must be as"),
+        ("hllm_creator", ["--files", files["uneven"]], "row 1: item_id_list has 4 entries, title_list 1: they must"),
         ("hllm_creator", ["--files", files["less"]], "no column item_id_list, original_title; it has response"),
         ("hllm_creator", ["--files", files["text"]], "row 0, title_list: must be a list of ids or titles"),
         ("hllm_creator", ["--files", files["empty"]], "no sample has a history and a text"),

@@ -79,6 +79,19 @@ def test_prompts_of_several_lengths_are_decoded_as_each_alone(before: int) -> No
         torch.testing.assert_close(alone.log_prob[0], found.log_prob[n], rtol=1e-4, atol=1e-4)
 
 
+def test_no_response_depends_on_uninitialized_memory() -> None:
+    own, (first, _, soft) = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(5)
+    after, of = torch.randint(32, (6, 7), generator=torch.Generator().manual_seed(6)), torch.arange(6)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        assert torch.empty(1).isnan()
+        lengths = torch.tensor([4, 1, 7, 3, 7, 2])
+        found = decode(own, first.expand(6, -1), after, soft, DecodeOptions(-5, 6), item_of=of, after_lengths=lengths)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.log_prob.isfinite().all()
+
+
 def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest() -> None:
     own, given = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(4)
 
