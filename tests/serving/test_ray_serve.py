@@ -102,8 +102,8 @@ def test_a_killed_replica_loses_no_acknowledged_event_and_the_other_shard_answer
     loader.join()
     assert handle.process.remote().result() != killed
 
-    assert any(failed[user] for user in users if shard_of(user, 2) == 0)
-    assert set().union(*failed.values()) == {503}
+    # Requests during the restart are queued: only those in flight at the kill, or past their deadline, are refused.
+    assert set().union(*failed.values()) <= {503}
     assert not any(failed[user] for user in users if shard_of(user, 2) == 1)
     for user in users:
         lost = failed[user].count(503)  # of these the shard may have kept some without saying so
