@@ -98,8 +98,8 @@ def _off_calibration(name: str, model: Mapping[str, Any], weighted: bool) -> lis
         return []
     return [
         f"{name}: calibration {ratio:.3f} is outside its interval around 1 [{1 - half:.3f}, {1 + half:.3f}]: "
-        "run `hllm calibrate` to correct the probabilities; data.negative_rate and sampling_rate do so for thinned-out "
-        "negatives."
+        "`hllm calibrate` corrects the probabilities of a run; data.negative_rate and sampling_rate do so for "
+        "thinned-out negatives."
     ]
 
 

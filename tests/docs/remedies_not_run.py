@@ -156,7 +156,7 @@ NOT_RUN: dict[str, str] = {
     "creative.max_prompt_length: □": "the setting's value is to be corrected, as the message says",
     "creative.tokenizer": "another tokenizer",
     "run `hllm calibrate` again": "takes a calibrated run",
-    "run `hllm calibrate` to correct the probabilities": "a warning",
+    "`hllm calibrate` corrects the probabilities of a run": "a warning",
     "--max-task-drop: □ has no task": "the task is to be corrected",
     "--max-task-drop □: must be TASK=DROP": "the option's value is to be corrected",
     "add them by objective.tasks and data.context": "a hint",
