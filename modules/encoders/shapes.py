@@ -70,7 +70,8 @@ class HSTUShape:
     stochastic_depth: float = 0.0
     """Probability p, in training, that a user skips the last layer; layer l of L is skipped with p l / L."""
     backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
-    """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on CUDA, else eager."""
+    """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on a GPU that can run it,
+    else eager."""
     bounds_history: ClassVar[bool] = False
     """True if max_positions limits the length of histories. False for HSTU: larger distances share the last row."""
 
