@@ -126,7 +126,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("--output □: holds something else than clusters; name a new folder",
      "cluster --users {users} --clusters 2 --output {root}/full",
      "cluster --users {users} --clusters 2 --output {new}"),
-    ("--clusters: □ has none yet: give their number", "cluster --users {users} --output {new}",
+    ("--clusters: □ holds no clusters yet: give their number", "cluster --users {users} --output {new}",
      "cluster --users {users} --output {new} --clusters 2"),
     ("□: a store of □, not of users: see hllm embed --users",
      "cluster --users {root}/items --clusters 2 --output {new}",
