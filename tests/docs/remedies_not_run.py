@@ -160,7 +160,7 @@ NOT_RUN: dict[str, str] = {
     "--max-task-drop: □ has no task": "the task is to be corrected",
     "--max-task-drop □: must be TASK=DROP": "the option's value is to be corrected",
     "add them by objective.tasks and data.context": "a hint",
-    "look at it, or raise --max-change": "a service",
+    "inspect the model, or raise --max-change": "a service",
     "user vectors have collapsed": "a learning rate is to be tried",
     "the run has no probabilities to calibrate": "says why there is nothing to calibrate",
     "--fractions □: three shares": "the option's value is to be corrected",
