@@ -137,7 +137,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.scorer_loading import in_one_process
 
     if not run_config(args.run).creative.enabled:
-        raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
+        raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one on texts")
     clusters = [Clusters.open(path) for path in args.clusters]
     titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:

@@ -49,7 +49,7 @@ ELSEWHERE: dict[str, str] = {
     "--match none scores no pairs: --top and --above need": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--output □: holds something else than titles": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--source □: no text column of □; it has □": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
-    "--temperature and --guidance are 0 to 100, --top-p above 0": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
+    "--temperature and --guidance must be from 0 to below 100, --top-p above 0": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--clusters □: another folder has □ clusters as well": "tests/creative/test_evaluation.py",
     "□.quantization: int8: the least cosine with float32 is □": "tests/models/test_item_encoder.py::test_a_quantized_item_llm_says_how_much_it_differs_and_follows_its_weights",
     "item_llm.items_at_once: □ keeps": "tests/planning/test_estimate.py",

@@ -90,7 +90,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("nothing to evaluate: name a run (--run-dir) or predictions (--compare, --predictions)",
      "evaluate --output {new}", EVALUATE),
     ("--predictions □: must be NAME=PATH", "evaluate --predictions {root}/rows.parquet", EVALUATE),
-    ("two models are named □; give one a name with --predictions NAME=PATH", f"{EVALUATE} a={{root}}/rows.parquet",
+    ("two models are named □; rename one of them by --predictions NAME=PATH", f"{EVALUATE} a={{root}}/rows.parquet",
      f"{EVALUATE} b={{root}}/rows.parquet"),
     ("--spill □: no such directory; create it, or leave the option out", f"{EVALUATE} --spill {{new}}/x", EVALUATE),
     ("--train □ is not a file or a directory", f"{EVALUATE} --train {{new}}/x", EVALUATE),
@@ -173,7 +173,7 @@ COMMANDS: list[tuple[str, str, str]] = [
      "prepare --source table --path {shop}/mapping.yaml --output {new} --split leave_one_out"),
     ("□ has no predictions: no part-*.parquet in □ or in itself; `hllm baselines` and `hllm evaluate --run-dir",
      "evaluate --compare {root}/full", "baselines --dataset {root}/data --output {new} --only item_mean"),
-    ("--run-dir □: another model has the name □; give it one with --predictions NAME=DIR",
+    ("--run-dir □: another model has the name □; rename that model by --predictions NAME=DIR",
      "evaluate --run-dir {run} --checkpoint latest --draws 0 --no-tensorboard --split valid --compare {twin}/run",
      "evaluate --run-dir {run} --checkpoint latest --draws 0 --no-tensorboard --split valid "
      "--predictions twin={twin}/run --output {new}"),
