@@ -4,9 +4,9 @@
     engine.score([ScoreRequest("u7", ["s3", "s41"], time), ...])     # one micro-batch
     engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # visible to later requests (`RequestRules`)
 
-A state in the cache holds the events that were visible to the latest request of its user. A later request extends the
-state by the events that have become visible since. A request with an earlier time is computed without the cache, from
-the events that were visible at that time.
+A state in the cache holds the events that were visible to the request of its user with the latest time. A later request
+extends the state by the events that have become visible since. A request with an earlier time is computed without the
+cache, from the events that were visible at that time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
