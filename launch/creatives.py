@@ -142,7 +142,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
         # Each rank generates its share of the texts independently, for which it needs the complete weights.
-        config = in_one_process(run_config(args.run)) if args.write else None
+        config = in_one_process(run_config(args.run)) if args.write or args.lamp is not None else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
         # The catalogue is encoded once for all conditions.
