@@ -1,8 +1,8 @@
-"""`hllm baselines`: fits and scores the baselines on the exposures on which models are evaluated.
+"""`hllm baselines`: fits the baselines, and scores them on the exposures on which models are evaluated.
 
 It runs as a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
-The defaults in configs/baselines/*.yaml are overridden by --config and by options such as
---dlrm.lr 0.002; `--print_config` prints all settings and exits.
+The defaults in configs/baselines/*.yaml are overridden by --config and by options such as --dlrm.lr 0.002;
+`--print_config` prints all settings and exits.
 """
 
 import argparse

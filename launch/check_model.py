@@ -1,4 +1,4 @@
-"""`hllm check-model`: checks that a Hugging Face directory gives the embeddings of plain transformers.
+"""`hllm check-model`: compares this library's embeddings from a Hugging Face directory with plain transformers'.
 
     hllm check-model --model models/bge-small-en-v1.5
 

@@ -37,7 +37,7 @@ COMMANDS = {
     "recommend": "print a user's history and the items recommended by a run",
     "adopt": "record the ids that a run of an earlier version was trained with",
     "import-hllm": "convert the published HLLM weights to models of this library, or to a run",
-    "check-model": "check that a Hugging Face directory gives the embeddings of plain transformers",
+    "check-model": "compare this library's embeddings from a Hugging Face directory with plain transformers'",
     "export-tower": "write the user encoder and head of a late-fusion run as a torch.export program",
     "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",
 }

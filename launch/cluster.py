@@ -3,7 +3,7 @@
 hllm cluster --users stores/users --clusters 64 --output stores/clusters
 hllm cluster --users stores/users --output stores/clusters
 
-The second command assigns new and changed users to the existing clusters, whose titles stay valid. `--refit` fits new
+The second command assigns all users of the store to the existing clusters, whose titles stay valid. `--refit` fits new
 clusters; settings that are not given are those of the previous ones. Then run `hllm create` for their titles.
 """
 
@@ -40,7 +40,7 @@ def build_parser() -> CommandParser:
         metavar="N",
         help="dissolve clusters with fewer users, because titles for a small cluster may reveal a person (default: 10)",
     )
-    parser.add_argument("--seed", type=natural, help="of the sample and the fit (default: 0)")
+    parser.add_argument("--seed", type=natural, help="random seed of the sample and the fit (default: 0)")
     parser.add_argument("--refit", action="store_true", help="fit again; earlier titles are then invalid")
     return parser
 

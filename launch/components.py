@@ -8,11 +8,12 @@
     create        write the titles of items for clusters of users
     nightly       append a day, train on it, evaluate, embed and publish
     serve         answer requests for scores, in one process per replica
-    three_stages  train, embed, train from the store, embed: the paper's three stages as one job
+    three_stages  train, embed, train from the store, embed: the paper's stages I and II, and vectors for III
     job           any other job of hllm that runs as ranks
 
-Each component has its options and those of `_machine`. Every job can be restarted: `train` continues from its last
-checkpoint, `embed` and `create` compute what is missing in their stores.
+Each component has its options and those of `_machine` (for one process without j, restarts and rdzv_port). Every job
+can be restarted: `train` continues from its last checkpoint, `embed` and `create` compute what is missing in their
+stores.
 
 TorchX executes this file inside the module `torchx.specs.finder`, so it imports nothing from this project, and its
 names must differ from those of that module.
@@ -142,7 +143,7 @@ def train(*arguments: str, config: str, output: str = "", resume: bool = True, *
 
 @_component
 def job(*arguments: str, name: str, **machine: Any) -> specs.AppDef:
-    """Any other job of `hllm` that runs as ranks: exposures, downstream, baselines.
+    """Any other job of `hllm` that runs as ranks, such as exposures, downstream or baselines.
 
     Args:
         arguments: the job's own arguments, after `--`
@@ -166,7 +167,7 @@ def evaluate(
         arguments: further arguments of `hllm evaluate`, after `--`
         run_dir: run directory of `hllm train`
         predictions: NAME=PATH of prediction files, separated by commas
-        baseline: a metrics.json to compare with; the job fails if the AUC dropped
+        baseline: a metrics.json to compare with; the job fails if the AUC dropped by more than max_drop
         max_drop: largest allowed drop of AUC from the baseline
     """
     given = _option("--run-dir", run_dir)

@@ -134,7 +134,8 @@ def _options(args: argparse.Namespace) -> "CreateOptions":
         and 0 <= args.support <= 1
     ):
         raise ValueError(
-            "--temperature and --guidance are 0 to 100, --top-p above 0 and at most 1, --above and --support 0 to 1"
+            "--temperature and --guidance must be from 0 to below 100, --top-p above 0 and at most 1, --above and "
+            "--support from 0 to 1"
         )
     return CreateOptions(
         PairRule(args.match, args.top, args.above),

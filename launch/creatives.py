@@ -137,12 +137,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.scorer_loading import in_one_process
 
     if not run_config(args.run).creative.enabled:
-        raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
+        raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one on texts")
     clusters = [Clusters.open(path) for path in args.clusters]
     titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
         # Each rank generates its share of the texts independently, for which it needs the complete weights.
-        config = in_one_process(run_config(args.run)) if args.write else None
+        config = in_one_process(run_config(args.run)) if args.write or args.lamp is not None else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
         task = None if args.lamp is None else _lamp_task(experiment)

@@ -76,7 +76,9 @@ def add_build_options(build: CommandParser) -> None:
     filters.add_argument("--encoder", metavar="DIR", help="sentence encoder (hllm fetch minilm) of --least-cosine")
     filters.add_argument("--least-cosine", type=float, help="minimum cosine of a text and the facts (default: 0.5)")
     filters.add_argument(
-        "--alike", type=float, help="share of common words from which two texts of an item are equal (default: 0.9)"
+        "--alike",
+        type=float,
+        help="share of common words from which texts of an item are nearly equal (default: 0.9)",
     )
 
 
@@ -145,7 +147,7 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     for one in {writer, judge} - {None}:
         if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})
-            what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
+            what = f"titles of up to {selection.history} liked items of each of {users:,} users (no ids)"
             say(f"{what} and facts of items are sent to {host}", sys.stderr)
     folder = answers_folder(dataset.root, args.name)
     folder.mkdir(parents=True, exist_ok=True)

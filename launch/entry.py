@@ -22,11 +22,11 @@ INTERRUPTED = 130
 
 STATUSES = {
     0: "done",
-    1: "another rank failed or was lost; store: a damaged file, an id without a vector; forget: an id is left; "
-    "plan: it does not fit",
+    1: "another rank failed or was lost; store: a damaged file, an id without a vector; forget: something is left; "
+    "plan: the model does not fit",
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
     3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
-    4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
+    4: "evaluate --baseline: the AUC dropped by more than --max-drop, but chance may explain it",
     PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues; creatives build: a limit is "
     "reached, the same command continues",
     INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",
@@ -88,7 +88,7 @@ class CommandParser(argparse.ArgumentParser):
         checkpoint: if False, `--checkpoint` and `--dataset` are not added, for a job that does not load the model.
         """
         run_help = (
-            "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
+            "run directory of hllm train; under torchrun write --run-dir, because torchrun has an option --run-path"
         )
         self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
         code_help = "import (and so execute) custom code (module:Name) that the run's configuration names"
@@ -179,7 +179,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     Returns:
         - the job's return value, 0 for None;
         - 2 after the message of an error that the user can fix;
-        - 1 after one line if another rank failed or was lost, whose messages state the cause;
+        - 1 after one line if another rank failed or was lost (that rank's messages state the cause);
         - PREEMPTED after one line of rank 0 if the job was asked to stop (SIGTERM) and has saved its state;
         - INTERRUPTED after one line of rank 0 for Ctrl-C.
     """

@@ -7,9 +7,10 @@
     hllm evaluate --run-dir runs/yesterday --dataset data/today --output runs/yesterday/on-today
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
 
-The job writes predictions/<split>/, metrics.json (metrics-valid.json for the validation part), report.html and
-TensorBoard scalars into the run directory; without a run, it writes metrics and report to --output. All other models
-are compared with the run or, without a run, with the first model. docs/evaluation.md defines the metrics.
+The job writes the run's predictions/<split>/ into the run directory. It writes metrics.json (metrics-valid.json for the
+validation part), report.html (test part only) and TensorBoard scalars into --output (default: the run directory; with
+neither a run nor --output it only prints the metrics). All other models are compared with the run or, without a run,
+with the first model. docs/evaluation.md defines the metrics.
 
 exit status: 0; 2 after a user error; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if the AUC dropped
 by more but chance may explain it.
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> "Verdict | None":
     others = _predictions_of(named, args.split) if args.run is not None else {}
     if own_name in named:
         raise ValueError(
-            f"--run-dir {args.run}: another model has the name {own_name!r}; give it one with --predictions NAME=DIR"
+            f"--run-dir {args.run}: another model has the name {own_name!r}; rename that model by "
+            "--predictions NAME=DIR"
         )
     if args.baseline and not Path(args.baseline).is_file() and args.baseline not in [own_name, *named]:
         raise ValueError(f"--baseline {args.baseline} is neither a file nor a compared model; name a metrics.json")
@@ -232,7 +234,7 @@ def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
     models: dict[str, Path] = {}
     for name, folder in pairs:
         if name in models:
-            raise ValueError(f"two models are named {name!r}; give one a name with --predictions NAME=PATH")
+            raise ValueError(f"two models are named {name!r}; rename one of them by --predictions NAME=PATH")
         models[name] = folder
     return models
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "prediction files",
         "Parquet or CSV with a label (0 or 1) and a score per row; all models need the same rows in the same order. "
-        f"Columns named {', '.join(STANDARD_COLUMNS.values())} are used automatically; NONE ignores one.",
+        f"Columns named {', '.join(STANDARD_COLUMNS.values())} are used automatically; NONE ignores a column.",
     )
     group.add_argument(
         "--score", nargs="+", default=[], metavar="[NAME=]COLUMN", help="column of scores (default: score)"

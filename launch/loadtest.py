@@ -64,7 +64,7 @@ def build_parser() -> CommandParser:
         metavar="MS",
         help="largest p99 in milliseconds at which a rate counts towards the capacity (default: 50)",
     )
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=natural, default=0, help="random seed of the requests (default: 0)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for loadtest.json and loadtest.png")
     return parser
 

@@ -4,7 +4,7 @@
     hllm nightly --config night.yaml --night 2023-11-22 --steps train evaluate
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.nightly --config night.yaml
 
-Steps, in order: append (write a new version of the dataset, of which the last new events by time are held out), train
+Steps, in order: append (write a new version of the dataset; the last of its new events by time are held out), train
 (start from the published run, train on the events since then), evaluate (both models on the same new exposures), gate
 (decide from the comparison), embed (write changed vectors into the stores), publish (move the alias FOLDER/current).
 Steps that are complete are not repeated, so a job that was killed is continued by the same command. `hllm rollback`

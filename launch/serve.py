@@ -31,7 +31,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
-    parser.add_argument("--port", type=natural, default=8400, help="port; 0: a free one, which is printed")
+    parser.add_argument(
+        "--port", type=natural, default=8400, help="port (default: 8400); 0: a free one, which is printed"
+    )
     parser.add_argument(
         "--token-file",
         type=Path,
@@ -108,14 +110,15 @@ def _add_reload(parser: CommandParser) -> None:
         "--watch",
         type=positive_number,
         metavar="S",
-        help="check every S seconds whether the checkpoint, its calibration or the dataset has changed, and reload",
+        help="check every S seconds whether the checkpoint, its calibration, the dataset or the titles have changed, "
+        "and reload what has",
     )
     group.add_argument(
         "--max-change",
         type=positive_number,
         default=0.5,
         metavar="P",
-        help="a reload that changes a probability of a recent request by more is refused (default: 0.5)",
+        help="refuse a reload that changes a probability of a recent request by more than P (default: 0.5)",
     )
 
 

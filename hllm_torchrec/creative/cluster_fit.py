@@ -41,8 +41,9 @@ _MINI_BATCH, _PASSES, _TRIALS = 4096, 20, 3
 class ClusterSettings:
     """Settings of a fit.
 
-    clusters: K; metric: distance, see `clusters`; center: vector that represents a cluster in prompts, the mean of its
-    users or the medoid; least: minimum number of users of a cluster; seed: random seed of the sample and of k-means.
+    clusters: K; metric: distance, see the docstring of `creative.clusters`; center: vector that represents a cluster in
+    prompts, the mean of its users or the medoid; least: minimum number of users of a cluster; seed: random seed of the
+    sample and of k-means.
     """
 
     clusters: int
@@ -96,7 +97,7 @@ class StoredUsers:
         """Return the vectors [n, D] of the users in the given rows [n]."""
         found: Floats = self._snapshot.gather(self._keys.take(pa.array(rows)))[0].numpy()
         if not np.isfinite(found).all():
-            raise ValueError(f"{self.path}: a vector is no number; embed the users into a new store")
+            raise ValueError(f"{self.path}: a vector contains NaN or infinity; embed the users into a new store")
         return found
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
@@ -116,8 +117,9 @@ def cluster_users(users: Path, output: Path, settings: ClusterSettings | None, r
         refit: fit new clusters even if `output` holds some. Titles of the previous clusters become invalid.
 
     Raises:
-        ValueError: the store has no users; `output` holds other files; or, without `refit`, the clusters in `output`
-            have other settings, or were fitted to vectors of another model.
+        ValueError: the store has no users; `output` holds other files; `output` holds no clusters and `settings` is
+            None; or, without `refit`, the clusters in `output` have other settings, or were fitted to vectors of
+            another model.
     """
     stored = StoredUsers(users)
     if output.exists() and not (output / FILE).is_file() and any(output.iterdir()):
@@ -125,24 +127,26 @@ def cluster_users(users: Path, output: Path, settings: ClusterSettings | None, r
     old = Clusters.open(output) if (output / FILE).is_file() else None
     if old is None or refit:
         if settings is None and old is None:
-            raise ValueError(f"--clusters: {output} has none yet: give their number")
+            raise ValueError(f"--clusters: {output} holds no clusters yet: give their number")
         return _fit(stored, output, settings or ClusterSettings(**old.facts["settings"]), old)  # type: ignore[union-attr]
     if settings is not None and asdict(settings) != old.facts["settings"]:
         raise ValueError(
-            f"{output}: was fitted with other settings ({_shown(old.facts['settings'])}): leave them out to assign "
-            "users to these clusters, or fit again (--refit), which makes their titles invalid"
+            f"{output}: its clusters were fitted with other settings ({_shown(old.facts['settings'])}): leave these "
+            "options out to assign users to the clusters, or fit again (--refit), which makes the titles invalid"
         )
     if hash_json(old.facts["source"]) != hash_json(stored.facts):
         raise ValueError(
             f"{output}: was fitted to the users of another model than those of {users}: embed the users with the "
-            "checkpoint of the clusters, or fit again (--refit), which makes their titles invalid"
+            "checkpoint of the clusters, or fit again (--refit), which makes the titles invalid"
         )
     return _assign(stored, output, old.centers, dict(old.facts), old)
 
 
 def settings_with(output: Path, given: dict[str, Any]) -> ClusterSettings | None:
-    """Return the settings of the clusters in `output`, changed as `given`; None: they do not change, or there are none
-    and their number is not given."""
+    """Return the settings of the clusters in `output`, changed as `given`.
+
+    None if `given` is empty, or if `output` holds no clusters and `given` does not contain their number.
+    """
     before = Clusters.open(output).facts["settings"] if given and (output / FILE).is_file() else {}
     settings = {**before, **given}
     return ClusterSettings(**settings) if "clusters" in settings else None
@@ -163,7 +167,10 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
     distinct = len(np.unique(x.astype(np.float32), axis=0))
     wanted, notes = min(settings.clusters, distinct), []
     if wanted < settings.clusters:
-        notes.append(f"{settings.clusters} clusters of {distinct} different vectors: {wanted}")
+        notes.append(
+            f"{settings.clusters} clusters were requested, but the sample has only {distinct} different vectors: "
+            f"{wanted} are fitted"
+        )
     fitted = _k_means(x, wanted, settings.seed)
     fitted, dissolved = _dissolved(stored, replace(empty, fitted=fitted), settings.least)
     if dissolved:
@@ -175,7 +182,7 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
     report = _assign(stored, output, centers, facts, None)
     report.notes += notes
     if old is not None and old.fingerprint != report.clusters.fingerprint:
-        report.notes.append("other centers than before: write their titles (hllm create)")
+        report.notes.append("the centers have changed: write titles for the new clusters (hllm create)")
     return report
 
 
@@ -192,7 +199,7 @@ def _mean_and_scale(sample: Floats, metric: Metric) -> tuple[Floats, Floats]:
 def _k_means(x: Doubles, clusters: int, seed: int) -> Floats:
     """Fit k-means to x [n, D]; returns the centers [K, D].
 
-    It runs on one thread, because sums over several threads have no fixed order, and repeated fits would differ.
+    The fit runs on one thread, because sums over several threads have no fixed order, and repeated fits would differ.
     """
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -278,5 +285,5 @@ def _compare(report: ClusterReport, old: Clusters, stored: StoredUsers, labels: 
     if facts["mean_distance"] > 1.2 * facts["fitted"]["mean_distance"]:
         report.notes.append(
             f"caution: users are {facts['mean_distance'] / facts['fitted']['mean_distance']:.2f} times as far from "
-            "their centers as at the fit: consider another one (--refit)"
+            "their centers as at the fit: consider a new fit (--refit)"
         )

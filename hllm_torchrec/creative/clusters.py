@@ -128,7 +128,7 @@ class Clusters:
         with error_location(path / _USERS, _REMEDY):
             own = found.users["cluster"].to_numpy()
             if own.size and not (0 <= own.min() and own.max() < clusters):
-                raise ValueError("a user is in a cluster that there is not")
+                raise ValueError("a user is in a cluster that does not exist")
         return found
 
     @property
@@ -167,7 +167,7 @@ def _checked(facts: Any) -> dict[str, Any]:
     if not all(isinstance(one, int | float) for one in numbers) or not isinstance(users["path"], str):
         raise ValueError("an entry has the wrong type")
     if not all(isinstance(one, str) for one in facts.get("medoids", [])):
-        raise ValueError("a medoid is no id")
+        raise ValueError("the id of a medoid is not a text")
     files = {name: facts["files"][name] for name in (_CENTERS, _USERS, _HASHES)}
     return {**facts, "source": dict(facts["source"]), "settings": settings, "users": users, "files": files}
 

@@ -19,8 +19,8 @@ class TextRules:
 
     longest: maximum number of characters; added_words: maximum number of words that the source does not contain,
     counted with repetitions; support: minimum share of content words that occur in the facts; allowed: words that may
-    occur without being in the facts; alike: Jaccard index of their words from which two texts of an item are nearly
-    equal (0: never).
+    occur without being in the facts; alike: two texts of an item are nearly equal if the Jaccard index of their words
+    is at least this (0: never).
     """
 
     longest: int = 300
@@ -33,7 +33,8 @@ class TextRules:
 class Verdict(NamedTuple):
     """Result of `check_text`.
 
-    checks: filter -> value, for filters that compute one; reasons: names of the rules that the text breaks.
+    checks: values that the filters compute (support, added_words), by name; empty for an empty or too long text.
+    reasons: names of the rules that the text breaks.
     """
 
     checks: dict[str, float]

@@ -1,8 +1,9 @@
 """`hllm forget` in clusters of users and in titles of items.
 
 The assignment of a forgotten user is removed. The center of the user's cluster stays until the next fit (`hllm cluster
---refit`), because it is the mean of at least `least` users. If the center is the vector of a forgotten user (a medoid),
-only a new fit can replace it, and `forget_users` says so. The titles of a forgotten item are removed.
+--refit`), because it is a mean over users (at least `least`, unless the store had fewer). If the center is the vector
+of a forgotten user (a medoid), only a new fit can replace it, and `forget_users` says so. The titles of a forgotten
+item are removed.
 """
 
 from collections.abc import Collection

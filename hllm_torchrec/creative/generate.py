@@ -43,7 +43,7 @@ from hllm_torchrec.modules.lora import merged
 ITEMS_AT_ONCE = 4096
 """Number of items whose pairs are scored and whose prompts are tokenized at a time."""
 ROUND_TITLES = 512
-"""Approximate number of titles that a rank generates before it saves them; more are not lost in a crash."""
+"""Approximate number of titles that a rank generates before it saves them; a crash loses about this many per rank."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CreateReport:
     items: number of items with titles; too_long: number of items without titles, because their prompts are too long;
     titles: number of titles; generated: number of titles that the folder did not contain before; fallbacks: number of
     titles that were replaced by the item's source text; reasons: number of replaced titles by reason; equal_to_null:
-    share of the titles for clusters, without replaced ones, that equal the item's null title; None if there are none.
+    share of the titles for clusters, without replaced ones, that equal the item's null title; None without such titles.
     """
 
     items: int
@@ -74,7 +74,7 @@ def create_titles(
         clusters: clusters of users that were embedded by the same checkpoint.
         output: folder of the titles.
         items: ascending dense ids of the items that get titles; titles of other items in the folder stay. None: all
-            items except withdrawn ones, whose titles are removed.
+            items except forgotten and withdrawn ones, whose titles are removed.
 
     Raises:
         ValueError: the run was trained without texts; the clusters belong to another checkpoint; the run cannot score

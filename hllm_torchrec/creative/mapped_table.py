@@ -1,4 +1,4 @@
-"""Memory-mapped Arrow tables, and `RawIndex`, which finds the row of one raw id in about a microsecond.
+"""Memory-mapped Arrow tables, and `RawIndex`, which finds the row of one raw id in a few microseconds.
 
 `RawIndex` serves lookups of single ids. `inference.raw_ids.RawIds` is for many ids per call; its vectorized hash costs
 about 160 microseconds per call.

@@ -36,7 +36,7 @@ def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: 
                 "(hllm embed --users), and cluster them (hllm cluster)"
             )
         if (name := f"{CLUSTER}{len(one)}") in found:
-            raise ValueError(f"--clusters {one.path}: another one has {len(one)} clusters as well: give one of them")
+            raise ValueError(f"--clusters {one.path}: another folder has {len(one)} clusters as well: give one of them")
         place = one.centers.assign(vectors.vectors.numpy())[0]
         found[name] = torch.from_numpy(one.centers.centers)[torch.from_numpy(place)]
     return found
@@ -48,9 +48,9 @@ def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[
     Returns:
         nll, nll_per_token: means of each condition in nats per creative and per token; differences: mean paired
         difference of each condition and right, with a 95% interval by resampling users. null - right is the main
-        result; shuffled - right is larger, because it also includes the cost of confident wrong predictions. kept: for
-        each number of clusters (null - cluster) / (null - right), the share of the gain that remains if the center of
-        the user's cluster replaces the user vector. It is unreliable if null - right is near 0.
+        result; shuffled - right overstates it, because it also includes the cost of confident wrong predictions. kept:
+        for each number of clusters (null - cluster) / (null - right), the share of the gain that remains if the center
+        of the user's cluster replaces the user vector. It is unreliable if null - right is near 0.
     """
     right, tokens = scores.nll["right"], max(1, int(scores.tokens.sum()))
     found: dict[str, Any] = {

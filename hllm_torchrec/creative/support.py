@@ -72,7 +72,7 @@ def words(text: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """Stem of a word in lower case, which is the same for `Fights`, `fighting` and `fight`; a number without commas."""
+    """Stem of a word in lower case, which is the same for `Fights`, `fighting` and `fight`; `1,000` becomes `1000`."""
     if word[0].isdigit():
         return re.sub(r",(?=\d{3}\b)", "", word)
     found = word.casefold().removesuffix("'s").removesuffix("'")

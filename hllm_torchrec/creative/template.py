@@ -60,7 +60,7 @@ def write_by_template(dataset: Dataset, rule: TemplateRule) -> tuple[pa.Table, d
     """Return rows for a table of texts (columns of `creative_table.SCHEMA`), and the likes without a text by reason.
 
     Raises:
-        ValueError: the dataset lacks the feature or the text column.
+        ValueError: a setting is wrong for the dataset, see `TemplateRule.problems`.
     """
     if problems := list(rule.problems(dataset)):
         raise ValueError("; ".join(problems))
@@ -130,7 +130,8 @@ class _Maker:
     def _text(self, own: Ints, recent: Ints) -> str | None:
         """Write the text of an item with the values `own`; recent: items of the latest likes, oldest first.
 
-        None if no recent item has one of the values; "" if the template names a liked item, and none has a name.
+        None if no recent item has one of the values; "" if the template has {liked}, but no recent item with the chosen
+        value has a name.
         """
         of_recent = [self._of(int(item)) for item in recent]
         lifts = [sum(int(v in of_item) for of_item in of_recent) / len(recent) / self.base[v] for v in own]

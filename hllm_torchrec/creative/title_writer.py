@@ -91,8 +91,8 @@ class TitleWriter:
         missing = [name for name in section.columns if name not in self._columns]
         if missing:
             raise ValueError(
-                f"creative.prompt: {{{missing[0]}}}: a column of the table of texts alone, and titles are written for "
-                "items: train with a prompt of text columns of the dataset"
+                f"creative.prompt: {{{missing[0]}}}: only the table of texts has this column, but titles are written "
+                "for items: train with a prompt of text columns of the dataset"
             )
         texts = dataset.manifest["text_columns"]
         source = options.source or ("title" if "title" in texts else texts[0])

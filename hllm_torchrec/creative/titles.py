@@ -84,7 +84,8 @@ class Title:
 class Creatives:
     """Titles that `hllm create` wrote to a folder, with their clusters of users; opened by `open`.
 
-    path: the folder; facts: contents of titles.json; clusters: their `Clusters`; titles: columns of titles.arrow.
+    path: the folder; facts: contents of titles.json; clusters: those for which the titles were generated; titles:
+    columns of titles.arrow.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], clusters: Clusters, titles: dict[str, pa.Array]) -> None:

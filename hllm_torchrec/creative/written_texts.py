@@ -1,7 +1,7 @@
 """Evaluation of generated texts: a run generates texts for creatives of a split, and they are compared with references.
 
 A text is generated for each creative under several conditions: with the vector of the right user, with the learned
-vector for unknown users (null), and with other given vectors, such as centers of clusters. The overlap of the null text
+tokens for unknown users (null), and with other given vectors, such as centers of clusters. The overlap of the null text
 with the reference is the baseline without a user, because the null text is generated from the item alone.
 
 Legend: N creatives, D width of a user vector.

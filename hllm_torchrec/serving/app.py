@@ -46,7 +46,7 @@ DEMO_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "the body cannot be decoded"},
     401: {"model": Problem, "description": "the bearer token is missing or wrong"},
-    403: {"model": Problem, "description": "the service was started without a token, which this needs"},
+    403: {"model": Problem, "description": "this endpoint needs a token, and the service was started without one"},
     409: {"model": Problem, "description": "the model was not reloaded; the previous one is still in use"},
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body does not match the schema, or names an unknown id"},

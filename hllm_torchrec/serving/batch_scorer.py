@@ -104,7 +104,8 @@ class BatchScorer(Scorer):
 
     @torch.no_grad()
     def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m] of each request, or outputs [m, O] if the model has several tasks; equal to those of `Scorer`.
+        """Logits [m] of each request, or outputs [m, O] if the model has several tasks; equal to those of `Scorer` up
+        to rounding.
 
         Raises:
             ValueError: a state was made by another model, or a leave-one-out request is earlier than the last event.

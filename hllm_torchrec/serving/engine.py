@@ -4,9 +4,9 @@
     engine.score([ScoreRequest("u7", ["s3", "s41"], time), ...])     # one micro-batch
     engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # visible to later requests (`RequestRules`)
 
-A state in the cache holds the events that were visible to the latest request of its user. A later request extends the
-state by the events that have become visible since. A request with an earlier time is computed without the cache, from
-the events that were visible at that time.
+A state in the cache holds the events that were visible to the request of its user with the latest time. A later request
+extends the state by the events that have become visible since. A request with an earlier time is computed without the
+cache, from the events that were visible at that time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +50,8 @@ class ScoreRequest:
     """Request to score candidates for one user at a time.
 
     user: raw id; a user who is neither in the dataset nor in the log has the features of the unknown user and no
-    history; None: no user. candidates: raw ids. time: seconds UTC. history: events to use instead of the user's known
-    history, which are not stored; None: the known history. context: see `Scorer.score`.
+    history; None: no user. candidates: raw ids. time: seconds UTC. history: events, not stored, to use instead of the
+    user's known history; None: the known history. context: see `Scorer.score`.
     """
 
     user: str | None
@@ -66,8 +66,9 @@ class RecommendRequest:
     """Request for the best items of the catalogue for a user at a time.
 
     user, time, history, context: as in `ScoreRequest`. top: number of items to return. candidates: number of items that
-    are retrieved and then ranked by the head; at least `top` are. seen_too: whether items of the history may be
-    recommended. filters: item feature -> values; an item must have at least one of the values of every feature.
+    the index retrieves for the head to rank, at least `top`; without an index all allowed items are ranked. seen_too:
+    whether items of the history may be recommended. filters: item feature -> values; an item must have at least one of
+    the values of every feature.
     """
 
     user: str | None
@@ -140,8 +141,8 @@ class Engine:
         index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
-        # A later dataset version with the same ids has the same scorer's mark, but other histories. So the engine's
-        # mark also includes the dataset version, and the calibration.
+        # For a later dataset version with the same ids the scorer's mark is the same, but the histories differ. So the
+        # engine's mark also includes the dataset version, and the calibration.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
         self.retrieval = Retrieval(scorer, index, index_folder)
@@ -156,7 +157,7 @@ class Engine:
 
     @property
     def mark(self) -> str:
-        """Hash of the weights, their calibration and the version of the dataset."""
+        """Hash of the scorer's mark, the calibration and the version of the dataset."""
         return self._mark
 
     def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
@@ -311,7 +312,7 @@ class Engine:
 
 
 def _continues(events: UserHistory, held: UserHistory) -> bool:
-    """True if the events `held` by a state are the first of `events`: no late event was inserted before one of them."""
+    """True if `events` begin with the events `held` by a state: same user, and no late event was inserted."""
     first = events[: len(held)]
     if events.user_id != held.user_id:
         return False

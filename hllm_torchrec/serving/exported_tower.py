@@ -109,8 +109,10 @@ class ExportedTower(nn.Module):
         return logits
 
     def _check(self, timestamps: Tensor, lengths: Tensor, times: Tensor) -> None:
-        """Assert, also in the exported program, what shapes and tables do not check and what would change the logits
-        silently."""
+        """Assert, also in the exported program, the rules that shapes and tables do not check.
+
+        A broken rule would change the logits silently.
+        """
         padded, longest = timestamps.shape[1], self.longest - 1
         is_length = (lengths >= 0) & (lengths <= padded) & (lengths <= longest)
         torch._assert_async(is_length.all(), f"lengths: each must be 0..{longest}, and at most the events' columns")
@@ -120,7 +122,7 @@ class ExportedTower(nn.Module):
         is_padding = torch.arange(padded, device=lengths.device) >= lengths[:, None]
         if self.by_second:
             is_seen = (timestamps >= 0) & (timestamps < times_B1 - self.delay)
-            said = "timestamps: an event must be before the time of its request (and data.feedback_delay)"
+            said = "timestamps: an event must be before the time of its request minus data.feedback_delay"
             torch._assert_async((is_seen | is_padding).all(), said)
         in_order = (timestamps == timestamps.cummax(dim=1).values) | is_padding
         torch._assert_async(in_order.all(), "timestamps: the oldest event must be the first one")
@@ -157,7 +159,7 @@ def check_exportable(scorer: BatchScorer) -> None:
     }
     for what, present in missing.items():
         if present:
-            raise ValueError(f"{what}: an exported tower does not have it: serve the run with `hllm serve`")
+            raise ValueError(f"{what}: an exported tower does not support this: serve the run with `hllm serve`")
 
 
 def tower_inputs(scorer: BatchScorer, requests: Sequence[Request]) -> tuple[Tensor, ...]:
@@ -184,7 +186,7 @@ def export_tower(scorer: BatchScorer, path: Path, compiled: Path | None = None) 
         requests; the compiled program is compared if there is one.
 
     Raises:
-        ValueError: as `ExportedTower`, or a file exists.
+        ValueError: as `ExportedTower` and `check_outputs`.
     """
     check_outputs(path, compiled)
     tower, requests = ExportedTower(scorer).eval(), invented_requests(scorer)

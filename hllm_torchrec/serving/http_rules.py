@@ -22,7 +22,7 @@ from hllm_torchrec.serving.service import Service
 
 class Tokens:
     """FastAPI dependencies that check the service's token. With token None, requests need no token, and the endpoints
-    that depend on `token_required` (those that delete) refuse every request."""
+    that depend on `token_required` (those that delete or reload) refuse every request."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token

@@ -194,7 +194,7 @@ class HttpClient:
         return status, content
 
     async def cache_counts(self) -> tuple[float, float]:
-        """Hits and misses of the service's cache of user states since its start."""
+        """Hits and misses of the service's cache of user states since the service loaded its model."""
         _, content = await self.request("GET", "/metrics")
         found = dict(line.rsplit(b" ", 1) for line in content.splitlines() if not line.startswith(b"#"))
         hits, misses = (float(found[b"hllm_state_cache_" + name]) for name in (b"hits_total", b"misses_total"))

@@ -23,7 +23,8 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def category(value: object) -> str:
-    """The text of a categorical value in a dataset: without space around it, whole floats as integers, true, false."""
+    """The text of a categorical value in a dataset: without space around it, whole floats as integers, booleans as
+    true or false."""
     text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value).strip()
     return WHOLE.sub(r"\1", text)
 

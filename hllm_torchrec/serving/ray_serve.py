@@ -3,10 +3,10 @@
     serve run hllm_torchrec.serving.ray_serve:application run=/disk/run state=/disk/states token_file=token shards=2
 
 A shard is a Ray Serve deployment with one replica that runs the complete application of `create_app`, so limits, errors
-and answers are those of `hllm serve`. The entry deployment sends a request to the shard of its user,
-hash(user) mod shards. Each shard has a file of events below `state`. Ray restarts a replica that dies; the new replica
-reads this file, so no acknowledged event is lost if the replica can access the file. Until the restart is complete,
-requests of the shard's users get the status 503.
+and answers are those of `hllm serve`. The entry deployment sends a request to the shard of its user, hash(user) mod
+shards. Each shard has a file of events below `state`. Ray restarts a replica that dies; the new replica reads this
+file, so no acknowledged event is lost if the replica can access the file. Until the restart is complete, requests of
+the shard's users wait; a request that has no answer a second after its deadline gets the status 503.
 
 Needs the extra `ray`: pip install "hllm_torchrec[serve,faiss,ray]".
 """
@@ -40,8 +40,8 @@ from hllm_torchrec.serving.shards import Answer, ask_application, merged_metrics
 
 METRICS = "/metrics"
 OF_ALL = ("/healthz", "/readyz", "/v1/reload", METRICS)
-"""Paths whose requests are sent to every shard. The answer with the highest status is returned; those of METRICS are
-merged."""
+"""Paths whose requests are sent to every shard. The answer with the highest status is returned; the answers of METRICS
+are merged."""
 
 
 class Options(BaseModel):
@@ -143,7 +143,7 @@ class Entry:
         return Response(content, status, {name.decode(): value.decode() for name, value in fields})
 
     def _shard(self, method: str, path: str, body: bytes) -> int:
-        """The shard of the request's user; requests without a user, which have no state, go to each shard in turn."""
+        """The shard of the request's user. Requests without a user, which have no state, go to the shards in turn."""
         user = user_of(method, path, body)
         return next(self._turns) if user is None else shard_of(user, len(self._shards))
 

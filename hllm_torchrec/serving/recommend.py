@@ -1,7 +1,7 @@
 """Top-K recommendations of a trained run for a user of its dataset, with item texts.
 
 A model with a ranking head scores the complete catalogue as candidates (`serving.Scorer`); a generative model compares
-its predicted next item with all items. Both use the user's complete history in the dataset.
+its predicted next item with all items. Both read the user's history from the dataset.
 """
 
 import time as clock
@@ -63,14 +63,14 @@ def recommend(
 
     Args:
         user: raw id.
-        time: second (UTC) of the request; None: now. Events at or after it are excluded.
+        time: second (UTC) of the request; None: now. Only events before `time` - `data.feedback_delay` are read.
         include_seen: also recommend items of the history.
         dataset: dataset with the catalogue and the user's events; None: the newest version of the run's dataset.
         context: context of the request, as in `Scorer.score`.
 
     Raises:
         ValueError: the run, checkpoint or user does not exist; the context is invalid (`Scorer.score`); the user has no
-            events before `time`; or `top` is below 1.
+            events that the request may see; or `top` is below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")

@@ -109,7 +109,7 @@ class Reloader:
         if not largest <= self._max_change:  # `not <=` also refuses NaN
             raise ReloadRefusedError(
                 f"model {new.mark} changes a probability of {len(sample)} recent requests by {largest:.3f}, more than "
-                f"{self._max_change:g}: look at it, or raise --max-change"
+                f"{self._max_change:g}: inspect the model, or raise --max-change"
             )
         return ReloadReport(new.mark, old.mark, len(sample), largest, mean)
 

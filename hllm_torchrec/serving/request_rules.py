@@ -43,7 +43,7 @@ class RequestRules:
         return len(times) if not len(times) or times[-1] < limit else visible_before(times, limit)
 
     def visible(self, user: UserState, time: int) -> int:
-        """Number of cached events visible to a request at `time`."""
+        """Number of cached positions visible to a request at `time`; with interleaved actions an event has two."""
         if self.spec.visibility == "second":
             limit = time - self.spec.feedback_delay
             return visible_before(user.cache.times.cpu().numpy(), limit)
@@ -89,7 +89,7 @@ def candidates_batch(
     context: Mapping[str, NDArray[Any]],
     numbers: Floats | None,
 ) -> HybridBatch:
-    """Batch of the candidates without history; numeric features are `numbers` [1, F], the user's at `time`."""
+    """Batch of the candidates without history; numbers: [1, F] numeric features of the user at `time`, or None."""
     extra = {name: np.repeat(value, candidates.size) for name, value in context.items()}
     labels = np.zeros(candidates.size)
     asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)

@@ -59,19 +59,20 @@ class ScoreBody(_Body):
         description="events to use instead of the user's known events, and not stored; null: the user's known events",
     )
     context: Context = Field(
-        None, description="name -> value for every context column that the model reads (`data.context`); null: unknown"
+        None,
+        description="name -> value for every context column that the model reads (`data.context`); value null: unknown",
     )
 
 
 class ScoreAnswer(BaseModel):
-    """Scores in the order of the candidates. model: mark of the weights and the dataset version."""
+    """Scores in the order of the candidates. model: mark of the weights, their calibration and the dataset version."""
 
     scores: list[float] = Field(description="logits of the first label: the `score` of `hllm evaluate`")
     probabilities: list[float] = Field(description="probabilities of the first label, calibrated if the run is")
     tasks: dict[str, list[float]] = Field(
         description="predictions of each task, by name; empty for a model with a single task"
     )
-    events: int = Field(description="number of events in the history from which the scores were computed")
+    events: int = Field(description="number of the user's events that the request could see")
     model: str
 
 
@@ -85,7 +86,12 @@ class RecommendBody(_Body):
     )
     history: list[Event] | None = Field(None, max_length=MAX_EVENTS, description="as in /v1/score")
     context: Context = Field(None, description="as in /v1/score")
-    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="number of items that are retrieved, then ranked")
+    candidates: int = Field(
+        200,
+        ge=1,
+        le=MAX_CANDIDATES,
+        description="number of items that the index retrieves; without an index all items are ranked",
+    )
     seen_too: bool = Field(False, description="whether items of the history may be recommended")
     filters: dict[str, list[str]] = Field(
         {},
@@ -142,7 +148,8 @@ class ItemsBody(_Body):
 
 
 class ItemsAnswer(BaseModel):
-    """added: number of items that are new, or whose text or features have changed."""
+    """added: number of items that are new, or whose text or features have changed, including those that other processes
+    added meanwhile."""
 
     added: int
 

@@ -74,7 +74,7 @@ class Scorer:
 
     Raises:
         ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, a
-            micro-batch below 1, an unknown type, or a damaged journal.
+            micro-batch below 1, an unknown `table_dtype`, or a damaged journal.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class Scorer:
 
     @property
     def mark(self) -> str:
-        """Hash of the weights, their data type and the dataset's number of items; scorers with equal marks give equal
-        scores."""
+        """After `of_run`, hash of the weights, their data type, the dataset's number of items and the path of a given
+        store; otherwise random. Scorers with equal marks accept each other's states."""
         return self._mark
 
     @property
@@ -177,7 +177,12 @@ class Scorer:
 
     @property
     def unknown_context(self) -> dict[str, int]:
-        """Context column -> number of requests whose categorical value did not occur in training."""
+        """Context column -> number of categorical values that were read as unknown.
+
+        A value that the dataset does not have counts once per request. A value that only training lacks counts once per
+        query that is computed: `Scorer` with early fusion computes one per candidate, otherwise one per micro-batch;
+        `BatchScorer` computes one per request.
+        """
         unseen = {} if self.experiment.context is None else self.experiment.context.unseen
         return dict(self._context.unknown + Counter(unseen))
 
@@ -211,7 +216,8 @@ class Scorer:
                 have is read as the unknown value.
 
         Returns:
-            Number of items that are new or whose texts or features have changed.
+            Number of new or changed items that this scorer read from the journal, including those that other processes
+            added meanwhile.
 
         Raises:
             ValueError: an id is not a string, or is given twice; a column is unknown; the journal cannot be written.
@@ -226,7 +232,7 @@ class Scorer:
             return added
 
     def refresh(self) -> int:
-        """Read the items that other processes have added; return their number.
+        """Read the items that other processes have added or changed; return their number.
 
         A request with an unknown raw id calls this automatically.
         """

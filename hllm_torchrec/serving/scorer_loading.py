@@ -35,6 +35,6 @@ def calibration_of(loaded: LoadedRun) -> RunCalibration | None:
 
 
 def in_one_process(config: Config) -> Config:
-    """The configuration without the options for several ranks and for training; the weights are the same."""
+    """The configuration without FSDP, `torch.compile` and activation checkpointing; the weights are the same."""
     parallel = replace(config.parallel, dense="ddp", compile=False, activation_checkpointing=False)
     return replace(config, parallel=parallel)

@@ -13,7 +13,7 @@ from hllm_torchrec.creative.titles import Creatives
 class ServedTitles:
     """Titles of a folder, looked up by raw ids.
 
-    They are reloaded independently of the model: a new model does not invalidate titles, and new titles need no model.
+    They are reloaded independently of the model: titles stay valid with a new model, and need no new model.
 
     Raises:
         ValueError: see `Creatives.open`.

@@ -73,7 +73,7 @@ class Service:
     async def forget(self, user: str) -> int:
         """Delete the events, state and recent requests of a user; return the number of deleted events.
 
-        The user's events in the dataset are ignored from then on.
+        If the service has a log, the user's events in the dataset are ignored from then on.
         """
         log = self.engine.log
         deleted = 0 if log is None else await asyncio.to_thread(log.forget, user)
@@ -87,7 +87,7 @@ class Service:
         self.recent.extend(kept)
 
     def close(self) -> None:
-        """Answer the waiting requests, and end the thread."""
+        """Answer the waiting requests, end the thread, and close the engine."""
         self.draining = True
         self.batches.close()
         self.engine.close()

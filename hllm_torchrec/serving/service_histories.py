@@ -63,8 +63,9 @@ class ServiceHistories:
         logged, number = self._log.of_user(user, known.number)
         count = known.logged + len(logged)
         new = _without(logged, known.events, self._scorer)
-        # An equal event is known already. It may be of the dataset, and count once, or of the log, and count twice:
-        # `known` does not tell, so start again from the dataset.
+        # A new event of the log equals an event in `known` (same item and second). If the known event is from the
+        # dataset, the two are one event; if it is from the log, they are two. `known` does not record which, so read
+        # again, starting from the dataset.
         if known.number and len(new) < len(logged):
             return self.read(user)
         logged = new

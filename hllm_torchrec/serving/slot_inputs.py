@@ -1,4 +1,4 @@
-"""Inputs of the user encoder for serving, without the collator and TorchRec's tables for training.
+"""Inputs of the user encoder for serving. A request needs no collator, and TorchRec's modules only for hash tables.
 
 The part that depends on the item alone, c(item) = P(E) + ID + item features, is computed once for the complete
 catalogue by the model itself. The other parts are looked up in plain tensors: action and gate for each event, user

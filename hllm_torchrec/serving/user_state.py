@@ -36,7 +36,7 @@ class UserHistory(Events):
         sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
-        # The history of a request has no user, or a raw id that is not known here.
+        # The user 0 is that of a request without a user, or with a raw id that the dataset does not have.
         whose = f"user {self.user_id}" if self.user_id else "history"
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
         if back.size:

@@ -89,7 +89,9 @@ def test_more_clusters_than_users_who_differ_are_fewer(tmp_path: Path, users: in
     vectors = np.random.default_rng(0).normal(size=(users, 3)) if distinct > 1 else np.ones((users, 3))
     report = fit(tmp_path, vectors, clusters=9)
     assert len(report.clusters) == distinct and report.clusters.sizes.tolist() == [users // distinct] * distinct
-    assert report.notes == [f"9 clusters of {distinct} different vectors: {distinct}"]
+    assert report.notes == [
+        f"9 clusters were requested, but the sample has only {distinct} different vectors: {distinct} are fitted"
+    ]
 
 
 def test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there(tmp_path: Path) -> None:
@@ -118,14 +120,14 @@ def test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there(tmp_pat
     )
     again = cluster_users(tmp_path / "users", tmp_path / "clusters", None, refit=True)
     assert again.clusters.fingerprint != before.fingerprint and again.clusters.sizes.min() >= 2
-    assert again.notes == ["other centers than before: write their titles (hllm create)"]
+    assert again.notes == ["the centers have changed: write titles for the new clusters (hllm create)"]
 
 
 def test_clusters_of_other_settings_models_or_things_are_refused(tmp_path: Path) -> None:
     fit(tmp_path, blobs())
     users, clusters = tmp_path / "users", tmp_path / "clusters"
     with pytest.raises(
-        ValueError, match=r"was fitted with other settings \(clusters 4, .*\): leave them out to assign"
+        ValueError, match=r"were fitted with other settings \(clusters 4, .*\): leave these options out to assign"
     ):
         cluster_users(users, clusters, ClusterSettings(5))
     other = store(tmp_path / "other", blobs(), facts={**FACTS, "weights": "v"})
@@ -133,7 +135,7 @@ def test_clusters_of_other_settings_models_or_things_are_refused(tmp_path: Path)
         cluster_users(other, clusters, None)
     assert len(cluster_users(users, clusters, ClusterSettings(5, least=1), refit=True).clusters) == 5
     assert len(cluster_users(other, clusters, ClusterSettings(4, least=1), refit=True).clusters) == 4
-    with pytest.raises(ValueError, match=r"--clusters: .*new has none yet: give their number"):
+    with pytest.raises(ValueError, match=r"--clusters: .*new holds no clusters yet: give their number"):
         cluster_users(users, tmp_path / "new", None)
     with pytest.raises(ValueError, match="holds something else than clusters; name a new folder"):
         cluster_users(users, users, ClusterSettings(2))
@@ -153,7 +155,7 @@ def test_settings_that_are_not_given_are_those_of_the_clusters(tmp_path: Path) -
     assert settings_with(tmp_path / "new", {"clusters": 2}) == ClusterSettings(2)
     changed = settings_with(clusters, {"least": 2})
     assert changed == ClusterSettings(4, "standardized", least=2)
-    with pytest.raises(ValueError, match="was fitted with other settings"):  # never ignored
+    with pytest.raises(ValueError, match="were fitted with other settings"):  # never ignored
         cluster_users(tmp_path / "users", clusters, changed)
     found = cluster_users(tmp_path / "users", clusters, changed, refit=True).clusters
     assert found.facts["settings"]["metric"] == "standardized" and found.facts["settings"]["least"] == 2

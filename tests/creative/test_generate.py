@@ -200,7 +200,7 @@ def test_titles_outlive_assignments_and_not_a_fit(tmp_path: Path, capsys: pytest
     done(cluster)
     assert Creatives.open(titles).get(person, "s1").cluster == -1  # read with the new assignment
     done([*cluster, "--refit", "--clusters", "2", "--least", "2"])
-    assert "other centers than before: write their titles (hllm create)" in capsys.readouterr().out
+    assert "the centers have changed: write titles for the new clusters (hllm create)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="for other clusters than those in .*, which were fitted again: write titles"):
         Creatives.open(titles)
     line = create(titles, "--top", "2", clusters=str(folder))

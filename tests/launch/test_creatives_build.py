@@ -139,7 +139,7 @@ def test_histories_that_leave_the_machine_are_announced_first(
     given = ["--dataset", str(shop), "--name", "far", "--writer", "far_writers:Far", "--history", "7", "--least", "1"]
     assert creatives.main(["build", *given]) == 2
     announced, error = capsys.readouterr().err.splitlines()
-    assert announced.startswith("titles of up to 7 choices of each of")
+    assert announced.startswith("titles of up to 7 liked items of each of")
     assert announced.endswith("(no ids) and facts of items are sent to far.example") and "asked" in error
 
 

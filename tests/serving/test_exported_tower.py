@@ -199,7 +199,7 @@ def test_a_compiled_package_is_loaded_without_this_package(tmp_path: Path) -> No
             {"features__tables": {"country": {"kind": "hash", "rows": 100}}},
             r"a table of kind hash: an exported",
         ),
-        ("late evidence", {}, r"evidence: an exported tower does not have it: serve the run"),
+        ("late evidence", {}, r"evidence: an exported tower does not support this: serve the run"),
     ],
 )
 def test_a_model_with_other_parts_is_refused(base: str, more: dict[str, Any], message: str, tmp_path: Path) -> None:
