@@ -63,7 +63,7 @@ def host_lock(url: str) -> Iterator[Path]:
     """Lock this host's copies of `url` against other processes of the host; yields their folder.
 
     Raises:
-        Locked: another process holds the lock for longer than HLLM_LOCK_WAIT seconds (an hour).
+        Locked: another process holds the lock for longer than HLLM_LOCK_WAIT seconds (default: an hour).
     """
     folder = cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,8 +262,8 @@ def _connect(url: str, options: dict[str, Any]) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url, **options)
     except (TypeError, ValueError, AttributeError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
-            f"{without_credentials(url)}: such a URL cannot be opened by itself ({_line(error)}): give one "
-            "of a server, such as s3://bucket/path or https://host/path"
+            f"{without_credentials(url)}: fsspec cannot open this URL ({_line(error)}): give one that "
+            "names a server or a bucket, such as https://host/path or s3://bucket/path"
         ) from error
     return system, path
 
