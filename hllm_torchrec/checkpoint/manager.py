@@ -102,7 +102,7 @@ class CheckpointManager:
                     self._writer.finish()
                 except Exception as error:  # only printed, because it must not replace the error that ends the run
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
-                    say(f"the checkpoint in flight was not written: {reason}", sys.stderr)
+                    say(f"the pending checkpoint was not written: {reason}", sys.stderr)
             raise
 
     def close(self, log: RunLog) -> None:
