@@ -63,7 +63,8 @@ class ItemLLMConfig:
     in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
     """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
-    the same values and gradients with less computation. Only for causal models with packed texts."""
+    the same values and gradients with less computation. Only for causal models with packed texts and another pooling
+    than last."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts. auto selects the first that can run of varlen (torch's kernel) and flash (the flash-attn
     package), both on CUDA with `parallel.precision: bf16`, and buckets: SDPA in padded length-sorted buckets, on any

@@ -79,7 +79,7 @@ class DataConfig:
     paper."""
     max_history: int = 1024
     """Maximum number of events per pass. Longer user sequences are cut into overlapping pieces, in which an exposure
-    sees between max_history / 2 and max_history earlier events, or all of them if there are fewer."""
+    sees between max_history / 2 and max_history - 1 earlier events, or all of them if there are fewer."""
     batch_users: int = 8
     """Number of user pieces (see max_history) per rank and step."""
     stochastic_length: float = 0.0
@@ -299,8 +299,9 @@ class EvaluationConfig:
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
-    """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss). The targets are those
-    of the generative loss: positive exposures, or all (objective.positive_targets_only)."""
+    """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss); with fusion `none` they
+    are always computed. The targets are those of the generative loss: positive exposures, or all
+    (objective.positive_targets_only)."""
     filter_seen: bool = True
     """Exclude the items of all earlier events of a user from the candidates, also those of events that the model does
     not read."""
