@@ -75,6 +75,7 @@ def load_checkpoint(
             that is not allowed. `state` is unchanged, except if damage is found only while tensors are read.
         CheckpointGone: the checkpoint was removed or replaced meanwhile; `state` may have changed.
         RuntimeError: another rank failed.
+        OSError: the machine could not read a file, which does not mean that it is damaged.
     """
     path = Path(path)
     with unchanged(path):

@@ -47,7 +47,7 @@ class CheckpointManager:
 
         Raises:
             DiskFull: the disk is full (also for the previous checkpoint), and the run is not configured to continue.
-            RuntimeError: another rank failed, or the files could not be written.
+            RuntimeError, OSError: as `save_checkpoint`.
         """
         self.finish_pending_save(log)
         # The other files of the run come first, so that a published checkpoint never lacks its configuration.

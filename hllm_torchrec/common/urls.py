@@ -148,7 +148,7 @@ def upload_files(folder: Path, names: Iterable[str], url: str) -> None:
 
 
 def create_file(url: str, text: str) -> bool:
-    """Create a small file atomically, where the file system supports conditional writes.
+    """Create a small file, atomically if the file system supports conditional writes.
 
     Returns:
         False if the file exists already, for example because another job has just created it.
@@ -220,7 +220,7 @@ def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
 def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Context manager that yields the fsspec file system of `url` and the path on it; cached listings are discarded.
 
-    Errors of file system clients in its body are translated as well.
+    Errors that file system clients raise in the body are translated as well.
 
     Raises:
         ValueError: a package or the credentials are missing, or fsspec cannot open such a URL; the message contains the

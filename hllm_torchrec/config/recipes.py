@@ -39,8 +39,8 @@ class DatasetFacts:
 
     users, exposures: numbers in the training part; items: number in the catalogue; labels: numbers of training
     exposures with label 0 and 1; graded: True if actions have different values (ratings); words: text column -> 95th
-    percentile of the number of words of an item; item_features, user_features: categorical feature -> number of values;
-    split: rule by which the dataset was split.
+    percentile of the number of words of an item (0 if all texts are equal); item_features, user_features: categorical
+    feature -> number of values; split: rule by which the dataset was split.
     """
 
     users: int

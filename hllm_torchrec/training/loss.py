@@ -134,8 +134,8 @@ class StepCounts:
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
     """The counts of a step, summed over its micro-batches and all ranks. Collective."""
-    # Global counts, because ranks and micro-batches have different numbers of samples, and all samples have the same
-    # weight.
+    # Global counts: ranks and micro-batches have different numbers of samples, and the weight of a sample must not
+    # depend on which of them has it.
     local = []
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
