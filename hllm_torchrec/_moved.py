@@ -291,7 +291,7 @@ class MovedFinder(MetaPathFinder):
 def refuse(old: str) -> NoReturn:
     """Raise the ModuleNotFoundError for a module of version 0.1."""
     others = sorted({f"{PACKAGE}.{new}" for new in SYMBOLS.get(old, {}).values()})
-    also = f", some of its names {', '.join(others)}" if others else ""
+    also = f", and some of its names are in {', '.join(others)}" if others else ""
     raise ModuleNotFoundError(
         f"{PACKAGE}.{old} is now {PACKAGE}.{MODULES[old]}{also}: docs/migration.md lists all that moved",
         name=f"{PACKAGE}.{old}",

@@ -5,8 +5,8 @@ In an installed wheel they are inside the package (`package_dir` in setup.py). I
 Therefore a meta path finder resolves exactly these three names. It is the first finder, because the finder of an
 editable install may point to another checkout.
 
-If a machine has two checkouts, a program of one of them must not import modules of the other, whether some or all:
-both cases raise an ImportError.
+If a machine has two checkouts, a program of one of them must not import modules of the other: an ImportError is
+raised, whether all modules would come from the other checkout or only some.
 """
 
 import importlib.util

@@ -21,7 +21,7 @@ READABLE_VERSIONS = (1, 2)
 """Schema versions that can be read; version 1 has no hash of the marker itself."""
 MARKER = "COMPLETE"
 _LONGEST_DAMAGE = 400
-"""Characters of a description of damage."""
+"""Maximum number of characters of a description of damage."""
 
 
 class DiskFull(OSError):

@@ -3,7 +3,7 @@
 A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
 
 - `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
-- `extra.json`: values that are the same on every rank (loader position, metrics, configuration);
+- `extra.json`: values that are the same on every rank (step, best metric, configuration, versions of the ids);
 - `extra-rank<rank>.json`: values of each rank (states of its random number generators);
 - `COMPLETE`: the marker, JSON with the step, the metric, the size and SHA-256 of every file, and its own SHA-256.
 
@@ -75,6 +75,7 @@ def load_checkpoint(
             that is not allowed. `state` is unchanged, except if damage is found only while tensors are read.
         CheckpointGone: the checkpoint was removed or replaced meanwhile; `state` may have changed.
         RuntimeError: another rank failed.
+        OSError: the machine could not read a file, which does not mean that it is damaged.
     """
     path = Path(path)
     with unchanged(path):

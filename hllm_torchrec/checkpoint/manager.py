@@ -47,7 +47,7 @@ class CheckpointManager:
 
         Raises:
             DiskFull: the disk is full (also for the previous checkpoint), and the run is not configured to continue.
-            RuntimeError: another rank failed, or the files could not be written.
+            RuntimeError, OSError: as `save_checkpoint`.
         """
         self.finish_pending_save(log)
         # The other files of the run come first, so that a published checkpoint never lacks its configuration.
@@ -102,7 +102,7 @@ class CheckpointManager:
                     self._writer.finish()
                 except Exception as error:  # only printed, because it must not replace the error that ends the run
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
-                    say(f"the checkpoint in flight was not written: {reason}", sys.stderr)
+                    say(f"the pending checkpoint was not written: {reason}", sys.stderr)
             raise
 
     def close(self, log: RunLog) -> None:

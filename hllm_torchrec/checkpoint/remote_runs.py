@@ -252,7 +252,7 @@ def _prune(url: str, keep_last: int) -> None:
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return name -> (bytes, modification time in ns) of a run's files, except checkpoints and hidden files."""
+    """Return name -> (bytes, modification time in ns) of a run's files, without checkpoints, hidden and .tmp files."""
     found = {}
     for file in folder.rglob("*"):
         parts = file.relative_to(folder).parts

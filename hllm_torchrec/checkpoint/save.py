@@ -121,6 +121,7 @@ def save_checkpoint(
             represent, or `keep_last` is less than 1; the message contains the key. No files are written.
         DiskFull: there is not enough space. The partial directory is removed; older checkpoints are kept.
         RuntimeError: another rank failed, or the files could not be written.
+        OSError: an error of the machine (`is_machine_error`).
     """
     final = Path(directory) / f"step-{step:08d}"
     json_files = {f"extra-rank{coordination.rank()}.json": dict(rank_extra or {})}

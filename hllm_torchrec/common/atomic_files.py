@@ -31,8 +31,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
     scratch space that is removed in either case; after a kill, the next call for the same target removes it. With
     `replace`, `target` exists at every moment if the file system can exchange two folders. On other file systems the
     replacement takes two renames, and `recover_folder` repairs the state after a kill between them. Without `replace`,
-    a `target` that another process has created in the meantime is retained, because both are assumed to have the same
-    content.
+    an existing `target` is retained: another process has created it, and both are assumed to have the same content.
 
     Args:
         marker: name of a file that every complete `target` has; a `target` without it is replaced in any case.

@@ -15,7 +15,7 @@ def reading_foreign(location: object, remedy: str) -> Iterator[None]:
     """Context manager that turns a library's exception into a ValueError of one line: location, reason, remedy.
 
     Errors of the machine (MemoryError, and OSError with an errno other than "no such file") are raised unchanged. So
-    are this package's errors: its classes, and each ValueError whose message starts with `location`.
+    are ArgumentError, ConfigError, Preempted, and each plain ValueError whose message starts with `location`.
     """
     try:
         yield

@@ -1,4 +1,5 @@
-"""Locks between processes. Messages name the holding process; the system releases its locks when it dies."""
+"""Locks between processes. Messages name the process that holds a lock; when a process dies, the system releases its
+locks."""
 
 import json
 import os
@@ -48,7 +49,7 @@ def hold_lock(file: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
             break
         except Timeout:
             if left <= notice:
-                hint = f"; it was waited for {wait:.0f} seconds ({WAIT})" if wait else ""
+                hint = f"; this process waited for {wait:.0f} seconds ({WAIT})" if wait else ""
                 raise Locked(f"{what} ({_holder(file)}): wait for it, or stop it{hint}") from None
             say(f"waiting: {what} ({_holder(file)})", sys.stderr)
             notice = _NOTICES

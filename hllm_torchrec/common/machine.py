@@ -13,7 +13,7 @@ import torch
 
 LARGE_BUFFERS_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 """Environment variables that make glibc reuse large buffers. By default glibc returns them to the system, so that every
-training step allocates them again; the page faults of this take a third of the step."""
+training step allocates them again; the resulting page faults take a third of the step."""
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "numpy", "pyarrow")
 
@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(root: Path) -> str | None:
-    """Return the commit checked out at `root`, or None if `root` is not a checkout (an installed package)."""
+    """Return the commit checked out at `root`; None if `root` is not a checkout, or if git is not installed."""
     if not (root / ".git").exists():  # git would otherwise search the parent directories
         return None
     try:

@@ -82,7 +82,7 @@ class RunLog:
                 cannot represent (NaN, infinity) is written as null.
 
         Raises:
-            ValueError: a value has another type, or is named "event", "step" or "time".
+            ValueError: a value has another type, or is named "time".
             OSError: the disk is full and `bears_full_disk` is False, or another error of the file; names the file.
         """
         if self._file is None:

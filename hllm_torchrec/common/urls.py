@@ -63,7 +63,7 @@ def host_lock(url: str) -> Iterator[Path]:
     """Lock this host's copies of `url` against other processes of the host; yields their folder.
 
     Raises:
-        Locked: another process holds the lock for longer than HLLM_LOCK_WAIT seconds (an hour).
+        Locked: another process holds the lock for longer than HLLM_LOCK_WAIT seconds (default: an hour).
     """
     folder = cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def upload_files(folder: Path, names: Iterable[str], url: str) -> None:
 
 
 def create_file(url: str, text: str) -> bool:
-    """Create a small file atomically, where the file system supports conditional writes.
+    """Create a small file, atomically if the file system supports conditional writes.
 
     Returns:
         False if the file exists already, for example because another job has just created it.
@@ -220,7 +220,7 @@ def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
 def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Context manager that yields the fsspec file system of `url` and the path on it; cached listings are discarded.
 
-    Errors of file system clients in its body are translated as well.
+    Errors that file system clients raise in the body are translated as well.
 
     Raises:
         ValueError: a package or the credentials are missing, or fsspec cannot open such a URL; the message contains the
@@ -265,8 +265,8 @@ def _connect(url: str, options: dict[str, Any]) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url, **options)
     except (TypeError, ValueError, AttributeError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
-            f"{without_credentials(url)}: such a URL cannot be opened by itself ({_line(error)}): give one "
-            "of a server, such as s3://bucket/path or https://host/path"
+            f"{without_credentials(url)}: fsspec cannot open this URL ({_line(error)}): give one that "
+            "names a server or a bucket, such as https://host/path or s3://bucket/path"
         ) from error
     return system, path
 

@@ -14,7 +14,7 @@ _LOG_MESSAGES = {
 
 #: (category, regular expression of the start of the message)
 _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    (FutureWarning, "`broadcast_buffers` is deprecated"),  # torchrec's call of DDP; the model has no buffers
+    (FutureWarning, "`broadcast_buffers` is deprecated"),  # an argument with which torchrec calls DDP
     (FutureWarning, "Please use DTensor instead and we are deprecating ShardedTensor"),  # torchrec's tables
     # FSDP2 warns that in-place changes of the returned logits would be wrong; this library does not change them.
     (UserWarning, "FSDP2-wrapped module .* returned a view tensor"),

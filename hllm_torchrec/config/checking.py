@@ -26,7 +26,7 @@ def file_problems(path: str, cls: type) -> list[str]:
     Each has the form 'file: a.b: ...'.
     """
     if not Path(path).is_file():
-        return [f"--config: {path or 'no file named'}: no such file"]
+        return [f"--config: {path}: no such file" if path else "--config: no file given"]
     try:
         files = read_with_bases(Path(path))
     except ValueError as error:

@@ -24,17 +24,18 @@ class SoftPromptConfig:
     hidden: int = 0
     """Width of the projection's hidden layer; 0: one linear layer without bias, as published."""
     scale: Literal["words", "none"] = "words"
-    """words: soft tokens are RMS-normalized and multiplied by a learned gain, which is initialized to the RMS of the
-    word embeddings; none: neither, as published."""
+    """words: soft tokens are multiplied by a learned gain, which is initialized to the RMS of the word embeddings, and
+    RMS-normalized before that if `normalize` is none; none: neither, as published."""
     normalize: Literal["none", "standardize", "whiten"] = "none"
     """Normalization of user vectors, as `item_llm.standardise` and `item_llm.whiten` normalize item embeddings. It
     subtracts the mean user vector, which would otherwise make the soft tokens of all users nearly the same. The
     statistics are measured before the first step; in training, the mean of the step's users is subtracted instead.
     none: no normalization, as published."""
     text_decay: float = 0.0
-    """Above 0: the mean text embedding of the items that the user liked is appended to the user vector (late fusion).
-    The weight of an event in this mean is multiplied by this factor for each later event. Reason: the user vector of a
-    run that was trained to rank holds little information about the topics of the user's likes."""
+    """Above 0: the mean text embedding of the items in the history is appended to the user vector (late fusion). An
+    event is weighted by the share of positive labels among events with its action, times this factor for each later
+    event. Reason: the user vector of a run that was trained to rank holds little information about the topics of the
+    user's likes."""
     dropout: float = 0.15
     """Probability in training that the learned tokens of unknown users (null) replace the user's soft tokens. So null
     is trained both for unknown users and as the baseline of `creative_gap`."""
@@ -65,7 +66,7 @@ class MatchConfig:
     """The Item-User Predictor."""
 
     kind: Literal["mixer", "mlp"] = "mixer"
-    """mixer: MLP-Mixer blocks over the two tokens (user, item), as published; mlp: over their concatenation."""
+    """mixer: MLP-Mixer blocks over the two tokens (user, item), as published; mlp: an MLP on their concatenation."""
     width: int = 128
     """Width of both tokens (2,048 in the published model)."""
     blocks: int = 2
@@ -182,8 +183,8 @@ def creative_problems(config: "Config") -> Iterator[str]:
         return
     if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
         yield (
-            f"creative.data: {creative.data!r}: must be the name of a table: letters, digits, '-', '_' and '.'; make "
-            "one with `hllm creatives build`"
+            f"creative.data: {creative.data!r}: must be the name of a table: letters, digits, '-', '_' and '.', and "
+            "not begin with '.'; make one with `hllm creatives build`"
         )
     if config.objective.fusion == "early":
         yield (

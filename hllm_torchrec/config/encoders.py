@@ -41,8 +41,8 @@ class ItemLLMConfig:
     mean and standard deviation of 1,024 items, measured before the first step. Embeddings in stores, and a loss in the
     item space `text`, are not standardized."""
     whiten: bool = False
-    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
-    and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
+    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have nearly equal
+    variance and little correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
     freeze_words: bool = False
     """Freeze the word embeddings, which are the largest part of a small LLM's weights and optimizer state."""
     prompt: str | None = None
@@ -63,14 +63,16 @@ class ItemLLMConfig:
     in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
     """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
-    the same values and gradients with less computation. Only for causal models with packed texts."""
+    the same values and gradients with less computation. Only for causal models with packed texts and another pooling
+    than last."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
-    """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
-    flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
-    torch's FlexAttention (CUDA), only if set explicitly."""
+    """Kernel for packed texts. auto selects the first that can run of varlen (torch's kernel) and flash (the flash-attn
+    package), both on CUDA with `parallel.precision: bf16`, and buckets: SDPA in padded length-sorted buckets, on any
+    device. flex: torch's FlexAttention (CUDA), only if set explicitly."""
     quantization: Literal["none", "int8"] = "none"
-    """int8: the linear layers of a frozen Item LLM multiply int8 numbers (dynamic quantization, on a CPU, float32
-    elsewhere). The log says how much embeddings differ; stores of other quantization do not fit."""
+    """int8: the linear layers of a frozen Item LLM multiply int8 numbers (dynamic quantization, only on a CPU); its
+    other layers compute in float32. The difference of the embeddings is printed. A store that was made with another
+    quantization is refused."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters trained instead of the Item LLM's base weights; the [ITEM] vector is trained as well."""
 

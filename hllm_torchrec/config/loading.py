@@ -59,7 +59,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
         if isinstance(error, ConfigError):
             raise
         files = ", ".join(text for name, text in given if name == "config")
-        raise ConfigError(f"{files or prog}: {' '.join(str(error).split())}: it must be {cls.__name__}'s") from None
+        raise ConfigError(f"{files or prog}: {' '.join(str(error).split())}: see {cls.__name__}'s fields") from None
     if "--print_config" in arguments:
         print(to_yaml(parsed), end="")
         raise SystemExit(0)
@@ -199,6 +199,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_from_file(path: Path) -> Config:
-    """Read the resolved configuration of a run (written by `save_config`); raises as `load_config`."""
+    """Read the resolved configuration of a run (written by `save_config`); raises as `load_dataclass`."""
     with code_needs_permission():
         return _load(["--config", str(path)])

@@ -13,7 +13,7 @@ from hllm_torchrec.config.rules import OWN_TABLES
 ENCODER = ".cache/models/all-minilm-l6-v2"
 """Sentence encoder of the recipes: path relative to the current folder, to which `hllm fetch minilm` downloads it."""
 TEXT_LENGTHS = (32, 64, 128, 256)
-"""Possible values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
+"""Possible values of item_llm.max_text_length; the encoder is made for texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
 MANY_USERS = 16_384
 """From this number of training users on, data.batch_users of a retrieval model is 128 instead of 32."""
@@ -39,8 +39,8 @@ class DatasetFacts:
 
     users, exposures: numbers in the training part; items: number in the catalogue; labels: numbers of training
     exposures with label 0 and 1; graded: True if actions have different values (ratings); words: text column -> 95th
-    percentile of the number of words of an item; item_features, user_features: categorical feature -> number of values;
-    split: rule by which the dataset was split.
+    percentile of the number of words of an item (0 if all texts are equal); item_features, user_features: categorical
+    feature -> number of values; split: rule by which the dataset was split.
     """
 
     users: int
@@ -107,12 +107,13 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield Choice("objective.transitions", TRANSITIONS, "they are solved in seconds and complement what is learned")
     yield from item_feature_choices(facts)
     size = 32 if facts.users < MANY_USERS else 128
-    yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
+    why = "which is enough for larger, faster steps" if size > 32 else "too few for larger steps"
+    yield Choice("data.batch_users", size, f"there are {facts.users:,} users, {why}")
     epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
     stages = [{"name": "cached items" if any(facts.words.values()) else "ids", "epochs": epochs}]
     if any(facts.words.values()):
         stages[0]["item_embeddings"] = "cached"
-    yield Choice("stages", stages, f"there are {facts.exposures:,} training events; patience may end it earlier")
+    yield Choice("stages", stages, f"there are {facts.exposures:,} training events; patience may end training earlier")
     if facts.split == "leave_one_out":
         yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split by leave_one_out")
     else:
@@ -127,7 +128,7 @@ def id_choices(facts: DatasetFacts, has_text: bool) -> Iterator[Choice]:
     events = facts.exposures / max(facts.items, 1)
     enough = events >= RARE_BELOW
     why = f"an item has {events:.0f} training events on average, {'enough' if enough else 'too few'} to learn its ID"
-    no_alternative = "" if enough or has_text else "items have no texts that could stand for them"
+    no_alternative = "" if enough or has_text else "items have no texts that could replace IDs"
     yield Choice("features.item_id", enough or not has_text, no_alternative or why)
     yield Choice("data.item_vectors", ["factors"] if enough else [], why)
 
@@ -136,12 +137,14 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Yield the text columns and the maximum length of an item's text; if there are no texts, an ID-only model."""
     used = {name: words for name, words in facts.words.items() if words > 0}
     if not used:
-        yield Choice("item_llm.enabled", False, "items have no texts, or all the same")
+        yield Choice("item_llm.enabled", False, "items have no texts, or all have the same text")
         return
     yield Choice("item_llm.text_keys", list(used), f"items have text in {', '.join(used)}")
     tokens = TOKENS_PER_WORD * (sum(used.values()) + 2 * len(used))
     length = next((n for n in TEXT_LENGTHS if tokens <= n), TEXT_LENGTHS[-1])
-    yield Choice("item_llm.max_text_length", length, f"19 of 20 texts have at most {sum(used.values()):.0f} words")
+    yield Choice(
+        "item_llm.max_text_length", length, f"the columns' 95th percentiles are {sum(used.values()):.0f} words in total"
+    )
 
 
 def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:

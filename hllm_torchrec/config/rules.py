@@ -164,9 +164,12 @@ def _feature_name_problems(config: "Config") -> Iterator[str]:
     for kind, names in (("item_features", data.item_features), ("user_features", data.user_features)):
         for name in names:
             if name in own:
-                yield f"data.{kind}: {name!r} is a table of the model itself: leave it out, or rename the column"
+                yield (
+                    f"data.{kind}: {name!r} is the name of another table of the model: leave it out, or rename the "
+                    "column"
+                )
             elif "." in name:
-                yield f"data.{kind}: {name!r}: a dot cannot name a table: leave it out, or rename the column"
+                yield f"data.{kind}: {name!r}: the name of a table has no dot: leave it out, or rename the column"
             own.add(name)
 
 
@@ -219,16 +222,19 @@ def _store_problems(config: "Config") -> Iterator[str]:
     if not takes_stored_items(config):
         for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
             if value != nothing:
-                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; set it, or leave this out"
+                yield (
+                    f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; write that in all stages, or "
+                    f"leave item_llm.{name} out"
+                )
         return
     for number, stage in enumerate(config.stages):
         if stage.item_embeddings != "stored":
             yield (
-                f"stages[{number}].item_embeddings: {stage.item_embeddings!r}: other stages have 'stored': a run takes "
-                "all from the store or nothing; make two runs, the second with start_from"
+                f"stages[{number}].item_embeddings: {stage.item_embeddings!r}: other stages have 'stored': all stages "
+                "of a run read the store, or none; make two runs, the second with start_from"
             )
     if not item.enabled:
-        yield "item_llm.enabled: false while stages have item_embeddings: stored: an ID-only model has no use for them"
+        yield "item_llm.enabled: false while stages have item_embeddings: stored: an ID-only model reads no store"
     elif item.store is None:
         yield "item_llm.store: none: item_embeddings: stored needs the store that `hllm embed` has made"
 
@@ -258,7 +264,7 @@ def _quantization_problems(config: "Config") -> Iterator[str]:
     if parallel.precision != "fp32" or parallel.dense != "ddp":
         yield (
             f"item_llm.quantization: {item.quantization}: parallel.precision is {parallel.precision}, parallel.dense "
-            f"{parallel.dense}: int8 products are between float32 numbers of whole weights; write fp32 and ddp, or none"
+            f"{parallel.dense}: int8 needs float32 inputs and unsharded weights; write fp32 and ddp, or none"
         )
     if item.lora.rank:
         yield (

@@ -18,15 +18,16 @@ class ReliabilityConfig:
     """Behavior on faults."""
 
     not_finite: Literal["stop", "skip"] = "stop"
-    """If the loss or the gradients of a step are NaN or infinite: stop, or skip the step, which leaves the weights
-    unchanged. The ids of its batch are written to `bad_batches` in both cases."""
+    """If the loss or the gradients of a step are NaN or infinite: stop, or skip the step. Skipping leaves the dense
+    weights unchanged; rows of sharded tables may have been updated before. The ids of the step's batch are written to
+    `bad_batches` in both cases."""
     max_skipped: int = 10
     """Maximum number of consecutive skipped steps; one more stops the run."""
     leakage: Literal["warn", "stop"] = "warn"
     """At a validation AUC above `leakage_above`, which usually means that a feature contains the label: warn, or stop
     after the checkpoint of that evaluation."""
     leakage_above: float = 0.99
-    """AUC above which leakage is assumed; `hllm evaluate` warns above the same value."""
+    """AUC above which leakage is assumed. `hllm evaluate` always warns above 0.99."""
     asynchronous_checkpoints: bool = False
     """True: training waits only until its state is copied to host memory, which needs space for a rank's share of the
     state; a thread then writes the checkpoint while training continues."""
@@ -55,7 +56,7 @@ class DrawnNegativesConfig:
     """Number of draws per positive exposure in training; 0: none."""
     by: Literal["uniform", "popularity", "batch", "hard"] = "uniform"
     """Distribution of the draws. uniform: all items; popularity: by training events; batch: items of the other
-    exposures of the step; hard: half uniform, half from the items that a retrieval run finds for the user."""
+    exposures of the rank's batch; hard: half uniform, half from the items that a retrieval run finds for the user."""
     item_store: str | None = None
     """Only for `by: hard`: store that `hllm embed --items` has written from the retrieval run."""
     user_store: str | None = None
@@ -78,7 +79,7 @@ class DataConfig:
     paper."""
     max_history: int = 1024
     """Maximum number of events per pass. Longer user sequences are cut into overlapping pieces, in which an exposure
-    sees between max_history / 2 and max_history earlier events, or all of them if there are fewer."""
+    sees between max_history / 2 and max_history - 1 earlier events, or all of them if there are fewer."""
     batch_users: int = 8
     """Number of user pieces (see max_history) per rank and step."""
     stochastic_length: float = 0.0
@@ -105,9 +106,10 @@ class DataConfig:
     training part when the run starts, and saved with the run), or the name of a float32 array [N, V] in
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
-    """Evidence: results of simple predictors for each exposure, computed from strictly earlier events. They are added
-    to the logit and are inputs of the head. Groups (`hllm_torchrec.data.evidence`): factors, items, users, neighbors,
-    tastes, crosses. neighbors needs a frozen Item LLM; tastes needs a frozen one if there is an Item LLM."""
+    """Evidence: results of simple predictors for each exposure, computed from strictly earlier events. A linear
+    function of them is added to the logit, and they are inputs of the head. Groups (`hllm_torchrec.data.evidence`):
+    factors, items, users, neighbors, tastes, crosses. neighbors needs a frozen Item LLM; tastes needs a frozen one if
+    there is an Item LLM."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by the unknown ID 0, whose row cold items use."""
     cold_dropout: float = 0.0
@@ -146,8 +148,8 @@ class OpenTableConfig:
     """Table of an open vocabulary: any number of ids in a fixed number of rows (docs/retrieval.md)."""
 
     kind: Literal["hash"]
-    """hash: TorchRec's managed collisions (ZCH). An id has a row of its own until, after `evict_after` steps without
-    use, another id takes the row."""
+    """hash: TorchRec's managed collisions (ZCH). In training an id is assigned a row of its own, which another id can
+    take after `evict_after` steps without use. Ids that find no free row share one."""
     rows: int
     """Minimum number of rows, rounded up to a multiple of 15,360; choose about 1.5 times the number of ids in use."""
     evict_after: int = 10_000
@@ -261,9 +263,9 @@ class ParallelConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the forward pass; weights stay fp32."""
     activation_checkpointing: bool = False
-    """Recompute the LLMs' layers in the backward pass."""
+    """Recompute the layers of the LLMs and of the user encoder in the backward pass."""
     compile: bool = False
-    """torch.compile the LLMs' layers."""
+    """torch.compile the layers of the LLMs and of the user encoder."""
     overlap_tables: bool = False
     """Exchange the table ids of the next batch while the current one is computed; does not change results."""
     timeout: float = 600.0
@@ -297,8 +299,9 @@ class EvaluationConfig:
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
-    """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss). The targets are those
-    of the generative loss: positive exposures, or all (objective.positive_targets_only)."""
+    """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss); with fusion `none` they
+    are always computed. The targets are those of the generative loss: positive exposures, or all
+    (objective.positive_targets_only)."""
     filter_seen: bool = True
     """Exclude the items of all earlier events of a user from the candidates, also those of events that the model does
     not read."""

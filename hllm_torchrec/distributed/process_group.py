@@ -43,10 +43,10 @@ def _join(backend: str, timeout: timedelta) -> None:
     except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError is a RuntimeError
         names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
         address, port, rank, world = (os.environ.get(name, "?") for name in names)
-        cause = "it is in use: choose another" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        cause = "the port is in use: choose another" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise ConnectionError(
-            f"rank {rank} of {world} could not join the others at {address}:{port}: {cause}. The port is "
-            "--rdzv_port of torchx, --master_port of torchrun; all ranks must reach it"
+            f"rank {rank} of {world} could not join the others at {address}:{port}: {cause}. The option of "
+            "the port is --rdzv_port (torchx) or --master_port (torchrun); all ranks must reach the address"
         ) from error
 
 

@@ -117,13 +117,14 @@ def plan_table_sharding(model: nn.Module, settings: TableSettings, device: torch
 
 
 def warn_without_effect(plan: ShardingPlan, settings: TableSettings) -> None:
-    """Log a warning on rank 0 if the configured table optimizer has no effect because all tables are replicated."""
+    """Log a warning on rank 0 if a table optimizer or options are configured but all tables are replicated."""
     kinds = {parameter.sharding_type for module in plan.plan.values() for parameter in module.values()}
     chosen = settings.options or settings.optimizer != TableSettings.optimizer
     if chosen and kinds <= {ShardingType.DATA_PARALLEL.value} and dist.get_rank() == 0:
         _logger.warning(
             "optim.table_optimizer, table_options and table_lr have no effect: no table has features.shard_from_rows "
-            "(%d) rows or more, and smaller ones are updated by the dense optimizer; lower it, or leave them out",
+            "(%d) rows or more, and smaller tables are updated by the dense optimizer; lower that number, or leave "
+            "these settings out",
             settings.shard_from_rows,
         )
 

@@ -28,13 +28,13 @@ def local_shards(value: Any) -> list[tuple[Tensor, int, int]]:
 
 @torch.no_grad()
 def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) -> None:
-    """Fill every embedding bag table with values that are uniform in +-scale.
+    """Fill every embedding bag table, except that of the position bias, with values that are uniform in +-scale.
 
     The values depend only on (seed, table, row, column), so the initial model is the same for any number of ranks and
     any sharding plan.
     """
     for name, value in model.state_dict().items():
-        if ".embedding_bags." not in name or "position_bias." in name:  # which starts without a bias
+        if ".embedding_bags." not in name or "position_bias." in name:  # the position bias starts at 0
             continue
         table = name.split(".embedding_bags.")[1].removesuffix(".weight")
         width = (value.metadata().size if isinstance(value, ShardedTensor) else value.shape)[1]

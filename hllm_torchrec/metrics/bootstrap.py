@@ -21,8 +21,8 @@ def user_bootstrap(
 ) -> dict[str, np.ndarray]:
     """AUCs of resampled users, with the same draws for every model, so that differences per draw are paired.
 
-    Each draw samples the number of users with replacement; the rows of a user drawn k times have weight k. The AUC of
-    a draw is exact with ties. Rows are sorted once; a draw costs O(n).
+    Each draw samples, with replacement, as many users as there are; the rows of a user drawn k times have weight k. The
+    AUC of a draw is exact with ties. Rows are sorted once; a draw costs O(n).
 
     Args:
         labels: 0 or 1, [n].

@@ -14,7 +14,7 @@ _Doubles = NDArray[np.float64]
 
 
 class NumberSums:
-    """Weighted sums over rows, of which follow the metrics that are means."""
+    """Weighted sums over rows, from which the metrics that are means are computed."""
 
     def __init__(self, models: int) -> None:
         self.rows, self._weight = 0, 0.0

@@ -33,7 +33,8 @@ class UserStatistics:
     users_counted: int
     """Number of users with both classes."""
     standard_error: list[float]
-    """Standard error of the AUC with users as the independent units; `nan` with fewer than two users."""
+    """Standard error of the AUC with users as the independent units; `nan` with fewer than two units (each row without
+    a user counts as one)."""
     difference_error: list[float]
     """Standard error of the AUC minus the AUC of the first model."""
     rows_without_user: int = 0

@@ -1,10 +1,10 @@
 """Merging of segments: all of them (compaction), or the newest when there are many.
 
 A lookup searches every segment, so a store that is written every minute must not keep one segment per commit. A commit
-that leaves more than MAX_SEGMENTS segments merges the newest ones: about half of all, but no segment that is larger
-than all newer ones together, and each older segment that is not. So apart from the first time that a row is merged, its
-segment at least doubles in size, and a row is rewritten O(log rows) times, regardless of the number of commits and of
-their sizes.
+that leaves more than MAX_SEGMENTS segments merges the newest ones, about half of all. The oldest segment that is merged
+is not larger than all newer segments together, while the segment before it is (`first_to_merge`). So apart from the
+first time that a row is merged, its segment at least doubles in size, and a row is rewritten O(log rows) times,
+regardless of the number of commits and of their sizes.
 """
 
 from collections.abc import Sequence

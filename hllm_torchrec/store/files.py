@@ -117,7 +117,9 @@ def _manifest(raw: Any, location: str | Path) -> Manifest:
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
                 raise ValueError(f"{location}: {repr(name)[:100]} is not a plain name: the file is damaged")
         if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
-            raise ValueError(f"{location}: run {run.name} has {run.rows} rows: the file is damaged")
+            raise ValueError(
+                f"{location}: run {run.name} has {run.rows} rows and {run.deleted} deletions: the file is damaged"
+            )
     return found
 
 

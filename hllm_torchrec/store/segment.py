@@ -1,7 +1,8 @@
 """A segment: the immutable files with the rows of one commit, in a folder runs/<name>/ of the store.
 
     keys.arrow          [n + d] keys in the order of writing, deleted keys last (Arrow file, one column)
-    marks.npy           uint64 [n] content hash of the input of each vector (an item's text, a user's last event)
+    marks.npy           uint64 [n] hash of the content that each vector was made from (of an item: its text; of a user:
+                        number of events and last second)
     hashes.npy          uint64 [m] sorted hashes of the distinct keys
     rows.npy            int64 [m] row of each hash, the last one of a key that was written twice; n and above: a deleted
                         key
@@ -57,7 +58,7 @@ class SegmentReader:
     """A memory-mapped segment. Its open files stay readable after a compaction has deleted them.
 
     Raises:
-        ValueError: a file is missing or does not have the size that the manifest states.
+        ValueError: a file is missing, does not have the size that the manifest states, or is malformed.
     """
 
     def __init__(self, folder: Path, facts: SegmentFacts, width: int, dtype: str) -> None:
@@ -267,7 +268,7 @@ class SegmentWriter:
         self._content_hashes.append(np.asarray(content_hashes, np.uint64))
 
     def delete(self, keys: pa.Array) -> None:
-        """Mark keys of earlier segments as deleted."""
+        """Mark keys as deleted, in earlier segments and among the rows added before."""
         self._deleted.append(keys)
 
     def finish(self) -> SegmentFacts:

@@ -71,7 +71,7 @@ class Snapshot:
         return found, runs >= 0
 
     def rows(self, batch: int = 65_536) -> Iterator[tuple[pa.Array, Tensor, Hashes]]:
-        """Yield all live rows, `batch` at a time: keys [k], vectors [k, D] of the store's type, content hashes [k]."""
+        """Yield all live rows in blocks of k <= `batch`: keys [k], vectors [k, D] of the store's type, hashes [k]."""
         for number in range(len(self.segments)):
             yield from self.rows_of(number, batch)
 

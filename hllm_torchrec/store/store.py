@@ -107,10 +107,10 @@ class EmbeddingStore:
             ValueError: `path` is a folder that is not empty, or an argument is not allowed.
         """
         root = Path(path)
-        if dtype not in DTYPES or width < 1 or keys not in ("string", "int64"):
+        if dtype not in DTYPES or not 1 <= width < MAX_WIDTH or keys not in ("string", "int64"):
             raise ValueError(
-                f"{root}: width={width}, dtype={dtype!r}, keys={keys!r}: the width is at least 1, the type one of "
-                f"{', '.join(DTYPES)}, keys are string or int64"
+                f"{root}: width={width}, dtype={dtype!r}, keys={keys!r}: the width is 1 to {MAX_WIDTH - 1}, the type "
+                f"one of {', '.join(DTYPES)}, keys are string or int64"
             )
         _refuse_contents(root)
         root.mkdir(parents=True, exist_ok=True)

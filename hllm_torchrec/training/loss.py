@@ -69,7 +69,7 @@ class StepStats:
     similarities: float = 0.0
     """Number of micro-batches in which `item_similarity` was measured."""
     asked_to_stop: float = 0.0
-    """Number of ranks that received SIGTERM: all ranks stop after the same step."""
+    """Number of ranks that received SIGTERM or SIGINT: all ranks stop after the same step."""
     failed_saves: float = 0.0
     """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
     write: float = 0.0
@@ -134,8 +134,8 @@ class StepCounts:
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
     """The counts of a step, summed over its micro-batches and all ranks. Collective."""
-    # Global counts, because ranks and micro-batches have different numbers of samples, and all samples have the same
-    # weight.
+    # Global counts: ranks and micro-batches have different numbers of samples, and the weight of a sample must not
+    # depend on which of them has it.
     local = []
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
@@ -172,7 +172,8 @@ def micro_batch_loss(
     value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts.tasks[0]
     generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
     if output.generative is not None:
-        # These two are means over this micro-batch's targets, so they are weighted by its share of the targets.
+        # `effective_negatives` and `accuracy` are means over this micro-batch's targets, so they are weighted by the
+        # micro-batch's share of the targets.
         share = output.generative.count / counts.targets
         generative = output.generative.loss_sum / counts.targets
         effective, accuracy = (
@@ -248,7 +249,12 @@ def describe_step(
 
 
 def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, collapse_above: float) -> dict[str, float]:
-    """Losses and statistics of a step with creatives, which has no other losses; raises like `describe_step`."""
+    """Losses and statistics of a step with creatives, which has no other losses.
+
+    Raises:
+        FloatingPointError: as `describe_step` (of user vectors instead of item embeddings), or the align loss has no
+            negatives.
+    """
     found = {"loss": weights.write * stats.write + weights.match * stats.match, "loss_write": stats.write}
     if weights.match > 0:
         found["loss_match"] = stats.match

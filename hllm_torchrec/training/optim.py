@@ -45,10 +45,10 @@ def dense_optimizer(
         eps: added to the square root of the mean square.
 
     Returns:
-        AdamW with one group for each (learning rate, decay, DTensor or not), each with a `name`.
+        AdamW with one group for each (part, with or without decay, DTensor or not), each with a `name`.
 
     Raises:
-        ValueError: no parameter has one of the prefixes, or there is nothing to train.
+        ValueError: a prefix matches no parameter, or there is nothing to train.
     """
     parameters = list(named_parameters)
     rates = dict(part_learning_rates or {})

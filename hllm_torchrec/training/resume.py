@@ -81,7 +81,7 @@ def check_schedule(checkpoint: Path, extra: dict[str, Any], segments: Sequence[E
         raise ConfigError(
             [
                 f"resume: the epochs of {checkpoint} have {saved} steps, those of this run {mine}: keep the dataset, "
-                "the stages and batch_users x ranks x optim.accumulate (it ran with data.batch_users "
+                "the stages and batch_users x ranks x optim.accumulate (the checkpoint's run had data.batch_users "
                 f"{extra['config']['data']['batch_users']})"
             ]
         )

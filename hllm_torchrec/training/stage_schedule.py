@@ -58,7 +58,7 @@ class RunSchedule:
         return warmup_cosine(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
 
     def end_to_end_steps(self, step: int) -> int:
-        """Number of steps, among the first `step`, in which the Item LLM encodes the items with gradients."""
+        """Number of steps, among the first `step`, in stages with `item_embeddings: trained`."""
         live = (segment for segment in self.segments if segment.stage.item_embeddings == "trained")
         return sum(max(0, min(step, segment.end) - segment.first_step) for segment in live)
 

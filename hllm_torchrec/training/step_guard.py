@@ -35,7 +35,7 @@ class StepGuard:
         self._says_undefined = rank == 0
 
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
-        """Return the validation score by which checkpoints are compared (larger is better), or None without exposures.
+        """Return the validation score by which checkpoints are compared (larger is better); None if nothing is scored.
 
         The score is the mean of the metrics of `evaluation.select_by`; without a ranking head it is the NDCG; for a run
         with creatives it is the mean log-likelihood of their texts, given the right user. If a metric is

@@ -156,7 +156,8 @@ class WeightSnapshot:
 
 @torch.no_grad()
 def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> WeightSnapshot:
-    """Copy the first trained matrix in the layers of each part of `named_backbones` (this rank's shard of it).
+    """Copy the first trained matrix in the layers of each part of `named_backbones` (of a frozen part: the first
+    matrix); of a sharded matrix, this rank's shard.
 
     With `item_encoder`, also compute the embeddings of the first SAMPLED_ITEMS items, as "item_embeddings"; the call is
     then collective.
@@ -181,7 +182,7 @@ def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) ->
     if not objective.has_head or not objective.classification_weight or config.creative.enabled:
         return []
     return [
-        f"caution: {name}: no exposure of these steps had this label and a weight above 0: it was not trained"
+        f"caution: {name}: no exposure of these steps had this label and a weight above 0: the task was not trained"
         for number, name in enumerate(tasks)
         if number not in labelled
     ]

@@ -47,8 +47,8 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     version = version_to_resume(config, resume_from)
     factors = own_factors(config, storage.folder, resume_from, begin_from)
     evidence = evidence_to_continue(config, resume_from, begin_from)
-    # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
     transitions = None if resume_from is None else run_transitions(config, resume_from.parent.parent)
+    # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
     experiment = build_experiment(
         config, device, factors=factors, evidence=evidence, transitions=transitions, version=version
     )
@@ -91,8 +91,8 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
         )
     changed = Dataset.open(config.data.dataset, version).fingerprint != began["fingerprint"]
     if changed and rank() == 0:
-        _logger.warning("%s: ids were forgotten in its dataset version since: it will not equal an undisturbed run; "
-                        "the rest of the epoch is planned again", config.output)  # fmt: skip
+        _logger.warning("%s: ids were forgotten in its version of the dataset since it began: results will differ "
+                        "from an uninterrupted run; the rest of the epoch is planned again", config.output)  # fmt: skip
     return version
 
 

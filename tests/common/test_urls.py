@@ -12,7 +12,7 @@ def test_a_url_of_a_file_system_inside_another_is_refused(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{url}: such a URL cannot be opened by itself \(.*give one of a server"):
+    with pytest.raises(ValueError, match=rf"^{url}: fsspec cannot open this URL \(.*give one that names a server"):
         read_text(url)
 
 

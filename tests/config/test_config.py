@@ -93,7 +93,7 @@ def test_a_file_that_is_no_mapping_is_named(text: str, message: str, tmp_path: P
 
 def test_a_missing_file_and_a_stray_word_are_named(tmp_path: Path) -> None:
     assert problems_of(["--config", str(tmp_path / "no.yaml")]) == [f"--config: {tmp_path}/no.yaml: no such file"]
-    assert problems_of([*VALID, "--config"]) == ["--config: no file named: no such file"]
+    assert problems_of([*VALID, "--config"]) == ["--config: no file given"]
     (problem,) = problems_of([*VALID, "resume"])
     assert "unrecognized arguments: resume" in problem
 
@@ -219,14 +219,14 @@ def test_a_feature_does_not_take_the_place_of_another_table(options: list[str], 
     given = ["--user.shape", USER, "--item_llm.shape", USER, *off, "--data.item_features", f"[{name}]"]
     load_config(given)
     kind = "user_features" if "--data.user_features" in options else "item_features"
-    message = f"data.{kind}: '{name}' is a table of the model itself: leave it out, or rename the column"
+    message = f"data.{kind}: '{name}' is the name of another table of the model: leave it out, or rename the column"
     assert problems_of([*given, *options]) == [message]
 
 
 def test_a_feature_with_a_dot_cannot_name_a_table() -> None:
     given = ["--user.shape", USER, "--item_llm.shape", USER, "--data.user_features", "[geo.country]"]
     assert problems_of(given) == [
-        "data.user_features: 'geo.country': a dot cannot name a table: leave it out, or rename the column"
+        "data.user_features: 'geo.country': the name of a table has no dot: leave it out, or rename the column"
     ]
 
 

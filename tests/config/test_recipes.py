@@ -72,7 +72,7 @@ def test_what_is_set_is_not_chosen() -> None:
 
 def test_every_choice_says_why() -> None:
     texts = [str(one) for one in recipe_choices("ranking", FILMS, {})]
-    assert "item_llm.max_text_length: 128, chosen because 19 of 20 texts have at most 56 words" in texts
+    assert "item_llm.max_text_length: 128, chosen because the columns' 95th percentiles are 56 words in total" in texts
     assert all(", chosen because " in text for text in texts)
 
 

@@ -404,7 +404,7 @@ def test_a_port_in_use_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch)
             ("WORLD_SIZE", "2"),
         ):
             monkeypatch.setenv(name, value)
-        with pytest.raises(ConnectionError, match=rf"rank 0 of 2 .* localhost:{port}: it is in use: choose another"):
+        with pytest.raises(ConnectionError, match=rf"rank 0 of 2 .* localhost:{port}: the port is in use: choose"):
             init_distributed(timeout=5)
 
 

@@ -270,7 +270,8 @@ def test_a_model_of_ids_shows_its_user_encoder_only(tmp_path: Path) -> None:
 def test_a_task_that_no_step_had_labels_for_is_said() -> None:
     names = ["click", "like"]
     (said,) = untrained_tasks(fixtures.config(), names, {0})
-    assert said == "caution: like: no exposure of these steps had this label and a weight above 0: it was not trained"
+    why = "no exposure of these steps had this label and a weight above 0: the task was not trained"
+    assert said == f"caution: like: {why}"
     assert untrained_tasks(fixtures.config(), names, {0, 1}) == []
     generative = fixtures.config(objective={"fusion": "none", "generative_weight": 1.0})
     assert untrained_tasks(generative, names, set()) == [], "a model without a head has no tasks"
