@@ -21,7 +21,7 @@ def run_night(
     steps: Sequence[str] = STEPS,
     report: Callable[[str], None] = print,
 ) -> NightState:
-    """Run the steps of a night that are not done, and return its state. Collective.
+    """Run the steps of a night that are not done, and return its state. A gate that rejected runs again. Collective.
 
     Args:
         night: name of the night; None: the oldest night that was begun and is not finished, else today's date (UTC).
@@ -49,7 +49,7 @@ def run_night(
             is_idle = False
         state = run_on_rank_zero(lambda: NightState.read(folder, name))
         if is_idle:
-            report(f"{name}: nothing is left to do; done before: {', '.join(state.done)}")
+            report(f"{name}: no step was run; done before: {', '.join(state.done)}")
         return state
 
 
