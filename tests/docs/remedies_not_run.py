@@ -129,7 +129,7 @@ NOT_RUN: dict[str, str] = {
     "delete the ids with `hllm store delete` if they are its keys": "other cases run the command",
     "if to this one, name the folder with --predictions": "a folder that is named by hand",
     "is missing, the label that defines exposures": "the name to add is the one that is named",
-    "a label is □, below 0, which no odds are; choose huber": "the value to choose is named",
+    "below 0, and this loss predicts labels as odds; choose huber": "the value to choose is named",
     "this needs a token, also on this machine: start the service with --token-file": "a service",
     "give --state another file": "a file that is no log of events",
     "--compiled: there is no C++ compiler": "a compiler is to be installed",
