@@ -137,7 +137,7 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """A type that keeps the order of scores: int64 for whole numbers, float32 for 16 or 32 bit floats, or float64."""
+        """A type that keeps the order of scores: int64 for whole numbers, float32 for short floats, else float64."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
         if all(pa.types.is_integer(kind) for kind in kinds) and len({kind == pa.uint64() for kind in kinds}) == 1:
             return np.dtype(np.int64)
