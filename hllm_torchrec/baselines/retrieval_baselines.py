@@ -112,7 +112,7 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
 def fit_markov(
     train: Histories, items: int, decay: float, gap_decay: float, damping: float, shrinkage: float, window: int
 ) -> ItemToItem:
-    """Markov chain with decaying weights of followers and of the history; the backoff is a small popularity."""
+    """Markov chain with decaying weights of followers and of the history; the backoff is popularity, to break ties."""
     followers = sp.csr_matrix((items, items))
     for gap in range(1, window + 1):
         weight = gap_decay ** (gap - 1) if gap > 1 else 1.0

@@ -96,7 +96,7 @@ class NightConfig:
     timeout: float = 3600.0
     """Seconds that the other ranks wait for rank 0 to append or publish."""
     keep: int = 7
-    """Number of newest nights whose runs and stores are kept; those of the aliases and unfinished nights always are."""
+    """Number of newest nights whose runs and stores are kept, besides those of the aliases and of unfinished nights."""
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, NIGHT_BOUNDS))

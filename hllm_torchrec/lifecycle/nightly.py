@@ -21,7 +21,9 @@ def run_night(
     steps: Sequence[str] = STEPS,
     report: Callable[[str], None] = print,
 ) -> NightState:
-    """Run the steps of a night that are not done, and return its state. A gate that rejected runs again. Collective.
+    """Run the steps of a night that are not done, and return its state. Collective.
+
+    If the gate has rejected the night's model, the step `gate` is run again.
 
     Args:
         night: name of the night; None: the oldest night that was begun and is not finished, else today's date (UTC).
