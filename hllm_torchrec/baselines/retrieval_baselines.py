@@ -11,7 +11,7 @@ Each scores the catalogue for a user by a sum over the history, s = sum_k w_k M[
 Settings are selected from small grids by NDCG@10 on the validation part; the test part is scored once, with the
 selected settings. Only training events are fitted; the history of a request contains all earlier events of any part.
 
-Legend: N rows of an item table (0 is the unknown item), X exposures, R rows (users), T events.
+Legend: N rows of an item table (0 is the unknown item), R rows (users), x exposures, S the events visible to them.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class ItemToItem:
         return dense + self.backoff
 
     def _weights(self, offsets: Ints) -> Floats:
-        """Weights [S] of the visible events: decay to the power of the number of later visible events."""
+        """Weights [S] of the visible events: decay ** (number of later visible events); 0 before the last `window`."""
         # Index of the exposure's last visible event minus the index of the event itself.
         age = np.repeat(offsets[1:], np.diff(offsets)) - 1 - np.arange(offsets[-1])
         inside = np.ones_like(age, dtype=bool) if self.window is None else age < self.window
@@ -112,7 +112,7 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
 def fit_markov(
     train: Histories, items: int, decay: float, gap_decay: float, damping: float, shrinkage: float, window: int
 ) -> ItemToItem:
-    """Markov chain with decaying weights of followers and of the history; the backoff is popularity."""
+    """Markov chain with decaying weights of followers and of the history; the backoff is popularity, to break ties."""
     followers = sp.csr_matrix((items, items))
     for gap in range(1, window + 1):
         weight = gap_decay ** (gap - 1) if gap > 1 else 1.0
@@ -157,8 +157,8 @@ def rank_baseline_targets(
 ) -> tuple[dict[str, Ints], int]:
     """Compute the rank of each target of this process's exposures among the candidates.
 
-    Returns the columns user_id, position, item_id and rank, and the number of targets that were skipped because no
-    event is visible at them. Targets, candidates (all items but `excluded`) and columns are those of
+    Returns the columns user_id, position, item_id and rank, and the number of targets that were skipped because they
+    see no event. Targets, candidates (without `excluded`) and columns are those of
     `evaluation.scoring.rank_catalogue_targets` for a model.
     """
     labels = histories.labels[histories.exposures]

@@ -23,7 +23,7 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
     """Fit and score a baseline; writes `predictions/{valid,test}` and `baseline.json` to `directory`. Collective.
 
     Returns:
-        False if the directory already has results of the same dataset, settings and version.
+        False if the directory already has results of the same dataset, settings and library version; else True.
 
     Raises:
         ValueError: a split is empty, or the settings do not fit the dataset.

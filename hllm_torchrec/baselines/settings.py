@@ -90,7 +90,7 @@ class RetrievalBaselinesConfig:
     markov_gap_decay: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
     """Decay of the weight of a follower per step; 0: only the next event."""
     markov_damping: tuple[float, ...] = (0.0, 0.25)
-    """Exponent of popularity by which a follower's counts are divided."""
+    """A follower's counts are divided by its number of training events to the power of this exponent."""
     markov_shrinkage: float = 10.0
     """Pseudo-count added to an item's number of events; reduces the influence of rare items."""
     window: int = 20
@@ -98,6 +98,6 @@ class RetrievalBaselinesConfig:
     ks: tuple[int, ...] = (10, 50, 200)
     """K of Recall@K and NDCG@K."""
     filter_seen: bool = True
-    """Exclude the items of a user's history from the candidates."""
+    """Exclude the items of the visible history from the candidates."""
     positive_only: bool = False
     """Exclude exposures with label 0 from the targets."""

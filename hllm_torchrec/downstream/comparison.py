@@ -1,11 +1,11 @@
 """Stage III comparison of the same ID-only DLRM without and with stored vectors.
 
-    alone            the baseline of `hllm baselines`
+    alone            the baseline `dlrm` of `hllm baselines`
     items            + each target item's vector, from a store by raw id
     users_<store>    + the user's vector at the time of the exposure, from a store of exposures
     both_<store>     + both
 
-Legend: B rows of a batch, X exposures of a window, N items, E and D widths of item and user vectors.
+Legend: B rows of a batch, N items, E and D widths of item and user vectors, F + C columns of `DLRMBatch`.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class VectorData(DLRMData):
         return items + ([] if self._users is None else [self._users.width])
 
     def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
-        """Like `DLRMData.batch`, with dense_features [B, F + E + 1 + D + 1].
+        """Like `DLRMData.batch`, with dense_features [B, F + C + E + 1 + D + 1] (without those of a missing store).
 
         Raises:
             ValueError: the store of exposures was made from a different dataset.

@@ -1,9 +1,9 @@
-"""ID-only baseline: `torchrec.models.dlrm.DLRM` with inputs from IDs, user features, time, and the history.
+"""ID-only baseline: `torchrec.models.dlrm.DLRM` with inputs from IDs, user features, context, time and the history.
 
 The inputs from the history before the exposure are the liked and the disliked items, each as one pooled bag, and
 numeric user features. Tables are sharded and updated as in the main model.
 
-Legend: B rows of a batch.
+Legend: B rows of a batch, O outputs of all tasks.
 """
 
 import math
@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 class BiasedDLRM(nn.Module):
-    """A DLRM whose outputs for binary tasks have a bias of where the item was shown, left out outside of training."""
+    """A DLRM with a position bias on the outputs of binary tasks; outside of training, a constant replaces the bias."""
 
     def __init__(self, dlrm: DLRM | PluggedDLRM, position_bias: PositionBias) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def build_dlrm(
         tables: sparse feature -> rows of its table.
         start: initial values of the last biases [O], those of a constant prediction of each task.
         outputs: number of outputs of each task; None: one each.
-        dense: number F of dense features without stored vectors.
+        dense: number of dense features without stored vectors.
         widths, way, vector_dropout: settings of stored vectors after the dense features; see `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]

@@ -1,4 +1,4 @@
-"""Settings of `hllm downstream`; this module does not import the training code, so that `--help` is fast."""
+"""Settings of the DLRM and of `hllm downstream`, without imports of training code, so that `--help` is fast."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class DLRMConfig:
     width: int = 16
     """Width of all tables, and of the last layer of the bottom network."""
     bottom: tuple[int, ...] = (64,)
-    """Widths of the hidden layers of the bottom network, whose inputs are the numeric features."""
+    """Widths of the hidden layers of the bottom network, whose inputs are the numeric features and numeric context."""
     top: tuple[int, ...] = (64, 32)
     """Widths of the hidden layers of the top network, whose inputs are the interactions; at least one layer."""
     init_scale: float = 0.02
@@ -44,15 +44,15 @@ class DLRMConfig:
     context: tuple[str, ...] = ()
     """Declared context of the request, like `data.context` of a model."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Labels to predict, as `objective.tasks` of a model. Empty: the first label alone."""
+    """Labels to predict, as `objective.tasks` of a model. Empty: only the first label."""
     towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
-    """What tasks share: one top network, of which they are outputs, or `experts` top networks that a gate per task
-    mixes, with a tower per task."""
+    """shared_bottom: the tasks are the outputs of one top network. mmoe: for each task, a gate mixes the outputs of
+    `experts` top networks, and a tower of the task reads the mixture."""
     experts: int = 4
     """Number of experts of `towers: mmoe`."""
     position_bias: tuple[str, ...] = ()
-    """Categorical context beside the logits of binary tasks, in training only, as `objective.position_bias` of a
-    model."""
+    """Categorical context with a learned bias of the logits of binary tasks, as `objective.position_bias` of a model.
+    In evaluation, a constant replaces the bias."""
     negative_rate: float = 1.0
     """Share of the negatives that each epoch trains on, like `data.negative_rate` of a model: with the same seed, the
     draws are the same, and the logit is corrected in the same way."""
@@ -122,7 +122,8 @@ class DownstreamConfig:
     """A DLRM and the stores that it can use.
 
     Raises:
-        ConfigError: values are out of range, or stores of rows are missing; lists all problems.
+        ConfigError: values are out of range, the stores do not allow a row, or two stores have one name; lists all
+            problems.
     """
 
     output: str = "runs/stages/3"

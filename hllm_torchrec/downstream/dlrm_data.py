@@ -1,6 +1,7 @@
 """Batches of the DLRM baseline: one row per exposure, with the history as two bags of item ids.
 
-Legend: B rows of a batch, X exposures of a window, F numeric features.
+Legend: B rows of a batch, X exposures of a window, F numeric features, C columns of numeric context, K tasks, P
+contexts of the position bias.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,9 +41,9 @@ EPOCH_WEEKDAY = 3
 class DLRMBatch:
     """A batch in the format of TorchRec's DLRM.
 
-    dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1];
-    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; bias_ids: [B, C] or None; as in
-    `data.batch.HybridBatch`.
+    dense_features: [B, F + C] float32 (`VectorData` appends stored vectors); sparse_features: one bag per key and row;
+    labels: [B] float32 in [0, 1]; task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; bias_ids:
+    [B, P] or None; as in `data.batch.HybridBatch`.
     """
 
     dense_features: Tensor
@@ -127,7 +128,7 @@ class DLRMData:
 
     @property
     def widths(self) -> list[int]:
-        """Widths of the stored vectors after the numeric features of batches; none in this class."""
+        """Widths of the stored vectors after the other dense features of batches; none in this class."""
         return []
 
     def tables(self) -> dict[str, int]:
@@ -266,7 +267,7 @@ def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
 
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
-    """Numeric features [X, F], computed from events before each exposure."""
+    """Numeric features [X, F], computed from the events that each exposure may see."""
     # Exposures are ascending event indices; bounds[row] is the index of the first exposure of each row.
     bounds = np.searchsorted(histories.exposures, histories.offsets)
     parts = [np.empty((0, len(names)), np.float32)]

@@ -1,4 +1,4 @@
-"""Stored item and user vectors in an existing TorchRec DLRM, without changes to its batches, loss and pipeline.
+"""Stored item and user vectors in an existing TorchRec DLRM, without changes to its batch class, loss and pipeline.
 
     items = VectorLookup("stores/items")                                  # in the data loader
     dense = append_vectors(dense, items(raw_item_ids))                    # [B, n] -> [B, n + E + 1]
@@ -10,7 +10,7 @@ splits these columns off, normalizes the vectors, and either appends them to the
 them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A custom
 model uses the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
 
-Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
+Legend: B rows, n dense features, E width of a stored vector, O outputs of several tasks.
 """
 
 from pathlib import Path
@@ -69,8 +69,8 @@ class VectorLookup:
     def _require(self, store: EmbeddingStore, identity: str) -> None:
         if store.identity_hash != identity:
             raise ValueError(
-                f"{self._path}: its vectors were made by another model ({store.identity_hash}) than those that this "
-                f"lookup is for ({identity}): give the store of that model, or train the model on these vectors"
+                f"{self._path}: its vectors were made by another model ({store.identity_hash}) than the expected one "
+                f"({identity}): give the store of the expected model, or train the DLRM on these vectors"
             )
 
     def __call__(self, ids: Keys) -> Tensor:

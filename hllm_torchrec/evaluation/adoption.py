@@ -15,8 +15,8 @@ from hllm_torchrec.models.run_vocabulary import TABLES, VECTORS, maps_read, save
 def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
     """Write the marks of a dataset's id maps into a run that has no marks, and return them.
 
-    The dataset may have grown since: the marks are those of its first ids, as many as the run's tables have rows. It
-    cannot be checked that these are the run's ids, because the run has no record of them.
+    The dataset may have grown since the training: the marks are those of its first ids, as many as the run's tables
+    have. It cannot be checked that these are the run's ids, because the run has no record of them.
 
     Raises:
         ValueError: the run has no checkpoint, already has marks, or has more ids than the dataset.
@@ -37,8 +37,8 @@ def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
         known = rows[weights[0].removeprefix(TABLES)] - 1  # row 0 is that of the unknown id
         if known > complete[name].count:
             raise ValueError(
-                f"{run} was not trained on {dataset}: {name}: {known} there, {complete[name].count} here; name its "
-                "dataset"
+                f"{run} was not trained on {dataset}: {name}: {known} in the run, {complete[name].count} in the "
+                "dataset; name the run's dataset"
             )
         marks[name] = mark_ids(map_ids(opened, name, 0, known))
     write_adopted(run, marks)

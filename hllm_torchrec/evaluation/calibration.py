@@ -103,7 +103,8 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
     """Fit a calibrator for each binary task to predictions of the validation part.
 
     Raises:
-        ValueError: the first labels are of one class. A further task of one class is left out, with a caution.
+        ValueError: the labels of the first task are of one class (a further task of one class is left out, with a
+            caution), or scikit-learn is not installed.
     """
     table = pq.read_table(predictions)
     names = [name.removeprefix("label") for name in table.column_names if name.startswith("label")]
@@ -117,7 +118,7 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
         if np.unique(label[kept]).size > 1:
             tasks[name] = _fit(method, score[kept], label[kept] > 0.5, sample[kept])
         elif name:
-            say(f"caution: the labels of {name} are of one class: it stays as it is")
+            say(f"caution: the labels of {name} are of one class: its probabilities are not calibrated")
         else:
             raise ValueError(f"{predictions}: the labels of the first task are of one class: nothing to fit")
     return RunCalibration(weights, tasks)

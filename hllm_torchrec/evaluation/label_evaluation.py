@@ -185,8 +185,8 @@ class LabelEvaluation:
                     continue
                 example = names[0].partition("=")[0]
                 raise ValueError(
-                    f"the column of {example!r} has more than {MAX_SLICES} values; slices are for columns with few: "
-                    "write one with coarser values"
+                    f"the column of {example!r} has more than {MAX_SLICES} values; slices are for columns with few "
+                    "values: write a column with coarser values"
                 )
 
     def _slices(self, ordered: _SortedScores) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     """Resolve `paths` (files, patterns with `*`, or directories with Parquet or CSV files) to files, in natural order.
 
     Raises:
-        ValueError: a path matches no file.
+        ValueError: a path matches no file, or a file is of another kind.
     """
     found: list[Path] = []
     for path in map(str, paths):
@@ -83,7 +83,7 @@ def _require_unchanged(paths: Sequence[str | Path], before: _Versions, cause: Ex
     now = _versions(paths)
     changed = next((name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)), None)
     if name := next(filter(None, gather_objects(changed)), None):
-        problem = f"{name} was replaced or changed while it was read, by another job: run this one again"
+        problem = f"{name} was replaced or changed while it was read, by another job: run this job again"
         raise ValueError(problem) from cause
 
 

@@ -116,5 +116,8 @@ def describe_predictions(
     usual = {field: column for field, column in STANDARD_COLUMNS.items() if column in found}
     named = {field: column for field, column in (usual | dict(columns or {})).items() if column != NONE}
     if "label" not in named:
-        raise ValueError(f"no column 'label'; it has {', '.join(found)}; name the column of labels with --label")
+        file = next(iter(files.values()))[0]
+        raise ValueError(
+            f"{file}: no column 'label'; it has {', '.join(found)}; name the column of labels with --label"
+        )
     return models, ColumnLayout(**named, slices=tuple(slices), tasks=find_tasks(found))

@@ -63,7 +63,8 @@ class PairedTables:
     def batches(self, size: int) -> Iterator[tuple[int, Tables]]:
         """Yield this rank's exposures, sorted by user and position within a bucket, at most `size` at a time.
 
-        With each its place in the bucket. Afterwards nothing is left in memory or on disk.
+        Each part is (index of its first exposure in the bucket, tables). After the last part, nothing is left in memory
+        or on disk.
 
         Raises:
             ValueError: a model has an exposure twice, or only some of the models have it.
@@ -165,8 +166,8 @@ class PairedTables:
                 here = f" (on rank {group_rank(self._group)})" if world_size(self._group) > 1 else ""
                 return (
                     f"the predictions of {other!r} miss {missing} of the {total} exposures of {first!r} and have "
-                    f"{extra} that it misses{here}, for example {_describe(example)}; all models must score the same "
-                    "exposures; predict with each on the same dataset and split"
+                    f"{extra} that {first!r} misses{here}, for example {_describe(example)}; all models must score the "
+                    "same exposures; predict with each on the same dataset and split"
                 )
         raise AssertionError("called where exposures differ")
 

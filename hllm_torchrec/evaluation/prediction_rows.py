@@ -63,12 +63,12 @@ class PredictionRows:
         """Open the files; CSV files are rewritten into `folder`.
 
         Args:
-            known_items: items of the training part (`known_items`); all others are cold, if no column says which items
-                are.
+            known_items: items of the training part (`known_items`); all others are cold, unless `layout.item_is_cold`
+                says which items are.
             paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
                 call of `read` is then collective, because it pairs them.
             memory: bytes per rank for pairing.
-            item_events: [N] number of training events by item id, where items are the ids of a dataset.
+            item_events: [N] number of training events by item id, if the items are dense ids of a dataset.
 
         Raises:
             ValueError: a file is missing, does not have a column, or has another number of rows than the first
@@ -106,9 +106,9 @@ class PredictionRows:
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
 
     def _task_columns(self, model: PredictionModel, task: str) -> tuple[str, str] | None:
-        """Columns of a model's score and prediction for a further task; None if its files lack them.
+        """Columns of a model's score and prediction for a further task; None if the model's files lack them.
 
-        A model before calibration has the probabilities before calibration, and no further tasks that have none.
+        For a model before calibration, the prediction is the probability before calibration.
         """
         score, prediction = task_columns(task, self.layout.tasks[task])
         if model.probability is not None and model.probability.startswith(RAW):
@@ -118,7 +118,7 @@ class PredictionRows:
         return (score, prediction) if has else None
 
     def of_task(self, task: str) -> "PredictionRows":
-        """The label, models and columns of a further task: of the models that predict it. It shares the open files."""
+        """A copy with the label of a further task and the models that predict it. It shares the open files."""
         own, binary = copy(self), self.layout.tasks[task] == "binary"
         own.layout = replace(self.layout, label=label_of(task), tasks={})
         own.models = [
@@ -137,7 +137,7 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """A type that keeps the order of scores: int64 for whole numbers, float32 for 32-bit floats, else float64."""
+        """A type that keeps the order of scores: int64 for whole numbers, float32 for short floats, else float64."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
         if all(pa.types.is_integer(kind) for kind in kinds) and len({kind == pa.uint64() for kind in kinds}) == 1:
             return np.dtype(np.int64)
@@ -228,7 +228,7 @@ class PredictionRows:
         return np.stack([labels, weights, *columns], axis=1).astype(np.float64)[weights > 0]
 
     def _defined(self, read: Tables) -> tuple[Tables, NDArray[np.bool_]]:
-        """The rows where the label is a number in the first model's files, of all models; and their mask."""
+        """All models' rows for which the first model's files have a label, and the mask of these rows."""
         first = self.models[0].name
         kept = ~np.isnan(self._values(first, read[first][0], self.layout.label))
         mask = pa.array(kept)

@@ -85,7 +85,7 @@ def _of_task(metrics: Mapping[str, Any], task: str, place: object) -> dict[str, 
 def compare_with_baseline(
     metrics: Mapping[str, Any], baseline: str | Path, max_drop: float, key: str = "auc", task: str | None = None
 ) -> Verdict:
-    """Compare the AUC or GAUC of the reference model of `metrics` with a baseline's.
+    """Compare the AUC, GAUC or XAUC of the reference model of `metrics` with a baseline's.
 
     Args:
         metrics: the content of a `metrics.json` (`offline_evaluation.evaluate_predictions`).
@@ -184,7 +184,7 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) ->
         if ours != theirs and not (key == "exposures" and None in (ours, theirs)):
             raise ValueError(
                 f"--baseline {path} was measured on other rows: {key} {theirs} there, {ours} here; AUCs of "
-                "different rows are not comparable: evaluate the baseline on these"
+                "different rows are not comparable: evaluate the baseline on the same rows"
             )
     return (baseline.get("models") or {}).get(baseline.get("reference"))
 

@@ -30,7 +30,10 @@ class TargetRanks:
 
 @dataclass(frozen=True)
 class MetricEstimate:
-    """Estimate of a metric: mean over seeds, 95% interval over users, deviation over seeds (None for one seed)."""
+    """Estimate of a metric: mean over seeds, 95% interval over users, standard deviation over seeds.
+
+    deviation: None for one seed, and for differences.
+    """
 
     mean: float
     low: float

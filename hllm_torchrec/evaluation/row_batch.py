@@ -10,7 +10,7 @@ from hllm_torchrec.evaluation.row_slices import Slices
 
 @dataclass(frozen=True)
 class RowBatch:
-    """A batch of n rows, without rows of weight 0."""
+    """A batch of n rows. `PredictionRows.read` yields batches without rows of weight 0."""
 
     is_positive: np.ndarray
     weights: np.ndarray | None
@@ -19,9 +19,9 @@ class RowBatch:
     probabilities: dict[str, np.ndarray]
     """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
-    """int64 [n]: the number itself, or a 64-bit hash of the text; `NO_USER` + its number for a row without user."""
+    """int64 [n]: the number itself, or a 64-bit hash of the text; `NO_USER` + row number for a row without user."""
     keys: np.ndarray
-    """uint64 [n]: hash of the label and, if present, of weight, user and item; identifies the evaluated exposures."""
+    """uint64 [n] (or [0] for a further task): hash of label and, if present, weight, user and item of each row."""
     slices: list[Slices] = field(default_factory=list)
     """Slices by each column."""
 
@@ -34,8 +34,8 @@ class ReadRows:
     """Number of the first row within the rank's share or, if rows are paired, within its bucket of users."""
     first: RowBatch
     tasks: dict[str, RowBatch | Doubles]
-    """Task → its rows, those whose label is defined. A binary task has no keys; one that predicts numbers has float64
-    [n, 2 + m]: label, weight (1 without weights), and the predictions of its m models."""
+    """Task → the rows whose label is defined. A binary task has a `RowBatch` without keys; a task that predicts numbers
+    has float64 [n, 2 + m]: label, weight (1 without weights), and the predictions of its m models."""
 
 
 def without_zero_weights(batch: RowBatch) -> RowBatch:

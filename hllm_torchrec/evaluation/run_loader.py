@@ -164,7 +164,7 @@ def load_run(
 
 
 def score_run(run: Path, split: str, which: str, device: torch.device, dataset: Path | None = None) -> RunScores:
-    """Score every exposure of a split with a checkpoint's weights; writes predictions to the run. Collective.
+    """Score a split with a checkpoint's weights; writes predictions and target ranks to the run. Collective.
 
     Averaged weights (`optim.ema`) are used if the run has them, as in the evaluation during training.
 

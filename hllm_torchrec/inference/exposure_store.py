@@ -79,8 +79,8 @@ def embed_exposures(
 ) -> ExposureReport:
     """Write the user vectors of all exposures of `splits` into a store (created if missing). Collective.
 
-    Must be called within `loaded.weights`. An exposure whose user has no earlier event (nearline) or no event of an
-    earlier day (daily) has no vector.
+    Must be called within `loaded.weights`. An exposure that sees no earlier event (nearline) or no event of an earlier
+    day (daily) of its user has no vector.
 
     Raises:
         ValueError: a part is empty, or the store was made by a different checkpoint or in a different mode.
@@ -177,8 +177,8 @@ class ExposureLookup:
         if mismatch.any():
             row = int(np.flatnonzero(mismatch)[0])
             raise ValueError(
-                f"{self.store.root}: event {positions[row]} of user {user_ids[row]} has another item or second: it was "
-                "made from another dataset; make the store from a run on this one"
+                f"{self.store.root}: event {positions[row]} of user {user_ids[row]} has another item or second: the "
+                "store was made from another dataset; make the store from a run on this one"
             )
         vectors, _ = self._snapshot.gather(keys)
         return torch.cat([vectors, torch.from_numpy(~known)[:, None].float()], dim=1)

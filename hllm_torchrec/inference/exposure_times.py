@@ -28,7 +28,7 @@ _SECONDS = 1 << 34
 
 
 class AsOfLookup:
-    """Reads the vectors of a store of exposures by raw user id and second; needs 32 bytes of memory per exposure.
+    """Reads the vectors of a store of exposures by raw user id and second; needs 40 bytes of memory per exposure.
 
     Args:
         path: store of `hllm exposures`.

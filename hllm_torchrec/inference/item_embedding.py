@@ -64,6 +64,7 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: K
     the ranks by tokens; each rank writes its rows, and rank 0 commits them.
 
     Raises:
+        ConfigError: the model has no Item LLM.
         ValueError: the store was made by a different model, another process is writing to it, or `keys` is "int64" and
             raw ids are not numbers.
     """

@@ -1,8 +1,8 @@
 """FAISS index of a run's item vectors for serving retrieval: maps user vectors to item ids.
 
-    export_run(Path("runs/retrieval/hstu"), Path("exports/items"))         # or: hllm index --run ... --output ...
+    export_item_index(Path("runs/retrieval/hstu"), Path("exports/items"), "best", device)     # or: hllm index ...
     index = ItemIndex.open(Path("exports/items"))
-    ids, scores = index.top(vectors, 100, exclude=seen)
+    ids, scores = index.search(vectors, 100, exclude=seen)
 
 Item vectors are in the space of the generative loss, like the user vectors of a model without late fusion
 (`HLLM.embed_users`, `hllm embed --users`). The folder has the same layout as that of `hllm store export --faiss`, which

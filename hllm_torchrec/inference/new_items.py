@@ -109,7 +109,7 @@ class NewItems:
     The model must have its weights and a source of all items of the dataset (a cache, a store or a quantized table).
 
     Args:
-        path: path of the journal; None: the journal in the dataset's folder.
+        path: path of the journal; None: the journal in the dataset's folder, or no journal if the dataset is at a URL.
 
     Raises:
         ValueError: the journal is damaged.

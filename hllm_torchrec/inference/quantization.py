@@ -3,7 +3,8 @@
     row = scale * code + bias        code in 0..255; scale = (max - min) / 255 and bias = min of the row, in float16
 
 The error of an entry is at most half a step of its row, (max - min) / 510, plus the rounding of scale and bias to
-float16. Small tables, with fewer rows than `features.shard_from_rows`, are not quantized.
+float16. Small tables, with fewer rows than `features.shard_from_rows`, and tables of open vocabularies are not
+quantized.
 """
 
 from collections.abc import Mapping

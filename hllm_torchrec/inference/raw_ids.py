@@ -57,7 +57,7 @@ class RawIds:
 
 
 def raw_texts(values: Any, what: str) -> list[str] | None:
-    """The raw ids in `values` if they are texts; None if they are integers, which are dense ids.
+    """The raw ids in `values` if they are texts; None if `values` is empty or has integers, which are dense ids.
 
     Texts and integers cannot be mixed, and are not converted: "242" is a raw id, 242 is a dense id.
 

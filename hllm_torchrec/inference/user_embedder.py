@@ -22,8 +22,8 @@ DAY = 86_400
 class UserEmbedder:
     """Computes the user embedding at each exposure of pieces, from the events visible at its second.
 
-    Visible are events of strictly earlier seconds, or more than `data.feedback_delay` seconds earlier. The result is
-    that of `HLLM.embed_users`. Created by `open_embedder`.
+    Visible are events of strictly earlier seconds or, with `data.feedback_delay`, events more than that many seconds
+    earlier. The result is that of `HLLM.embed_users`. Created by `open_embedder`.
     """
 
     def __init__(self, experiment: Experiment) -> None:

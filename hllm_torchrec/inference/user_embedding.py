@@ -30,7 +30,7 @@ from hllm_torchrec.store.store import EmbeddingStore
 @dataclass(frozen=True)
 class UserReport:
     """Result of a job. users: number of users with an event in the dataset; active: number of these users with an event
-    from `since` on; encoded: number of active users embedded by this job."""
+    from `since` on; encoded: number of active users read by this job (some may have no vector: `embed_users`)."""
 
     users: int
     active: int
@@ -41,8 +41,8 @@ class UserReport:
 
 @dataclass(frozen=True)
 class _Group:
-    """The users of a row group who are not in a later part: row, number of events, whether active, content hash, and
-    whether the user must be embedded."""
+    """The users of a row group who are not in a later part: their rows, numbers of events, whether they are active,
+    content hashes, and whether they must be embedded."""
 
     group: RowGroup
     rows: Ints

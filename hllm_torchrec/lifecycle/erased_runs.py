@@ -32,7 +32,7 @@ def forget_in_run(place: Place, target: Target) -> Trace:
     not change.
 
     Raises:
-        ValueError: a process is training into the run, or a checkpoint is damaged.
+        ValueError: with `erase`, a process is training into the run, or a checkpoint is damaged.
     """
     if not place.fits:
         return Trace(place.path, f"{RUN} on another dataset", 0)
@@ -65,7 +65,7 @@ def forget_in_run(place: Place, target: Target) -> Trace:
 
 
 def _remove_record(path: Path, target: Target) -> bool:
-    """Remove a record of bad batches (`training.step_guard`) if it contains one of the ids; returns True if it does."""
+    """Remove a record of bad batches (`training.step_guard`) if it contains an id; returns True if it contains one."""
     batches = json.loads(path.read_text(encoding="utf-8")).get("batches", [])
     users = [user for batch in batches for user in batch["user_ids"]]
     items = [item for batch in batches for name in ("unique_items", "target_items") for item in batch[name]]

@@ -39,7 +39,7 @@ from hllm_torchrec.lifecycle.traces import (
 
 @dataclass
 class JobReport:
-    """Results for the dataset and for every place that was searched; remaining: files that still contain an id."""
+    """Results for the dataset and for every place that was found; remaining: files that still contain an id."""
 
     dataset: DatasetReport
     traces: list[Trace] = field(default_factory=list)
@@ -60,10 +60,10 @@ def forget_everywhere(
     erase: bool = False,
     dry_run: bool = False,
 ) -> JobReport:
-    """Forget ids in a dataset, and in runs, nights, stores, predictions and journals below `folders`.
+    """Forget ids in a dataset, and in all files and folders below `folders` that `traces.places` recognizes.
 
-    If it is killed, a repeated call completes the work. The dataset is changed first, so that no job that runs in the
-    meantime can write an id again.
+    If the call is killed, a repeated call completes the work. The dataset is changed first, so that no job that starts
+    in the meantime writes an id again.
 
     Args:
         dataset: folder or URL of the dataset.
@@ -78,11 +78,11 @@ def forget_everywhere(
     for folder in (*folders, *predictions):
         if url_of(folder) is not None:
             raise ValueError(
-                f"{url_of(folder)}: at URLs only datasets forget: copy what lies there into a folder, name that, and "
-                "upload it in its place"
+                f"{url_of(folder)}: only a dataset can forget ids at a URL: copy what lies there into a folder, give "
+                "that folder, and upload it again"
             )
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; name those that may hold the ids")
+            raise ValueError(f"{folder}: no such folder; give folders that may contain the ids")
     url = url_of(dataset)
     if url is not None:
         with mirrored_dataset(url) as folder:
@@ -95,7 +95,7 @@ def forget_everywhere(
 
 
 def _nights(folders: Sequence[Path]) -> list[Path]:
-    """Return the folders of nights that are in `folders`, below one of them, or the parent of one of them."""
+    """Return the folders of nights among `folders`, below them, and among their parents."""
     files = {file for folder in folders for file in (folder.parent / NIGHT_LOCK, *folder.rglob(NIGHT_LOCK))}
     return sorted({file.parent.resolve() for file in files if file.exists()})
 

@@ -57,7 +57,8 @@ class StoresConfig:
     """Stores of embeddings that are published with the run."""
 
     items: bool = True
-    """Item store, if the model has an Item LLM. While its weights do not change, only changed items are encoded."""
+    """Item store, if the model has an Item LLM. While the Item LLM's weights do not change, only new and changed items
+    are encoded."""
     users: bool = True
     """User store; a new one is made for every new model."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
@@ -81,12 +82,12 @@ class NightConfig:
     training: str = "configs/quickstart.yaml"
     """Configuration of `hllm train`, for the first model and, with the changes in `increment`, for every later one."""
     increment: dict[str, Any] = field(default_factory=dict)
-    """Dotted fields of that configuration that differ in incremental training, such as {optim.lr: 5.0e-4}. Without
-    `stages`, a night trains one epoch on the new events, with the last stage's `item_embeddings`."""
+    """Dotted fields of `training` that differ in incremental training, such as {optim.lr: 5.0e-4}. Without `stages`, a
+    night trains one epoch on the new events, with the last stage's `item_embeddings`."""
     start_from: str | None = None
     """Run from which the first night starts; None: the first night trains a new model on all events."""
     held_out: float = 0.2
-    """Share of a night's new events, the last ones by time, on which its model is evaluated; the next night trains on
+    """Share of a night's new events, the last ones by time, that its model is not trained on; the next night trains on
     them. The first half of these events selects the checkpoint (valid), the second half decides the gate (test)."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Condition for publishing."""
@@ -95,7 +96,7 @@ class NightConfig:
     timeout: float = 3600.0
     """Seconds that the other ranks wait for rank 0 to append or publish."""
     keep: int = 7
-    """Number of nights whose runs and stores are kept, in addition to those of the aliases."""
+    """Number of newest nights whose runs and stores are kept, besides those of the aliases and of unfinished nights."""
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, NIGHT_BOUNDS))
@@ -118,13 +119,13 @@ class NightConfig:
         config = load_config(["--config", self.training, *words])
         if takes_stored_items(config):
             raise ConfigError(
-                f"{self.training}: item_embeddings: stored: a night's new items are in no store before it has trained; "
-                "write cached"
+                f"{self.training}: item_embeddings: stored: no store contains a night's new items before the night has "
+                "trained; write cached"
             )
         if config.data.train_part != "train":
             raise ConfigError(
                 f"{self.training}: data.train_part: {config.data.train_part}: a night selects its checkpoint on valid, "
-                "and the next one trains on it; write train"
+                "and the next night trains on valid; write train"
             )
         return config
 
@@ -148,5 +149,8 @@ RESERVED = (
 def check_night(name: str) -> str:
     """Return a night's name. Raises ValueError if it is not a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"--night {name!r}: must be letters, digits, dots and dashes, such as 2023-11-22")
+        raise ValueError(
+            f"--night {name!r}: must consist of letters, digits, dots, dashes and underscores and start with a letter "
+            "or digit, such as 2023-11-22"
+        )
     return name

@@ -43,7 +43,7 @@ class NightState:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); delete it to repeat the night's steps") from error
         if unknown:
-            raise ValueError(f"{path} is damaged (no step {unknown[0]}); delete it to repeat the night's steps")
+            raise ValueError(f"{path} is damaged (unknown step {unknown[0]!r}); delete it to repeat the night's steps")
         return cls(path, night, done)
 
     def with_step(self, step: str, facts: Mapping[str, Any]) -> "NightState":
@@ -71,7 +71,7 @@ class NightState:
 
     @property
     def is_finished(self) -> bool:
-        """True if no step is left to run."""
+        """True if the release is published, or the gate has rejected the model."""
         return self.is_rejected or STEPS[-1] in self.done
 
 

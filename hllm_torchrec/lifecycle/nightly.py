@@ -23,6 +23,8 @@ def run_night(
 ) -> NightState:
     """Run the steps of a night that are not done, and return its state. Collective.
 
+    If the gate has rejected the night's model, the step `gate` is run again.
+
     Args:
         night: name of the night; None: the oldest night that was begun and is not finished, else today's date (UTC).
         steps: steps to run; a step whose predecessors are not done raises an error.
@@ -49,7 +51,7 @@ def run_night(
             is_idle = False
         state = run_on_rank_zero(lambda: NightState.read(folder, name))
         if is_idle:
-            report(f"{name}: nothing is left to do; done before: {', '.join(state.done)}")
+            report(f"{name}: no step was run; done before: {', '.join(state.done)}")
         return state
 
 

@@ -1,13 +1,13 @@
 """Releases and their aliases `current` and `previous`, which move together in one step.
 
     FOLDER/releases/2023-11-22/   release.json, and links to the published folders: run, items, users
-    FOLDER/moves/00003/           links `current` and `previous` to two releases, and move.json: cause of the move
+    FOLDER/moves/00003/           links `current` and `previous` to releases, and move.json: cause of the move
     FOLDER/aliases                link to the newest folder of moves; its replacement moves both aliases
     FOLDER/current, previous      links to aliases/current and aliases/previous
 
 So `hllm recommend --run FOLDER/current/run` and `Scorer.of_run(FOLDER / "current" / "run")` use the published run. If a
-process is killed, both aliases have either moved or not. A program that opens several parts of a release must resolve
-the alias once (`Path.resolve`), because the alias may move in between.
+process is killed, either both aliases have moved or neither has. A program that opens several parts of a release must
+resolve the alias once (`Path.resolve`), because the alias may move in between.
 """
 
 import json
@@ -30,7 +30,7 @@ PARTS = ("run", "items", "users")
 
 @dataclass(frozen=True)
 class Release:
-    """The run and the stores that a night publishes.
+    """Run and stores that a night publishes.
 
     run, items, users: folders of the run and of the stores (None: no such store); checkpoint: "best", or a folder;
     dataset, version: dataset and version that the run was trained on; trained_until: the first second (UTC) after the
@@ -77,7 +77,7 @@ def read_alias(folder: Path, alias: str) -> Release | None:
 
 
 def publish(folder: Path, release: Release) -> bool:
-    """Make a release `current` and the current one `previous`; returns False if it is already current.
+    """Make a release `current` and the current one `previous`; returns False if `release` is already current.
 
     Raises:
         ValueError: another process is moving the aliases, or the current release is damaged.
@@ -95,7 +95,7 @@ def rollback(folder: Path, to: str | None = None) -> tuple[str, str]:
     """Make the previous release, or the one with the name `to`, current again; returns the names before and after.
 
     Without `to`, nothing is done if the last move was a rollback, so that an interrupted rollback can be repeated. To
-    change to yet another release, give its name.
+    go back further, give `to`.
 
     Raises:
         ValueError: nothing is published, there is no such release, or there is no other release.
@@ -128,7 +128,10 @@ def named_releases(folder: Path) -> list[str]:
 
 
 def nights_folder(run: Path) -> Path | None:
-    """Folder of the nights to which a run belongs, given by an alias (FOLDER/current/run) or as FOLDER/runs/NIGHT."""
+    """Folder of the nights to which a run belongs, given by an alias (FOLDER/current/run) or as FOLDER/runs/NIGHT.
+
+    None if the run belongs to no nights, or no release of them was published.
+    """
     above = (run.absolute().parent.parent, run.resolve().parent.parent)
     return next((folder for folder in above if (folder / ALIASES).is_symlink()), None)
 

@@ -1,8 +1,8 @@
 """Search of all files below folders for raw ids, to check that nothing is left of erased ids.
 
 Text files are searched for the id as a word (an id that is a number: as a quoted value, because unquoted numbers are
-too frequent). In Parquet and Arrow files, text columns are compared with the ids. Other files are searched only for the
-bytes of ids that are too long to occur by chance.
+too frequent). Files that are not text are searched in the same way, but not for short words, which occur by chance. In
+Parquet and Arrow files, text columns are compared with the ids, too.
 """
 
 import re
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from hllm_torchrec.data.manifest import MANIFEST, VERSIONS
 
 LONG = 6
-"""Minimum number of bytes of an id that is searched for in files that are not text."""
+"""Minimum number of bytes of a word that is searched for in files that are not text."""
 _BLOCK = 1 << 24
 _HEAD = 4096
 _WORD = re.compile(rb"[\w-]+")
@@ -31,7 +31,7 @@ def files_with(
 
     kinds: name of a column with users or items -> the ids of this kind (the item "1" is not the user "1"). If given,
     ids that are numbers are searched for in these columns only, and as quoted values in all files except manifests,
-    in which quoted numbers are those of actions and features.
+    whose quoted numbers are actions and values of features.
     """
     words, named = _Words(raw_ids), _Words([raw for raw in raw_ids if not _is_number(raw)])
     others = raw_ids if kinds is None else [raw for raw in raw_ids if not _is_number(raw)]
@@ -64,7 +64,7 @@ class _Words:
         self._overlap = max(map(len, ids), default=0) + 4
 
     def are_in(self, path: Path) -> bool:
-        """True if one of the ids is in a file; in a file that is not text, only long ids are searched for."""
+        """True if one of the ids is in a file; in a file that is not text, words shorter than LONG are ignored."""
         with path.open("rb") as file:
             is_text = b"\0" not in file.read(_HEAD)
             file.seek(0)

@@ -1,4 +1,4 @@
-"""The steps of a night, in order; each can be repeated, and returns the facts that later steps read.
+"""Steps of a night, in order; each can be repeated, and returns the facts that later steps read.
 
 A step is a function of a `Night` that all ranks call; work that only one process may do runs on rank 0.
 """
@@ -119,7 +119,7 @@ def new_seconds(source: Source, dataset: Dataset) -> np.ndarray:
     """Sorted seconds (int64) of the source's events that are later than every event of the dataset.
 
     Raises:
-        ValueError: the events have fewer than three different seconds, which are too few to divide.
+        ValueError: these events have fewer than three different seconds, which are too few to divide.
     """
     last = int(dataset.manifest["seconds"][1])
     parts = [chunk.table["timestamp"].drop_null().to_numpy() for chunk in source.events()]
@@ -128,15 +128,15 @@ def new_seconds(source: Source, dataset: Dataset) -> np.ndarray:
     if np.unique(later).size < 3:
         raise ValueError(
             f"{', '.join(map(str, source.event_files))}: {later.size} events after {text_of(last)}, the last one of "
-            f"{dataset.root}: a night needs three seconds with events, to train on, select by and evaluate on"
+            f"{dataset.root}: a night needs new events in at least three seconds: one each for train, valid and test"
         )
     return later
 
 
 def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
-    """The split by date that holds out the last share of the sorted `seconds`: one half is valid, the other half test.
+    """The split by date that holds out the last share of the sorted `seconds`: first half valid, second half test.
 
-    Each part has at least one second, and a second is never divided between parts.
+    Each part has at least one second with events, and a second is never divided between parts.
     """
     distinct = np.unique(seconds)
     cuts = seconds[(np.array([1 - held_out, 1 - held_out / 2]) * seconds.size).astype(np.int64)]
@@ -170,7 +170,10 @@ def train_cut(dataset: Dataset, version: int) -> int:
 
 
 def train(night: Night) -> dict[str, Any]:
-    """Train the previous run on the new events, or the first model on all events; resumes an interrupted training."""
+    """Train the published run (or `start_from`) on the new events, or, without a run, a new model on all events.
+
+    An interrupted training is resumed.
+    """
     run_on_rank_zero(lambda: _check_start(night))
     trainer = build_trainer(training_config(night), night.device)
     try:
@@ -213,7 +216,7 @@ def training_config(night: Night) -> Config:
         "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
         "start_from_optimizer": True,
         "data.train_since": facts["train_since"],
-        "data.train_late_after": facts.get("train_late_after"),  # missing if an earlier release began the night
+        "data.train_late_after": facts.get("train_late_after"),  # missing in states of older versions of this library
     }
     return night.config.train_config(options, increment=True)
 
@@ -222,7 +225,7 @@ def training_config(night: Night) -> Config:
 
 
 def evaluate(night: Night) -> dict[str, Any]:
-    """Score the new exposures with the night's model and with the previous one, and compare the two."""
+    """Score the new test exposures with the night's model and with the run that it started from; compare the two."""
     facts = night.state.facts("append")
     night.state.facts("train")
     runs = {"new": (night.run, "best")}
@@ -235,7 +238,7 @@ def evaluate(night: Night) -> dict[str, Any]:
 
 
 def _score(night: Night, name: str, run: Path, which: str) -> Path:
-    """Score the new exposures in the night's version of the dataset with a run; returns the predictions' directory."""
+    """Score the test exposures of the night's version of the dataset with a run; returns the predictions' directory."""
     loaded = _load(night, run, which)
     experiment = loaded.experiment
     if not experiment.hllm.fusion.has_queries:
@@ -256,7 +259,10 @@ def _load(night: Night, run: Path, which: str) -> LoadedRun:
 
 
 def gate(night: Night) -> dict[str, Any]:
-    """Compare the AUC with the published model's and with the minimum; only status "pass" permits publishing."""
+    """Compare the AUC with the minimum and with the AUC of the run that training started from.
+
+    Only status "pass" permits publishing.
+    """
     return run_on_rank_zero(lambda: _gate(night))
 
 
@@ -283,7 +289,7 @@ def _verdict(night: Night) -> dict[str, Any]:
 
 
 def embed(night: Night) -> dict[str, Any]:
-    """Embed new and changed items and users into stores named by the model's facts, so a store has only one model."""
+    """Embed new and changed items and users into stores named by the model's facts, so each store is of one model."""
     _require_pass(night)
     wanted = night.config.stores
     facts: dict[str, Any] = {"items": None, "users": None}
@@ -302,13 +308,13 @@ def embed(night: Night) -> dict[str, Any]:
 
 
 def _store(night: Night, kind: str, facts: Mapping[str, Any]) -> Path:
-    """Folder of the store for these facts, which is the same as long as the weights that they describe are."""
+    """Folder of the store; its name is a hash of the facts (among them the weights' fingerprint) and the data type."""
     text = json.dumps({**facts, "dtype": night.config.stores.dtype}, sort_keys=True)
     return night.folder / STORES / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def publish_release(night: Night) -> dict[str, Any]:
-    """Move the aliases to this night's release, and remove the runs and stores of nights that are no longer needed."""
+    """Make this night's release `current`, and remove the runs and stores of nights that are no longer needed."""
     return run_on_rank_zero(lambda: _publish(night))
 
 
@@ -332,10 +338,10 @@ def _publish(night: Night) -> dict[str, Any]:
 
 
 def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
-    """Remove old runs, releases and stores; returns their names.
+    """Remove old runs, releases and stores; returns the names of the runs and stores.
 
-    The runs and releases of the newest `keep` nights, of the `needed` nights and of the aliases are kept, and the
-    stores that a kept release links to or that a needed night has written.
+    The runs and releases of the newest `keep` nights, of the `needed` nights and of the aliases are kept. So are the
+    stores that a kept release links to, or that a needed night has written.
     """
     nights = sorted(path.name for path in (folder / RUNS).iterdir())
     kept = {*nights[-keep:], *needed, *named_releases(folder)}

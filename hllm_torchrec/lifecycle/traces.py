@@ -86,7 +86,9 @@ class Trace:
 
 
 def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator[Place]:
-    """Yield all files and folders of this library below a folder; links are not followed.
+    """Yield a folder, or the files and folders below it, that may contain ids; links are not followed.
+
+    All Parquet and SQLite files are among them, because other programs may have written ids into such files.
 
     fits: whether dense ids in files that belong to no run or night are those of `dataset`; None: unknown.
     """
@@ -233,7 +235,9 @@ def forget_in_predictions(place: Place, target: Target) -> Trace:
     columns = {"user_id", "item_id"} & set(file.schema_arrow.names)
     is_own = {"user_id", "item_id", "position"} <= set(file.schema_arrow.names)
     if is_own and not place.fits:
-        unknown = "it is not known which dataset's ids these are: name the folder with --predictions if they are its"
+        unknown = (
+            "it is not known which dataset these ids belong to: if to this one, name the folder with --predictions"
+        )
         left = "" if place.fits is False else unknown
         return Trace(place.path, f"{PREDICTIONS} of another dataset", 0, left)
     found = 0
@@ -297,6 +301,7 @@ def forget_in_events(place: Place, target: Target) -> Trace:
         left = f"look into it: {error}"
         if is_open:
             left = (
-                "a service has it open: reload it (POST /v1/reload), which deletes the events; or stop it, forget again"
+                "a service has the file open: reload the service (POST /v1/reload), which deletes the events; or stop "
+                "the service and run this command again"
             )
         return Trace(path, EVENTS, 0, left)

@@ -137,7 +137,7 @@ def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
     """Scale the last norm of a truncated model by the share of its layers that is left.
 
     Hidden states of an early layer do not fit the vocabulary head: 4 of SmolLM2's 30 layers score a token at 37 nats,
-    and at 10.9 with this (log of the vocabulary: 10.8). Training would first have to unlearn it.
+    and at 10.9 with the scaled norm (log of the vocabulary: 10.8). Training would first have to unlearn such scores.
     """
     weight = getattr(getattr(backbone, "norm", None), "weight", None)
     if weight is not None and "gemma" not in backbone.config.model_type:  # Gemma's norms multiply by weight + 1
@@ -148,7 +148,7 @@ def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
 def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
     """Build the LLM of a section for reading text; None if it is not enabled.
 
-    name: name of the section; trains: True if a stage of the configuration trains the LLM.
+    name: name of the section; trains: False if the LLM is never trained, because item embeddings are read from a store.
     """
     if not section.enabled:
         return None

@@ -152,9 +152,9 @@ class Experiment:
     ) -> Loader:
         """Loader of a split's batches on this rank; in training, of the events that `data.train_part` selects.
 
-        Outside of training, exposures see the same history as the scorer's requests (`evaluation.history`); with
-        visibility by position (leave one out), as much history as `max_history` allows. batch_item_tokens: see
-        `data.batch_item_tokens`.
+        Outside of training, exposures see the history that `evaluation.history` selects (by default that of the
+        scorer's requests); with visibility by position (leave one out), as much history as `max_history` allows.
+        batch_item_tokens: see `data.batch_item_tokens`.
         """
         with_valid = training and split == "train" and self.config.data.train_part == "train_and_valid"
         # + 1: the [ITEM] token that the Item LLM appends to each text.

@@ -1,4 +1,4 @@
-"""Fingerprint of the Item LLM: all inputs of item embeddings except the texts."""
+"""Facts about the Item LLM that a store of item embeddings records: inputs of the embeddings, except the texts."""
 
 import hashlib
 from typing import Any
@@ -12,7 +12,9 @@ from hllm_torchrec.models.experiment import Experiment
 
 
 def item_facts(experiment: Experiment) -> dict[str, Any]:
-    """Collect the inputs of item embeddings except the texts: weights, pooling, tokeniser, text layout. Collective.
+    """Collect inputs of item embeddings: weights, pooling, normalization, int8, tokeniser, text layout. Collective.
+
+    The texts and the direction of the attention (`item_llm.causal`) are not among them.
 
     Raises:
         ConfigError: the model has no Item LLM.

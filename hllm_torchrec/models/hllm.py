@@ -133,7 +133,7 @@ class HLLM(nn.Module):
         if objective.text_similarity and item_llm is not None:
             self.text_similarity = TextSimilarity(objective.text_similarity, objective.text_decay)
         self.transitions: TransitionSimilarity | None = None
-        """Set by `hllm_torchrec.models.run_transitions` if `objective.transitions` is above 0."""
+        """Set by `assembly.build_experiment` if `objective.transitions` is above 0."""
         self.slots = SlotLayout(self.fusion, config.user.actions == "interleaved", self.compares_features)
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
@@ -278,7 +278,7 @@ class HLLM(nn.Module):
 
     @property
     def user_vector_width(self) -> int:
-        """Width of the vectors of `embed_users`: D or E, plus the widths that `joined` adds."""
+        """Width of the vectors of `embed_users`: D or E, plus the widths that `joined` or `liked_texts` adds."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
         added = 0 if self.liked_texts is None or self.item_llm is None else self.item_llm.width
         if self.text_similarity is not None and self.item_llm is not None and project is not None:
@@ -290,9 +290,9 @@ class HLLM(nn.Module):
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, `user_vector_width`], one per query of the batch, outside of a step. Collective.
 
-        Late fusion: the output of the [USER] query, and the mean text of what the user liked
-        (`creative.soft.text_decay`). Otherwise the hidden state of the last position that the query
-        sees, projected and joined as for the generative loss if the model has one; zeros if the query sees no position.
+        Late fusion: the output of the [USER] query and, with `creative.soft.text_decay`, the mean text of what the user
+        liked. Otherwise the hidden state of the last position that the query sees, projected and joined as for the
+        generative loss if the model has one; zeros if the query sees no position.
         """
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, _, _ = self._encode_users(batch, items)
@@ -324,16 +324,17 @@ class HLLM(nn.Module):
         return losses
 
     def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:
-        """Negative log-likelihoods [N] of responses given users [N, D], outside of a step. Collective.
+        """Negative log-likelihoods [N] of responses given vectors of users, outside of a step. Collective.
 
-        is_null: [N] bool, True where a learned vector replaces the user's vector.
+        users: [N, `user_vector_width`]; is_null: [N] bool, True where the learned null tokens replace the soft tokens
+        of the user's vector.
         """
         assert self.creative is not None and self.creative_head is not None
         return self.creative_head.write(self.creative, users, is_null, texts).nll
 
     @property
     def needs_user_statistics(self) -> bool:
-        """True if the soft prompt reads user vectors by statistics that have not been measured yet."""
+        """True if the soft prompt needs statistics of user vectors that have not been measured yet."""
         unknown = self.liked_texts is not None and not bool(self.liked_texts.measured)
         return unknown or (self.creative_head is not None and self.creative_head.needs_statistics)
 
@@ -381,7 +382,7 @@ class HLLM(nn.Module):
     def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
         """Add the position bias of the binary tasks to logits [X], or to the outputs [X, O] of several tasks.
 
-        In training, the bias of each exposure's context is added; otherwise the mean bias in training.
+        In training, the bias of each exposure's context is added; otherwise the constant level of `PositionBias`.
         """
         if self.position_bias is None:
             return logits
@@ -480,7 +481,10 @@ class HLLM(nn.Module):
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
-        """Predicted next item [X, E] of each exposure, from the last position that it sees; zeros if it sees none."""
+        """Predicted next item [X, V] of each exposure, from the last position that it sees; zeros if it sees none.
+
+        V is the width of the vectors with which the prediction is compared: E or D, plus the widths that `joined` adds.
+        """
         sums = self._history_sums(batch, items)
         return self._last_visible(batch, h_TD, sums, batch.target_query, self.project_next)
 

@@ -1,6 +1,7 @@
 """`HLLMOutput`: losses and predictions of a forward pass of HLLM.
 
-Legend: X exposures, O outputs of all tasks, U unique items, D user width, E item width.
+Legend: X exposures, O outputs of all tasks, U unique items, D user width, E item width, V width of the item vectors
+with which a prediction is compared.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from hllm_torchrec.modules.losses.task_losses import TaskLoss
 class HLLMOutput:
     """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
-    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks, or None if the first label is
-    the only task; tasks: task name -> loss; value_error: [] weighted sum of squared errors of the auxiliary value head,
-    or None; generative: the sums of the generative loss, or None; next_items: [X, E] predicted next item of every
+    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks, or None if the head has one
+    logit (`is_single`); tasks: task name -> loss; value_error: [] weighted sum of squared errors of the auxiliary value
+    head, or None; generative: the sums of the generative loss, or None; next_items: [X, V] predicted next item of every
     exposure, or None; items: detached item vectors, [U, D] if the generative loss compares items in the space
     "features", else the Item LLM's embeddings [U, E] or None; creative: losses of a batch of creatives, or None.
     """

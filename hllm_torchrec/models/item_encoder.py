@@ -25,7 +25,7 @@ CATALOGUE_TOKENS = 16_384
 COMPARED = 64
 """Items whose quantized and float32 embeddings are compared."""
 LEAST_COSINE = 0.9
-"""Smallest cosine of these that is accepted: below, neighbors are others."""
+"""Minimum of these cosines that is accepted; below it, an item's nearest neighbors change."""
 
 
 class ItemEncoder:
@@ -124,7 +124,7 @@ class ItemEncoder:
         if not least >= LEAST_COSINE:
             raise ArgumentError(
                 f"{self.section}.quantization: int8: the least cosine with float32 is {least:.3f}, below "
-                f"{LEAST_COSINE}: embeddings of this model become others; write none"
+                f"{LEAST_COSINE}: int8 changes the embeddings of this model too much; write none"
             )
 
     def _read(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def report_model(directory: Path, max_text_length: int = 64) -> ModelReport:
     if not difference < TOLERANCE:
         raise ValueError(
             f"{directory}: {config.model_type}: embeddings differ from transformers' by {difference:.1e} of the "
-            "largest value: its weights hold what a model of its config.json alone does not; choose another model"
+            "largest value, although a random model of its config.json agrees; choose another model"
         )
     return ModelReport(
         config.model_type,

@@ -1,4 +1,7 @@
-"""Transitions of a run (`data.transitions`), fitted when training starts with the texts of a frozen Item LLM."""
+"""Transitions of a run (`data.transitions`).
+
+They are fitted when training starts, with the text embeddings of the Item LLM if it is frozen.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ TRANSITIONS_KEY = "transitions"
 
 
 def compares_texts(config: Config) -> bool:
-    """True if the fit uses text embeddings, which is possible only with a frozen Item LLM."""
+    """True if the fit uses text embeddings: with a frozen Item LLM that encodes the items, not with a store."""
     item = config.item_llm
     return bool(config.objective.transitions) and item.enabled and not item.trainable and not takes_stored_items(config)
 

@@ -131,8 +131,8 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
     marks = saved_marks(checkpoint)
     if marks is None:
         _logger.warning(
-            "%s does not say which ids it was trained with (an earlier version saved it): those of %s are taken for "
-            "them; `hllm adopt --run RUN --dataset DIR` records them",
+            "%s does not say which ids it was trained with (an earlier version saved it): the ids of %s are assumed; "
+            "`hllm adopt --run RUN --dataset DIR` records them",
             checkpoint,
             dataset.root,
         )

@@ -1,7 +1,8 @@
 """Small random models of a Hugging Face config, and detection of the direction of their attention.
 
-A small model has one layer of each kind in the config (at least two layers), few heads of the original width, few words
-and short windows, so that building it and encoding a few texts takes a fraction of a second.
+A small model has one layer of each kind in the config (at most four, and at least two if the config has two), few heads
+of the original width, few words and short windows, so that building it and encoding a few texts takes a fraction of a
+second.
 """
 
 import copy
@@ -95,7 +96,7 @@ def apart() -> Iterator[None]:
 
 
 def small_config(key: str, window: int = _WINDOW) -> "PreTrainedConfig":
-    """The config of `config_key` with one layer of each kind (at least two), few heads and windows of `window`."""
+    """The config of `config_key` with one layer of each kind (`_kinds_of_layers`), few heads, windows of `window`."""
     from transformers import AutoConfig
 
     facts = json.loads(key)

@@ -201,8 +201,8 @@ def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
     if task.loss == "weighted_logistic":
         if values.min() < 0:
             raise ConfigError(
-                f"{setting}.{task.name}.loss: 'weighted_logistic': a label is {values.min():g}, below 0, which "
-                "no odds are; choose huber"
+                f"{setting}.{task.name}.loss: 'weighted_logistic': a label is {values.min():g}, below 0, and this loss "
+                "predicts labels as odds; choose huber"
             )
         return replace(task, scale=float(values.mean()) or 1.0)
     numbers = np.log1p(values) if task.label.transform == "log1p" else values
@@ -210,7 +210,7 @@ def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
 
 
 def binary_outputs(tasks: Sequence[Task]) -> list[int]:
-    """Number of the first output of each binary task, which is its logit."""
+    """Index of the output of each binary task (its logit) among the outputs of all tasks."""
     starts = np.cumsum([0, *(task.outputs for task in tasks)]).tolist()
     return [start for start, task in zip(starts, tasks, strict=False) if task.is_binary]
 

@@ -54,7 +54,8 @@ class TextFormat:
 class SentenceFormat:
     """Settings of a sentence-transformers directory.
 
-    pooling: None if it is not supported; says: its name there; lower_case: texts are lower-cased before tokenization.
+    pooling: None if it is not supported; says: name of the pooling in `file`; lower_case: texts are lower-cased before
+    tokenization; left_out: folders of layers after the pooling, which this library does not run.
     """
 
     pooling: Pooling | None

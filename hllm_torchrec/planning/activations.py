@@ -30,6 +30,7 @@ class ActivationBytes:
     """Activation memory in bytes.
 
     Args:
+        layers: number of layers.
         per_layer, outside_layers: saved by autograd per sequence, in each layer and outside of the layers.
         layer_input: the input of a layer, per sequence.
         transient: largest temporary memory of a layer, per sequence.
@@ -130,7 +131,7 @@ def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
 
 
 def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
-    """Estimate the memory of HSTU, SASRec or LiGR, from forward passes of one and two layers over a short sequence."""
+    """Estimate the memory of a built-in user encoder from forward passes of 1 and 2 layers over a short sequence."""
     shape, measured = dict(config.user.shape or {}), []
     short = min(length, 64)
     for layers in (1, 2):

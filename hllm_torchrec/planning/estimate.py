@@ -1,13 +1,13 @@
 """Estimates memory of a rank, traffic and time of a step for a configuration on hypothetical hardware.
 
-    memory = weights + gradients + optimizer + averages + tables + activations + the loss + exchanged rows
+    memory = weights + gradients + optimizer + averages + tables and their outputs + activations + loss + rows
 
 Nothing of the model's size is allocated. Weights are counted on a model on the meta device; tables are placed by
 TorchRec's planner for hypothetical ranks; activations are the tensors that autograd would save (`activations.py`).
 Sizes are in bytes, times in seconds, rates per second.
 
-Prompts and responses of creatives are taken at their largest lengths, and a step of theirs beside the passes of
-data.batch_users.
+Prompts and responses of creatives are taken at their largest lengths, and their passes are added to those of the
+batch of `data.batch_users` pieces.
 
 Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
 """
@@ -46,9 +46,10 @@ from hllm_torchrec.planning.traffic import shards_of, table_traffic
 
 @dataclass(frozen=True)
 class Machine:
-    """Ranks and the hardware of each. flops: of matrix products; intra, inter: bytes/s to ranks of its node, of others.
+    """Ranks and the hardware of each.
 
-    Rates are the manufacturers' figures; `efficiency` is the share of `flops` that training is expected to reach.
+    memory: bytes; flops: operations/s of matrix products; intra, inter: bytes/s to ranks of the same node and of other
+    nodes. Rates are the manufacturers' figures; `efficiency`: share of `flops` that training is expected to reach.
     """
 
     nodes: int
@@ -121,7 +122,7 @@ class Estimate:
     counts: dict[str, float]
     tables: dict[str, str]
     shards: list[tuple[str, int, int, int]] = field(default_factory=list)
-    """(table, rank, rows, columns)."""
+    """(table, rank, rows, columns) of each shard."""
 
     @property
     def peak(self) -> float:
@@ -133,11 +134,11 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
     """Estimate memory, traffic and time of a training step.
 
     Args:
-        config: its `pretrained` directories need not exist if their names are in MODEL_CONFIGS.
+        config: its `pretrained` directories need not exist if their names begin with a name in MODEL_CONFIGS.
         tables: {categorical feature: rows}, as `BatchSpec.tables` gives.
 
     Raises:
-        ValueError: a model of unknown shape, or tables that TorchRec's planner cannot place.
+        ValueError: the shape of a model is unknown, or TorchRec's planner cannot place the tables.
     """
     config = with_model_configs(config)
     with torch.device("meta"):
@@ -277,7 +278,10 @@ def _table_bytes(model: HLLM, plan: ShardingPlan, config: Config) -> float:
 
 
 def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
-    """Estimate the bytes that autograd saves for each trained LLM, including a layer's largest temporary memory."""
+    """Estimate the bytes that autograd saves for each LLM and user encoder, and a layer's largest temporary memory.
+
+    An Item LLM that is not trained is left out.
+    """
     found, recomputes = {}, config.parallel.activation_checkpointing
     for part in model.named_backbones():
         module, section = part.module, part.section
@@ -293,7 +297,7 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
             found[f"{part.title} activations"] = kept.total(items, recomputes, module.reads_rows)
             continue
         if isinstance(module, CreativeLLM):
-            # Gradients pass through a frozen one to the soft tokens, so its activations are saved all the same.
+            # Gradients pass through a frozen Creative LLM to the soft tokens, so its activations are saved, too.
             kinds = (
                 decoder_activation_bytes(module.backbone.config, n, config) for n in _text_lengths(config.creative)
             )
@@ -310,7 +314,10 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 
 def _text_lengths(creative: CreativeConfig) -> list[int]:
-    """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative, one text for each loss."""
+    """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative.
+
+    The first text is the prompt with its response; `losses.recon` and `losses.align` read one text each.
+    """
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
     return [longest] + [1 + creative.profile.max_length for weight in losses if weight]
@@ -326,7 +333,7 @@ def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, fl
     for part in _text_parts(model):
         found[f"{part.title} rows"] = 8.0 * part.module.width * (counts["needed_items"] + counts["encoded_items"])
     if model.creative is not None:
-        # The gradients of the response rows, and the logits of a chunk with their slopes.
+        # The response rows and their gradients, and the logits of a chunk with their slopes.
         head = model.creative.head_weight.shape[0]
         responses = counts["creatives"] * config.creative.max_response_length
         if config.creative.losses.recon:
@@ -391,7 +398,7 @@ def _text_parts(model: HLLM) -> list[NamedBackbone]:
 
 
 def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
-    """Suggest options that reduce memory, cheapest first; empty if the estimate fits into 90% of the memory."""
+    """Suggest options that reduce memory; empty if the estimate fits into FILLED of the memory."""
     if estimate.peak <= FILLED * machine.memory:
         return []
     memory, said = estimate.memory, []

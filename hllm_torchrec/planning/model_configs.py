@@ -55,14 +55,14 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 30522,
     },
 }
-"""Beginning of a directory name -> Hugging Face config, used if the configuration's directory does not exist."""
+"""Beginning of a directory's name -> Hugging Face config, used if the `pretrained` directory has no config.json."""
 
 
 def with_model_configs(config: Config) -> Config:
     """Return the configuration with shapes instead of pretrained weights, whose values planning does not need.
 
     Raises:
-        ValueError: a directory does not exist, and its name does not begin with a name in MODEL_CONFIGS.
+        ValueError: a directory has no config.json, and its name does not begin with a name in MODEL_CONFIGS.
     """
     known: dict[str, Any] = {
         name: dataclasses.replace(section, pretrained=None, shape=_shape_of(name, section.pretrained))

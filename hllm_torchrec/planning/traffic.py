@@ -6,7 +6,7 @@ rows. The traffic depends on the type of sharding:
     table_wise, column_wise   the owner of a shard sends n rows to each of W - 1 ranks, and receives as many gradients
     row_wise                  every rank computes partial sums of all W x n rows: reduce-scatter of the outputs, and
                               all-gather of the gradients
-    table_row_wise            as row_wise among the ranks of one node, each of which then sends its share to other nodes
+    table_row_wise            as row_wise among the ranks of one node, which then send their shares to other nodes
 
 Legend: W ranks, L ranks per node, n rows that a rank looks up.
 """

@@ -56,7 +56,7 @@ tokenizer, writer = AutoTokenizer.from_pretrained("creative_llm"), AutoModelForC
 parts, name = load_file("parts.safetensors"), "creative_head.soft_prompt"
 # user: a vector of `hllm embed --users`; an unknown user is parts[f"{{name}}.null"] instead of `soft`.
 soft = (parts[f"{{name}}.project.weight"] @ user).view({tokens}, -1)
-{scaled}# prompt: the prompt above, filled with the item's texts; a tokenizer's begin token, if it has one, comes first.
+{scaled}# prompt: the prompt above with the item's texts, after the begin token of the tokenizer, if there is one
 before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt.split("{{user}}"))
 words = writer.get_input_embeddings()
 rows = torch.cat([words(torch.tensor(before).long()), soft, words(torch.tensor(after).long())])
@@ -74,8 +74,8 @@ soft tokens. The texts have no guarantee to be true: filter them by the item's f
 |---|---|
 {table}
 
-`hllm creatives evaluate` measures what the user vector is worth, in nats per text against the learned vector of an
-unknown user.
+`hllm creatives evaluate` measures what the user vector is worth, in nats per text against the learned soft tokens of
+an unknown user.
 
 {usage}
 `writer.generate(inputs_embeds=rows[None], max_new_tokens={most})` then writes the text.

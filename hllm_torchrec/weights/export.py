@@ -8,7 +8,7 @@
     config.yaml             the run's configuration, with the exported directories as its pretrained models
     README.md               model card: description, training, metrics, usage
 
-The directories can be used as `item_llm.pretrained`, `user.pretrained` and `creative.pretrained` of another run.
+The *_llm directories can be used as `item_llm.pretrained`, `user.pretrained` and `creative.pretrained` of another run.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
 from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
-from hllm_torchrec.models.text_format import text_format
+from hllm_torchrec.models.text_format import TextFormat, text_format
 from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.weights.creative_card import creative_section
 from hllm_torchrec.weights.huggingface import save_backbone, save_causal_model, without_word_embeddings
@@ -146,7 +146,8 @@ def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str
     """
     config, experiment = loaded.experiment.config, loaded.experiment
     item, user = config.item_llm, config.user
-    prompt = text_format("item_llm", item).prompt if item.enabled else ""
+    form = text_format("item_llm", item) if item.enabled else None
+    prompt = "" if form is None else form.prompt
     info = machine_info()
     rows = {
         "dataset": f"{experiment.dataset.name}, fingerprint {experiment.dataset.fingerprint[:16]}",
@@ -162,13 +163,24 @@ def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str
     sentences = _SENTENCES.format(folder=FOLDER) if left_out is None else f"None for this model: {left_out}."
     if not item.enabled:
         sentences = "None: the model has no Item LLM."
-    card = _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
+    card = _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences, plain=_plain(form))
     return card + (creative_section(config.creative, experiment.dataset) if config.creative.enabled else "")
 
 
 def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
     adapters = f", trained through adapters of rank {lora.rank} and merged" if lora.rank else ""
     return f"{pretrained or 'random weights'}{adapters}"
+
+
+def _plain(form: TextFormat | None) -> str:
+    """Code that computes an item's embedding with plain transformers; for other poolings than "item", a sentence."""
+    if form is None:
+        return "None: the model has no Item LLM.\n"
+    scaled = "Divide it by its length.\n" if form.normalize else ""
+    if form.pooling == "item":
+        return _PLAIN + scaled
+    rows = {"mean": "the mean", "cls": "the first row", "last": "the last row"}[form.pooling]
+    return f"The embedding is {rows} of `last_hidden_state` for an item's text. {scaled}".rstrip() + "\n"
 
 
 def _metrics(run: Path) -> str:
@@ -192,6 +204,18 @@ from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{folder}")
 embeddings = model.encode(["title: Red kettle, brand: Aroma"])  # `key: value` pairs, as in the table's "item text"
+```
+"""
+
+_PLAIN = """```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("item_llm"), AutoModel.from_pretrained("item_llm")
+item = load_file("item_llm/item_token.safetensors")["item_token"]     # appended to the word embeddings of the text
+words = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input_ids"])
+embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).last_hidden_state[0, -1]
 ```
 """
 
@@ -219,17 +243,7 @@ encoder encodes a history of item embeddings as an interest vector.
 
 ## Reading it with plain transformers
 
-```python
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("item_llm"), AutoModel.from_pretrained("item_llm")
-item = load_file("item_llm/item_token.safetensors")["item_token"]     # appended to the word embeddings of the text
-words = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input_ids"])
-embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).last_hidden_state[0, -1]
-```
-
+{plain}
 `user_llm`, if there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
 heads and tables are in `parts.safetensors`. The licenses of its base models and training data continue to apply.
 """

@@ -73,8 +73,8 @@ def read_public(checkpoint: Path) -> PublicHLLM:
     missing += [f"{part}.*" for part, found in parts.items() if not found]
     if missing:
         raise ValueError(
-            f"{checkpoint}: has no {', '.join(missing)}: not a checkpoint of the published HLLM code, which also has "
-            f"them; found e.g. {', '.join(sorted(state)[:3])}"
+            f"{checkpoint}: has no {', '.join(missing)}, which checkpoints of the published HLLM code have; found e.g. "
+            f"{', '.join(sorted(state)[:3])}"
         )
     # The published training code clamps the scale to the same maximum, so larger values had no effect.
     scale = min(float(state["logit_scale"].float().exp()), MAX_SCALE)
@@ -102,7 +102,9 @@ def import_public(
     public = read_public(checkpoint)
     files = [item_llm / name for name in TOKENIZER_FILES if (item_llm / name).is_file()]
     if not files:
-        raise ValueError(f"{item_llm}: has no tokenizer (tokenizer.json or the like); give the Item LLM's own")
+        raise ValueError(
+            f"{item_llm}: has no tokenizer (such as tokenizer.json); give a directory with the Item LLM's tokenizer"
+        )
     configs = {"item_llm": rotary_config(item_llm), "user_llm": rotary_config(user_llm)}
     with atomic_folder(output) as folder:
         save_backbone(configs["item_llm"], public.item_llm, folder / "item_llm", public.item_token)
@@ -139,7 +141,7 @@ def _baichuan(facts: dict[str, Any], directory: Path) -> LlamaConfig:
     """Convert the config of Baichuan2-7B, which is a Llama with q, k and v in one matrix.
 
     Raises:
-        ValueError: it is that of Baichuan2-13B, which has ALiBi positions.
+        ValueError: the config is that of Baichuan2-13B, which has ALiBi positions.
     """
     if "max_position_embeddings" not in facts:
         raise ValueError(f"{directory}: Baichuan2-13B has ALiBi positions, no rotary ones: only 7B can be converted")

@@ -45,7 +45,8 @@ def write_sentence_transformers(experiment: Experiment, item_llm: Path, item_tok
     item_llm: Hugging Face directory of the exported Item LLM; item_token: the [ITEM] vector [D].
 
     Raises:
-        ArgumentError: the folder would give other tokens or embeddings than the run; `target` is removed.
+        ArgumentError: the tokenizer cannot be changed as needed, or the folder would give other tokens or embeddings
+            than the run; `target` is removed.
     """
     section, form = experiment.config.item_llm, text_format("item_llm", experiment.config.item_llm)
     shutil.copytree(item_llm, target, ignore=shutil.ignore_patterns("item_token.safetensors"))

@@ -141,6 +141,6 @@ def test_a_dataset_at_a_url_is_shown_and_compacted(url: str, capsys: pytest.Capt
 def test_only_datasets_forget_at_urls(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dataset", str(root), "--user", "u3", "--stores", "memory://bucket/users"]
     assert forget_main(words) == 2
-    assert "memory://bucket/users: at URLs only datasets forget: copy what lies there" in capsys.readouterr().err
+    assert "memory://bucket/users: only a dataset can forget ids at a URL: copy what lies" in capsys.readouterr().err
     assert forget_main(["--dataset", "memory://bucket/none", "--user", "u3"]) == 2
     assert "memory://bucket/none is not a prepared dataset: no manifest.json" in capsys.readouterr().err

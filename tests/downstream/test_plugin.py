@@ -91,9 +91,7 @@ def test_a_lookup_reads_later_commits_and_refuses_vectors_of_another_model(tmp_p
     assert VectorLookup(path, lookup.identity)(["a"])[0, 3] == 0
     shutil.rmtree(path)
     EmbeddingStore.create(path, 3, "fp32", facts={"weights": "v2"})
-    refused = (
-        rf"s: its vectors were made by another model \(.*\) than those that this lookup is for \({lookup.identity}\)"
-    )
+    refused = rf"s: its vectors were made by another model \(.*\) than the expected one \({lookup.identity}\)"
     with pytest.raises(ValueError, match=refused):
         lookup.refresh()
     assert lookup(["a"])[0, 3] == 0  # still the old ones

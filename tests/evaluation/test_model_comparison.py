@@ -148,13 +148,14 @@ def test_missing_exposures_are_counted_with_an_example(models: dict[str, Path], 
     fewer = write(tmp_path / "fewer", {name: values[3:] for name, values in columns().items()})
     with pytest.raises(
         ValueError,
-        match="predictions of 'fewer' miss 3 of the 600 exposures of 'hllm' and have 0 that it misses, "
+        match="predictions of 'fewer' miss 3 of the 600 exposures of 'hllm' and have 0 that 'hllm' misses, "
         "for example user_id 1, position 0",
     ):
         compare(models | {"fewer": fewer})
     moved = columns()
     moved["position"] = moved["position"] + (moved["user_id"] == 7)
-    with pytest.raises(ValueError, match="'moved' miss 1 of the 600 .* have 1 that it misses, .*user_id 7, position 0"):
+    other = "'moved' miss 1 of the 600 .* have 1 that 'hllm' misses, .*user_id 7, position 0"
+    with pytest.raises(ValueError, match=other):
         compare(models | {"moved": write(tmp_path / "moved", moved)})
 
 

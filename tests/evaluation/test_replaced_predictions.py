@@ -62,7 +62,7 @@ def test_an_evaluation_sees_one_version_or_says_that_it_was_replaced(tmp_path: P
     assert len(results) > 5 and right[1] != right[2]
     errors = [str(error) for error in results if isinstance(error, Exception)]
     assert set(results) - set(right.values()) <= {error for error in results if isinstance(error, ValueError)}
-    said = "was replaced or changed while it was read, by another job: run this one again"
+    said = "was replaced or changed while it was read, by another job: run this job again"
     assert len(errors) > 5 and all(re.search(rf"test/part-0000\d.parquet {said}$", error) for error in errors), errors
 
 

@@ -85,7 +85,7 @@ def test_a_done_night_is_not_repeated_and_a_rollback_decides_where_the_next_one_
     world = after_two.copy(tmp_path / "world")
     capsys.readouterr()
     assert nightly.main(world.words("day-04")) == 0
-    assert capsys.readouterr().out == f"day-04: nothing is left to do; done before: {', '.join(STEPS)}\n"
+    assert capsys.readouterr().out == f"day-04: no step was run; done before: {', '.join(STEPS)}\n"
     assert rollback.main(["--folder", str(world.nights)]) == 0
     assert "current: day-03 (was day-04)" in capsys.readouterr().out
     assert nightly.main(world.words("day-05", "--steps", "append")) == 0

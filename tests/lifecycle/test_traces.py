@@ -223,7 +223,8 @@ def test_events_that_a_service_keeps_are_forgotten_unless_it_has_them_open(tmp_p
 
     assert found(erase=True)["events.sqlite"] == (
         0,
-        "a service has it open: reload it (POST /v1/reload), which deletes the events; or stop it, forget again",
+        "a service has the file open: reload the service (POST /v1/reload), which deletes the events; or stop "
+        "the service and run this command again",
     )
     log.close()
     assert found(dry_run=True)["events.sqlite"] == (3, "")

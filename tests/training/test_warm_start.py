@@ -261,7 +261,7 @@ def test_a_dataset_with_fewer_ids_is_not_adopted(night: Path, tmp_path: Path) ->
     train(settings(night, "later", max_steps=1))
     run = shutil.copytree(night / "later", tmp_path / "later")
     forget_vocabulary(run)
-    with pytest.raises(ValueError, match=r"was not trained on .*: items: 44 there, 40 here; name its dataset"):
+    with pytest.raises(ValueError, match=r"was not trained on .*: items: 44 in the run, 40 in the dataset; name the"):
         adopt(run, folder / "data")
 
 

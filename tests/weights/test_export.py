@@ -22,8 +22,9 @@ from hllm_torchrec.launch import export_hf
 from hllm_torchrec.models.build import build_creative_llm, build_user_encoder
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.models.text_format import TextFormat
 from hllm_torchrec.modules.creative.decode import DecodeOptions, decode
-from hllm_torchrec.weights.export import _metrics
+from hllm_torchrec.weights.export import _metrics, _plain
 from tests.helpers import creative_fixtures, fixtures
 from tests.helpers.training_fixtures import config, train
 
@@ -100,6 +101,14 @@ def test_the_model_card_says_what_it_is_and_how_to_read_it() -> None:
     card = (output / "README.md").read_text()
     assert "library_name: transformers" in card and "tiny-shop" in card
     assert "Not evaluated yet" in card and "item_token.safetensors" in card
+
+
+def test_the_card_reads_the_item_vector_only_with_pooling_item() -> None:
+    assert "item_token" in _plain(TextFormat("item", False, True, "", False))
+    assert _plain(TextFormat("mean", True, False, "", False)) == (
+        "The embedding is the mean of `last_hidden_state` for an item's text. Divide it by its length.\n"
+    )
+    assert _plain(None) == "None: the model has no Item LLM.\n"
 
 
 def test_metrics_that_are_undefined_are_left_out_of_the_card(tmp_path: Path) -> None:
