@@ -67,7 +67,7 @@ class MergedSequences:
         return np.flatnonzero(end > start)
 
     def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
-        """Length, start of the part and events before `since` of the sequences of `user_ids` [R]; reads no events."""
+        """Length, start of the part and events before `since` (numbers) of the sequences of `user_ids` [R]."""
         p = SPLITS.index(part)
         found = (self._starts[p + 1], self._starts[p], self.before(since) if since else self._starts[0])
         lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)

@@ -101,8 +101,8 @@ def prepare(
             over ranks and workers (fewer if a file would have fewer than 32 groups).
         partitions: number of partitions of the users on disk; None: derived from the size of the event files.
         overwrite: replace another dataset. Its files are removed, except those of versions that runs have pinned.
-        extend: prepare a source that has grown again, as a new version: existing users, items and feature values keep
-            their ids, new ones get the next ids.
+        extend: prepare all data of a source that has grown, as a new version: existing users, items and feature values
+            keep their ids, new ones get the next ids.
         allow_fewer: allow `extend` from a source with fewer events than the dataset.
 
     Raises:
