@@ -29,6 +29,7 @@ from hllm_torchrec.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from hllm_torchrec.data.pins import pinned_versions
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, cut_facts, cuts_of
@@ -152,6 +153,7 @@ def _write_new_base(
         old, forgotten = Dataset.open(root) if extend else None, _forgotten(root, extend)
         version = newest_version(root) + 1
         name = f"{BASES}/{version_name(version)}"
+        pinned = () if extend else pinned_versions(root)  # before anything is written: a damaged pin is an error
         with draft_folder(root, BASES, version) as target:
             at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
             scratch = target.parent / "scratch"
@@ -180,7 +182,7 @@ def _write_new_base(
             (root / "vectors" / "factors.npy").unlink(
                 missing_ok=True
             )  # it was fitted to the items of the replaced dataset
-            remove_versions(root)
+            remove_versions(root, pinned)
 
 
 def _forgotten(root: Path, extend: bool) -> Tombstones:
