@@ -338,7 +338,7 @@ def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path
 def _known_events(dataset: Dataset, user_ids: Ints, events: Events, last: int) -> np.ndarray:
     """Mask (bool [n]) of the events that an earlier version has: same user, second and item.
 
-    Only events up to the dataset's last second can be known, so only the histories of their users are read.
+    Only events up to the dataset's last second can be known, so only histories of users with such an event are read.
     """
     late = np.flatnonzero((events.timestamps <= last) & (user_ids < dataset.num_users))
     found = np.zeros(len(events), bool)

@@ -46,7 +46,7 @@ FEW_ROWS = 4
 
 @dataclass(frozen=True)
 class BadRows:
-    """Policy for each kind of bad row: "error", or "drop" or "keep", which count it in the manifest."""
+    """Policy for each kind of bad row: "error"; or "drop" or "keep", which count the row in the manifest."""
 
     missing_id: str = "error"
     """A row whose user or item id is null or blank."""

@@ -25,7 +25,7 @@ class BatchSpec:
     numeric_features: names of features in `hllm_torchrec.data.numeric_features`;
     id_dropout: probability that an item ID is replaced by the unknown ID in training;
     cold_dropout: if above 0, items without a training event have the ID and the vector of the unknown item; in
-    training, each of a step's items has them with this probability;
+    training, each item of a step has this ID and vector with this probability;
     interleaved: an event is two tokens of the history, its item and then its action;
     context: declared context of the request, an input of queries; bias: categorical context of the position bias, which
     is added to the logit;

@@ -67,7 +67,7 @@ class CreativeLoader:
         self._cached: OrderedDict[int, Events] = OrderedDict()
         if not len(tokens):
             raise ValueError(
-                f"{dataset.root}: the table of creatives has none in {spec.split}: build it with another split"
+                f"{dataset.root}: the table of creatives has no rows in {spec.split}: build it with another split"
             )
 
     def __len__(self) -> int:

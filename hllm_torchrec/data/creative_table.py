@@ -338,7 +338,8 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
         for user in pc.unique(rows["raw_user_id"]).to_pylist():
             if seen.setdefault(user, split) != split:
                 raise ValueError(
-                    f"{path}: user {abbreviate(user)} is in {seen[user]} and {split}: all rows of a user go into one"
+                    f"{path}: user {abbreviate(user)} is in {seen[user]} and {split}: all rows of a user "
+                    "go into one part"
                 )
 
 

@@ -268,7 +268,7 @@ def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
     """Return the longest list of tokens with which all texts begin."""
     if not texts:
         return []
-    low, high = min(texts), max(texts)  # in lexicographic order: any prefix of these two is one of all texts
+    low, high = min(texts), max(texts)  # in lexicographic order: a prefix of both is a prefix of all texts
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return list(low[:length])
 

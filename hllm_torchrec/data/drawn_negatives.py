@@ -31,7 +31,7 @@ from hllm_torchrec.data.events import Events, Piece
 
 Draw = Literal["uniform", "popularity", "batch", "hard"]
 HARD = 0.5
-"""Probability that a hard negative is one of the user's candidates."""
+"""Probability that a draw by "hard" is made from the user's candidates."""
 STRIDE = 1 << 24
 """Added to the position of an exposure for each of its draws, so that (user, position) identifies a row."""
 MOST = 100

@@ -232,7 +232,7 @@ class Evidence:
         return found
 
     def _components_of(self, unit: Floats | None) -> Doubles | None:
-        """[n, P] projections of unit text embeddings [n, E] for the group "tastes", or None without it or texts."""
+        """[n, P] projections of unit text embeddings [n, E] for "tastes"; None without this group or texts."""
         if unit is None or "tastes" not in self.names or not self.model.taste_text.size:
             return None
         # In blocks, because the product converts the embeddings to float64.
