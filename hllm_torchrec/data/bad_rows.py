@@ -15,7 +15,7 @@ from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.table_facts import TableFacts
 
 MAX_SECOND = 4_102_444_799
-"""2099-12-31 23:59:59 UTC, the last second that the split-timestamp tables cover."""
+"""2099-12-31 23:59:59 UTC, the last second that the tables of the time features cover."""
 
 _ALLOWED = {
     "missing_id": ("error", "drop"),

@@ -84,7 +84,10 @@ class CreativeLoader:
         return found
 
     def seconds(self, index: Ints) -> Ints:
-        """Return the seconds (UTC) of creatives; for a creative that sees all events, the earliest such second."""
+        """Return the seconds (UTC) of creatives.
+
+        A creative that sees all events gets the earliest second at which all are visible.
+        """
         seconds = self.part.timestamps[self.tokens.rows[index]].copy()
         for i in np.flatnonzero(seconds == WHOLE_HISTORY):
             events = self._events(int(self.part.user_ids[self.tokens.rows[index[i]]]))

@@ -265,7 +265,7 @@ class Dataset:
 
     @property
     def _is_merged(self) -> bool:
-        """False if the sequences of the parts are read from Parquet files, as in a dataset that `prepare` has made."""
+        """False if the sequences of the parts are read from Parquet files, as in a new dataset."""
         return "base" in self.manifest
 
     @cached_property
