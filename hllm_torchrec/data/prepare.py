@@ -7,6 +7,7 @@ events. The directory is published by a rename, so an incomplete one never appea
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def _write_new_base(
         old, forgotten = Dataset.open(root) if extend else None, _forgotten(root, extend)
         version = newest_version(root) + 1
         name = f"{BASES}/{version_name(version)}"
-        pinned = () if extend else pinned_versions(root)  # before anything is written: a damaged pin is an error
+        # Read before anything is written, because a damaged pin is an error.
+        pinned: Collection[int] = () if extend else pinned_versions(root)
         with draft_folder(root, BASES, version) as target:
             at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
             scratch = target.parent / "scratch"
