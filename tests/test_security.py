@@ -194,7 +194,7 @@ def test_no_link_beside_the_manifest_leads_out(place: str, tmp_path: Path) -> No
     assert item_vectors(Dataset.open(root), "mine").shape == (fixtures.ITEMS + 1, 2)
     (root / place).rename(tmp_path / "elsewhere")
     (root / place).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=rf"{place}: is a link or no plain file, .*; copy it there"):
+    with pytest.raises(ValueError, match=rf"{place}: is a link or no plain file, .*; replace it by a copy"):
         item_vectors(Dataset.open(root), "mine")
 
 

@@ -2,7 +2,8 @@
 
 A version is a folder with the new events by user, new and changed rows of items and users, and new values of features;
 existing files do not change. The cost is proportional to the size of the source, except for a scan over the known raw
-ids and for the occasional folding of earlier appends into larger ones (`data.folding`).
+ids, for reading the histories of users with late events, and for the occasional folding of earlier appends into larger
+ones or into a new base (`data.folding`).
 """
 
 import logging
@@ -57,7 +58,9 @@ def append_events(
     """Add the source's events, items and users to the dataset in `root` as a new version; all ids are kept.
 
     Events of earlier versions (same user, second and item) are left out and counted. Rows of known items and users are
-    added only if a text or a feature differs, and then replace the earlier ones.
+    added only if a column differs, and then replace the earlier ones. If the result is None or an error is raised, no
+    data were added; but a version with the same data in other files may have been written (`_with_event_files`,
+    `write_base`).
 
     Args:
         policy: handling of bad rows; None: the source's default.
@@ -66,11 +69,11 @@ def append_events(
 
     Returns:
         The number of the version and the counts of the added rows (`added` in its manifest). None if the source holds
-        nothing new and the split has the dataset's dates; no version is written then.
+        nothing new and the split has the dataset's dates.
 
     Raises:
-        ValueError: a row is bad; the source has other columns, features or labels than the dataset; or the dataset does
-            not support appends (see `_check_fits`). Nothing is written then.
+        ValueError: a row is bad; the source has other columns, features or labels than the dataset; the dataset does
+            not support appends (see `_check_fits`); or `split` is not by date or leaves a part without events.
     """
     with write_lock(root):
         dataset = Dataset.open(root)
@@ -147,12 +150,12 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
 
 
 def _check_split(split: Split | None, dataset: Dataset) -> None:
-    """Raise ValueError if a new split is not by date, or the dataset's is not by time."""
+    """Raise ValueError if `split` is not by date, or the dataset's split is neither by time nor by date."""
     rule = dataset.manifest["split"]["rule"]
     if split is not None and (split.rule != "date" or rule not in ("time", "date")):
         raise ValueError(
             f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, "
-            "of a dataset split by time or date; leave the split out"
+            "and only in a dataset split by time or date; leave the split out"
         )
 
 
@@ -220,7 +223,7 @@ def _fold(
 def _write_version(
     dataset: Dataset, source: Source, policy: BadRows | None, partitions: int | None, version: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the version's files, if anything is new; returns what `_write` and, then, what `_fold` returns."""
+    """Write the version's files, if anything is new; returns the result of `_write`, joined with that of `_fold`."""
     with draft_folder(dataset.root, APPENDS, version) as folder:
         count = partitions or default_partitions(source)
         scratch = folder.parent / "scratch"
@@ -335,7 +338,7 @@ def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path
 def _known_events(dataset: Dataset, user_ids: Ints, events: Events, last: int) -> np.ndarray:
     """Mask (bool [n]) of the events that an earlier version has: same user, second and item.
 
-    Only events up to the dataset's last second can be known, so only the histories of their users are read.
+    Only events up to the dataset's last second can be known, so only histories of users with such an event are read.
     """
     late = np.flatnonzero((events.timestamps <= last) & (user_ids < dataset.num_users))
     found = np.zeros(len(events), bool)

@@ -29,8 +29,8 @@ def prefetch(batches: Iterator[T], depth: int, timeout: float, where: str) -> Ge
                 kind, value = producer.ready.get(timeout=timeout)
             except queue.Empty:
                 raise TimeoutError(
-                    f"{where}: no batch for {timeout:g} s, after {number}; the dataset's disk does not answer, or a "
-                    "batch takes longer than parallel.timeout"
+                    f"{where}: no batch for {timeout:g} s (batches before: {number}); the dataset's disk does not "
+                    "answer, or a batch takes longer than parallel.timeout"
                 ) from None  # queue.Empty tells the user nothing
             if kind == "end":
                 return

@@ -15,7 +15,7 @@ from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.table_facts import TableFacts
 
 MAX_SECOND = 4_102_444_799
-"""2099-12-31 23:59:59 UTC, the last second that the split-timestamp tables cover."""
+"""2099-12-31 23:59:59 UTC, the last second that the tables of the time features cover."""
 
 _ALLOWED = {
     "missing_id": ("error", "drop"),
@@ -46,7 +46,7 @@ FEW_ROWS = 4
 
 @dataclass(frozen=True)
 class BadRows:
-    """Policy for each kind of bad row: "error", or "drop" or "keep", which count it in the manifest."""
+    """Policy for each kind of bad row: "error"; or "drop" or "keep", which count the row in the manifest."""
 
     missing_id: str = "error"
     """A row whose user or item id is null or blank."""
@@ -55,7 +55,7 @@ class BadRows:
     bad_time: str = "error"
     """A time that is not a number or date, or is outside 1970..2099 UTC."""
     duplicate_item: str = "error"
-    """An item that occurs again with a different text. "drop": the first text is kept."""
+    """An item that occurs again with another text or other features. "drop": the item's first row is kept."""
     item_without_text: str = "keep"
     """An item whose text columns are all empty. "drop": its events are dropped too."""
     unknown_item: str = "error"
@@ -88,7 +88,7 @@ class BadRows:
         return replace(self, **fields)
 
     def to_dict(self) -> dict[str, str]:
-        """The handling of each kind as JSON; the values that change the prepared dataset."""
+        """Kind -> handling, as JSON; `largest_share` and `chosen` are left out, as they do not change the dataset."""
         return {name: getattr(self, name) for name in _ALLOWED}
 
 
@@ -130,13 +130,14 @@ class BadRowLog:
             total, limit = self.rows[table], self.policy.largest_share
             judged = reason in _CAUSES and reason not in self.policy.chosen and count >= FEW_ROWS
             if judged and count > limit * total > 0:
-                choice = getattr(self.policy, reason, "drop")
-                enough = min(1.0, -(-count * 100 // total) / 100)
+                remedy = f"allow a larger share (--bad-share {min(1.0, -(-count * 100 // total) / 100):g})"
+                if reason in _ALLOWED:  # a mapping cannot choose the handling of a consequence
+                    choice = getattr(self.policy, reason)
+                    remedy = f"choose their handling in the mapping (bad_rows: {{{reason}: {choice}}}), or {remedy}"
                 raise ValueError(
                     f"{self.facts[table].place}: {reason}: {count:,} of {total:,} rows of the {table} "
-                    f"({count / total:.0%}), more than {limit:.0%}: {self.hints.get(reason, _CAUSES[reason])}. If they "
-                    f"are right, choose it in the mapping (bad_rows: {{{reason}: {choice}}}), or allow a larger share "
-                    f"(--bad-share {enough:g})"
+                    f"({count / total:.0%}), more than {limit:.0%}: {self.hints.get(reason, _CAUSES[reason])}. If "
+                    f"these rows are as expected, {remedy}"
                 )
 
     def notes(self) -> list[str]:

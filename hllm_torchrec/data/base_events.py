@@ -23,7 +23,7 @@ def write_base_events(dataset: Dataset, folder: Path) -> dict[str, Any]:
         valid_start[heads.user_ids] = heads.target_start
     names: list[str] = []
     first, last, kept, size = 2**62, 0, [], 0
-    for part in reversed(SPLITS):  # the user's row in the latest part that has one holds all its events
+    for part in reversed(SPLITS):  # the latest part with a row of a user has all of the user's events
         groups = dataset.row_groups(part)
         for number, group in enumerate(groups):
             rows = dataset.sequences([group])

@@ -6,11 +6,13 @@ seconds (ranking; with a feedback delay, more than this delay earlier) or of ear
 retrieval); `query_visible` is the number of these positions.
 
 If actions are interleaved, an event takes two positions of the history, an item token and an action token. Both
-have the event's item id and second, and "positions" below are tokens.
+have the event's item id and second; "history positions" below are tokens.
 
 Legend: B pieces, T history positions, Q queries, X exposures, G generative targets, K negatives, U unique
 items, S slots of the ID features (T history, then Q queries, then X targets for late fusion, then U items if
-the generative loss compares items by their features).
+the generative loss compares items by their features), H history positions before Stochastic Length, N requests, J
+tasks, P contexts of the position bias, F columns of the numeric or of the evidence features, V of the dense item
+features.
 """
 
 import dataclasses
@@ -39,13 +41,13 @@ class HybridBatch(Pipelineable):
     timestamps: Tensor
     """[T] seconds UTC."""
     next_times: Tensor
-    """[T] seconds UTC of the piece's next event that can be history (its own second for the last one)."""
+    """[T] seconds UTC of the piece's next event that can be history; the event's own second if there is none."""
     query_offsets: Tensor
     """[B+1] boundaries of the pieces in Q."""
     query_times: Tensor
     """[Q] seconds UTC of the requests."""
     query_visible: Tensor
-    """[Q] number of positions, from the start of its piece, that a query sees."""
+    """[Q] number of history positions that a query sees, from the start of the query's piece."""
     query_target: Tensor
     """[Q] early fusion: index in X of the exposure that is the query; late fusion: empty."""
     target_query: Tensor
@@ -53,7 +55,7 @@ class HybridBatch(Pipelineable):
     target_items: Tensor
     """[X] exposed items."""
     labels: Tensor
-    """[X] float32 in [0, 1]."""
+    """[X] float32, 0 or 1."""
     weights: Tensor
     """[X] float32, the exposure's weight in the loss, and in metrics."""
     positions: Tensor
@@ -79,8 +81,8 @@ class HybridBatch(Pipelineable):
     features: KeyedJaggedTensor
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
-    """[S, F] float32, or None: numeric features (0 except at queries), then numeric context (NaN except at queries and
-    where unknown).
+    """[S, F] float32, or None: numeric features (0 outside of queries), then numeric context (NaN outside of queries
+    and where unknown).
     """
     evidence: Tensor | None
     """[X, F] float32 evidence features of each exposure (`data.evidence`), or None."""
@@ -89,21 +91,21 @@ class HybridBatch(Pipelineable):
     target_values: Tensor
     """[X] float32 in [-1, 1]: the exposure's ordinal action (rating), or its label; NaN where unknown."""
     task_labels: Tensor | None = None
-    """[X, K] float32 labels of `BatchSpec.tasks`, NaN where not defined; None: the only task is the first label."""
+    """[X, J] float32 labels of `BatchSpec.tasks`, NaN where not defined; None: the only task is the first label."""
     task_weights: Tensor | None = None
-    """[X, K] float32 weight of an exposure in the loss of each task, 0 where its label is not defined; or None."""
+    """[X, J] float32 weight of an exposure in the loss of each task, 0 where its label is not defined; or None."""
     bias_ids: Tensor | None = None
-    """[X, C] ids of the context of `BatchSpec.bias`, or None."""
+    """[X, P] ids of the context of `BatchSpec.bias`, or None."""
     logit_offset: Tensor | None = None
-    """[X] float32, added to the first label's logit in training only: -log of the sampling rate of the negative
-    exposures at this row; None: no negatives were left out.
+    """[X] float32, added to the first label's logit in training only: -log of the sampling rate of the negatives at
+    this row (of drawn negatives: of their expected number); None: no negatives were left out or drawn.
     """
     full_history_items: Tensor | None = None
-    """[F] history items before Stochastic Length removes any; None without Stochastic Length (then equal to
+    """[H] history items before Stochastic Length removes any; None without Stochastic Length (then equal to
     `item_ids`).
     """
     full_history_offsets: Tensor | None = None
-    """[B+1] boundaries of the pieces in F, or None."""
+    """[B+1] boundaries of the pieces in H, or None."""
     request_query: Tensor | None = None
     """[N] index in Q of the query of each additional request (`Piece.requests`); None without requests."""
     request_index: Tensor | None = None
@@ -133,7 +135,7 @@ class HybridBatch(Pipelineable):
 
     @property
     def full_history(self) -> tuple[Tensor, Tensor]:
-        """(items [F], offsets [B+1]) of the complete history, including events that Stochastic Length removed."""
+        """(items [H], offsets [B+1]) of the complete history, including events that Stochastic Length removed."""
         if self.full_history_items is None or self.full_history_offsets is None:
             return self.item_ids, self.seq_offsets
         return self.full_history_items, self.full_history_offsets

@@ -23,9 +23,9 @@ class BatchSpec:
     positive_targets_only: an item with label 0 is not a generative target;
     item_id, action, action_gate, time_depth, item_features, user_features: the bags of the batch;
     numeric_features: names of features in `hllm_torchrec.data.numeric_features`;
-    id_dropout: probability that an ID is replaced by the unknown ID in training;
-    cold_dropout: if above 0, items without a training event are replaced by the unknown item; in training every other
-    item of a step is replaced too, with this probability;
+    id_dropout: probability that an item ID is replaced by the unknown ID in training;
+    cold_dropout: if above 0, items without a training event have the ID and the vector of the unknown item; in
+    training, each item of a step has this ID and vector with this probability;
     interleaved: an event is two tokens of the history, its item and then its action;
     context: declared context of the request, an input of queries; bias: categorical context of the position bias, which
     is added to the logit;
@@ -59,7 +59,7 @@ class BatchSpec:
         object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass the name; the dataclass is frozen
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
-        """Rows of every embedding table except those of the time features, in the order of the batch's keys."""
+        """Key of the batch -> rows of its embedding table, for all tables except those of the time features."""
         sizes = dataset.manifest
         tables = {"item_id": dataset.num_items} if self.item_id else {}
         if self.action:
@@ -72,7 +72,7 @@ class BatchSpec:
 
 
 def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
-    """Problems of a batch spec with this dataset, one line for each unknown feature."""
+    """Problems of a batch spec with this dataset, one line for each."""
     problems = []
     for kind, names in (("item", spec.item_features), ("user", spec.user_features)):
         known = dataset.manifest[f"{kind}_features"]

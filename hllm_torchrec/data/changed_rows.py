@@ -14,7 +14,7 @@ from hllm_torchrec.data.user_table import UserTable, known_ids
 
 
 def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]) -> pa.Table:
-    """New items, and known ones whose text, features or creation time differ, in the columns of `items.parquet`.
+    """New items, and known ones of which a column differs, in the columns of `items.parquet`.
 
     If the source has no creation times or no `active` column, known items keep their values.
 

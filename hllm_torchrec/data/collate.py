@@ -37,12 +37,13 @@ Bags = tuple[Ints, Ints]
 
 
 class Collator:
-    """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
+    """Builds batches from pieces of `dataset` according to `spec`; `training` adds the dropouts and the generative
+    targets.
 
     context: reads the context of the requests; None if the spec names no context.
 
-    evidence: computes the evidence features of the exposures; of_fit: True if these are the training exposures to which
-        the evidence was fitted.
+    evidence: computes the evidence features of the exposures; of_fit: True if the pieces' exposures are the training
+        exposures to which the evidence was fitted.
 
     stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
     target stays (see `_view`).
@@ -162,7 +163,7 @@ class Collator:
     def _view(self, piece: Piece, epoch: int = 0, pool: Ints | None = None) -> PieceView:
         """Filter the history, then compute the events that each exposure sees and the item that each position predicts.
 
-        pool: items of the exposures of all pieces, from which negatives are drawn.
+        pool: items of the exposures of all pieces, from which negatives are drawn by "batch".
 
         If Stochastic Length shortens the history, an exposure sees the remaining events of its history. A next item is
         then predicted at the last remaining event at or before its original position, so an event may have several
@@ -364,7 +365,7 @@ class Collator:
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: PieceView, item_slots: int) -> torch.Tensor | None:
-        """[S, F] numeric features (0 except at queries) and numeric context (NaN except at queries), or None."""
+        """[S, F] numeric features (0 outside of queries), then numeric context (NaN outside of queries), or None."""
         if not (self.spec.numeric_features or self.context.numeric):
             return None
         fusion = self.spec.fusion
@@ -377,7 +378,7 @@ class Collator:
         return torch.from_numpy(numbers)
 
     def _bias_ids(self, targets: Events) -> torch.Tensor | None:
-        """[X, C] ids of the context of the position bias, or None."""
+        """[X, P] ids of the context of the position bias, or None."""
         if not self.spec.bias:
             return None
         ids = [self.context.ids(targets, name, count=False) for name in self.spec.bias]

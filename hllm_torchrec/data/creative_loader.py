@@ -1,9 +1,9 @@
-"""`CreativeLoader`: batches for the training and evaluation on personalized texts (creatives).
+"""`CreativeLoader`: batches for training and evaluation on personalized texts (creatives).
 
 The user encoder reads a user's history in one pass for up to PER_PASS creatives, each of which is a query at its own
 second: it sees only events of strictly earlier seconds. Every query of a pass sees at least the latest half of
-`max_history` of these events (or all, if there are fewer). The plan of an epoch is a function of (table, world size,
-seed, epoch). The interface is that of `Loader`.
+`max_history` of these events (or all, if there are fewer). The plan of an epoch is a function of (table, dataset,
+settings, world size, epoch). The interface is that of `Loader`.
 
 Legend: N creatives of the part.
 """
@@ -41,8 +41,8 @@ class CreativeLoader:
         collator: builds the batches; its visibility must be by second.
         part, tokens: the creatives of a part, and their texts as tokens.
         spec: settings, of which seed, shuffle, max_history, prefetch and timeout are used.
-        per_batch: maximum number of creatives of a step divided by the number of ranks. The ranks of a step get about
-            the same number of tokens.
+        per_batch: maximum number of creatives of a step divided by the number of ranks (a step has at least one pass).
+            The ranks of a step get about the same number of tokens.
         never_alone: if only one user would be left for the last step of an epoch, add this user to the step before.
 
     Raises:
@@ -67,7 +67,7 @@ class CreativeLoader:
         self._cached: OrderedDict[int, Events] = OrderedDict()
         if not len(tokens):
             raise ValueError(
-                f"{dataset.root}: the table of creatives has none in {spec.split}: build it with another split"
+                f"{dataset.root}: the table of creatives has no rows in {spec.split}: build it with another split"
             )
 
     def __len__(self) -> int:
@@ -84,7 +84,10 @@ class CreativeLoader:
         return found
 
     def seconds(self, index: Ints) -> Ints:
-        """Return the seconds (UTC) of creatives; for a creative that sees all events, the earliest second that does."""
+        """Return the seconds (UTC) of creatives.
+
+        A creative that sees all events gets the earliest second at which all are visible.
+        """
         seconds = self.part.timestamps[self.tokens.rows[index]].copy()
         for i in np.flatnonzero(seconds == WHOLE_HISTORY):
             events = self._events(int(self.part.user_ids[self.tokens.rows[index[i]]]))
@@ -129,7 +132,7 @@ class CreativeLoader:
     def _plan(self, epoch: int) -> list[list[Ints]]:
         """Return the passes of each step and rank, as indices into `passes`.
 
-        The passes of a step depend on `per_batch` x `world_size` only, not on how they are divided among the ranks.
+        With equal `per_batch` x `world_size`, a step has the same passes, divided among any number of ranks.
         """
         count = len(self.passes)
         order = np.arange(count)

@@ -60,7 +60,7 @@ CHECKS = pa.field("checks", pa.map_(pa.string(), pa.float32()))
 TEXTS = ("source", "description", "profile")
 """Columns of a table that a prompt may name, in addition to the dataset's text columns."""
 NEEDED = ("raw_user_id", "raw_item_id", "response")
-"""Columns that every table has."""
+"""Columns that the rows for `write_table` must have; other missing columns become null."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class CreativeTable:
         """Read the rows of a part (train, valid or test), which may be empty.
 
         Raises:
-            ValueError: the file is damaged, or a row has an unknown id or an empty text.
+            ValueError: the file is damaged, or a row has an unknown id, an empty text or a bad weight.
         """
         path = self.path / split / "part-0.parquet"
         rows = read_table(path, SCHEMA.names).cast(SCHEMA) if path.is_file() else SCHEMA.empty_table()
@@ -142,7 +142,7 @@ class CreativeTable:
         order = np.lexsort((np.arange(users.size), times, users))
         weights = pc.fill_null(rows["weight"], 1.0).to_numpy().astype(np.float32)
         if not np.all(np.isfinite(weights) & (weights >= 0)):
-            raise ValueError(f"{path}: a weight is negative or no number; {_REMEDY}")
+            raise ValueError(f"{path}: a weight is negative or not finite; {_REMEDY}")
         return CreativeRows(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
 
     def dropped(self) -> pa.Table:
@@ -162,9 +162,9 @@ def table_path(dataset: Dataset, name: str) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that cannot be a folder's name, such as one with a slash."""
+    """Raise ValueError for a name that `NAME` does not allow, such as one with a slash."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"--name {name!r}: must be letters, digits, '-', '_' and '.', and not begin with '.'")
+        raise ValueError(f"--name {name!r}: must consist of letters, digits, '-', '_' and '.', and not begin with '.'")
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
@@ -251,8 +251,9 @@ def _write_files(
 def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
     """Remove the rows of users and items (raw ids) from all tables of the dataset in `root`.
 
-    If a table changes, the tokens of all tables are removed as well, because they contain the same texts. The answers
-    of writers about these users and items are removed, too. Returns the number of rows and answers.
+    If a table changes, the tokens of all tables are removed as well, because tokens contain the same texts. The answers
+    of writers about these users and items are removed, too. Returns the number of rows and answers; dry_run: only
+    count them.
 
     Raises:
         ValueError: a table is damaged.
@@ -337,7 +338,8 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
         for user in pc.unique(rows["raw_user_id"]).to_pylist():
             if seen.setdefault(user, split) != split:
                 raise ValueError(
-                    f"{path}: user {abbreviate(user)} is in {seen[user]} and {split}: all rows of a user go into one"
+                    f"{path}: user {abbreviate(user)} is in {seen[user]} and {split}: all rows of a user "
+                    "go into one part"
                 )
 
 

@@ -83,7 +83,7 @@ class CreativeTokenizer:
         return [TextTokens(self._begin + before, after) for before, after in zip(*halves, strict=True)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize responses and append the end token; truncation to `max_response_length` removes it."""
+        """Tokenize responses and append the end token; a response cut to `max_response_length` has no end token."""
         most = self.section.max_response_length
         # A space separates the response from the prompt, unless the prompt ends with a space, a newline or {user}.
         lead = "" if self.section.prompt.endswith((" ", "\n", USER)) else " "
@@ -135,8 +135,10 @@ class CreativeTokens:
         )
 
     def gather_profiles(self, index: Ints) -> PackedTexts | None:
-        """Pack the profile of each creative at `index` [n] as response to the profile prompt; None: no loss reads
-        it."""
+        """Pack the profile of each creative at `index` [n] as response to the profile prompt.
+
+        None: no loss reads profiles, or this is not the training part.
+        """
         if not self._profiles:
             return None
         values, offsets, of = self._profiles
@@ -266,7 +268,7 @@ def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
     """Return the longest list of tokens with which all texts begin."""
     if not texts:
         return []
-    low, high = min(texts), max(texts)  # in lexicographic order: any prefix of these two is one of all texts
+    low, high = min(texts), max(texts)  # in lexicographic order: a prefix of both is a prefix of all texts
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return list(low[:length])
 

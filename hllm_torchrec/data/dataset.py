@@ -109,7 +109,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the contents of all data files."""
+        """Hash of the names and contents of the files in the manifest's `files`."""
         return str(self.manifest["fingerprint"])
 
     @property
@@ -134,7 +134,7 @@ class Dataset:
 
     @cached_property
     def action_values(self) -> np.ndarray:
-        """float64 [num_actions] numbers in the actions' names ("rating 4": 4), NaN for names without one ("view")."""
+        """float64 [num_actions] number at the end of each action's name ("rating 4": 4), NaN without one ("view")."""
         values = np.full(self.num_actions, np.nan)
         for action, name in self.manifest["actions"]["names"].items():
             number = _NUMBER.search(name)
@@ -185,7 +185,7 @@ class Dataset:
         return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
 
     def _files(self, name: str) -> list[Path]:
-        """Paths of the file `name` in the base and in each append that has one."""
+        """Paths of the file `name` in the base and in each append that has this file."""
         parts = (self.manifest.get("base", {"folder": ""}), *self.manifest.get("appends", ()))
         names = [f"{one['folder']}/{name}".lstrip("/") for one in parts]
         return [self.root / one for number, one in enumerate(names) if number == 0 or one in self.manifest["files"]]
@@ -265,7 +265,7 @@ class Dataset:
 
     @property
     def _is_merged(self) -> bool:
-        """False if the sequences of the parts are in Parquet files, as in a dataset without appends."""
+        """False if the sequences of the parts are read from Parquet files, as in a new dataset."""
         return "base" in self.manifest
 
     @cached_property
@@ -323,7 +323,7 @@ class Dataset:
     def heads(self, group: RowGroup, since: int = 0) -> RowHeads:
         """Users, lengths and `target_start` of a group's rows, without events; reads one event column of Parquet files.
 
-        since: second UTC before which `before` counts events; 0: none.
+        since: second UTC before which `RowHeads.before` counts events; 0: `before` is 0.
         """
         if isinstance(group, UserGroup):
             users = self._reader(group.part, group.since).users[group.first : group.first + group.rows]
@@ -342,7 +342,7 @@ class Dataset:
         return self.merged.read(users, group.part, columns or self._columns, skipped)
 
     def recent(self, split: str, since: int, columns: Sequence[str]) -> Iterator[Events]:
-        """Yield, by group, the events of a part's rows from second `since` on (0: all); needs the column timestamps."""
+        """Yield the events of a part's rows by group, from second `since` on (0: all; above 0 needs timestamps)."""
         for group in self.row_groups(split, since) if since else self.row_groups(split):
             rows = (
                 self.tails(group, self.heads(group, since).before, columns)
@@ -445,7 +445,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
 
 
 def base_rate(dataset: Dataset, since: int = 0) -> float:
-    """Share of positive labels among training exposures from second `since` on; 0.5 if all labels are equal."""
+    """Share of positive labels among training exposures from second `since` on; 0.5 if there are not both labels."""
     total = positive = 0.0
     for events in dataset.recent("train", since, ["labels", "timestamps"] if since else ["labels"]):
         total += np.count_nonzero(~np.isnan(events.labels))

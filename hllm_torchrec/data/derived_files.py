@@ -39,7 +39,9 @@ def refuse_links(root: Path, path: Path) -> None:
     inside = list(path.iterdir()) if path.is_dir() else []
     for file in (*steps, *inside):
         if file.is_symlink() or (file.exists() and not (file.is_file() or file.is_dir())):
-            raise ValueError(f"{file}: is a link or no plain file, which may lead out of the dataset; copy it there")
+            raise ValueError(
+                f"{file}: is a link or no plain file, which may lead out of the dataset; replace it by a copy"
+            )
 
 
 def _is_writable(path: Path) -> bool:

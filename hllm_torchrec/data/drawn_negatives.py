@@ -31,7 +31,7 @@ from hllm_torchrec.data.events import Events, Piece
 
 Draw = Literal["uniform", "popularity", "batch", "hard"]
 HARD = 0.5
-"""Probability that a hard negative is one of the user's candidates."""
+"""Probability that a draw by "hard" is made from the user's candidates."""
 STRIDE = 1 << 24
 """Added to the position of an exposure for each of its draws, so that (user, position) identifies a row."""
 MOST = 100
@@ -51,7 +51,8 @@ class DrawnRows(NamedTuple):
 
 
 class NegativeDraws:
-    """Draws negatives for a dataset, as a function of (seed, epoch, user, position), so equally on every rank.
+    """Draws negatives for a dataset, as a function of (seed, epoch, user, position), so equally on every rank; those
+    by "batch" also depend on the pieces of the rank.
 
     Args:
         items: ids [n] that may be drawn.
@@ -81,7 +82,7 @@ class NegativeDraws:
         self._ends = np.cumsum(mass[items]) / (total or 1.0)
 
     def rows(self, piece: Piece, targets: Ints, epoch: int, pool: Ints) -> DrawnRows:
-        """The exposures `targets` [X] of a piece and their draws; pool: items of all exposures of the step."""
+        """The exposures `targets` [X] of a piece and their draws; pool: see `pool_of`."""
         users = np.full(targets.size, piece.user_id)
         positions, own = targets + piece.offset, piece.item_ids[targets]
         # One uniform number per draw, a hash of (seed, epoch, user, position, draw): the same on any rank, in any
@@ -140,5 +141,5 @@ class NegativeDraws:
 
 
 def pool_of(pieces: Sequence[Piece]) -> Ints:
-    """Items of the exposures of all pieces."""
+    """Items of the exposures of a rank's pieces, from which negatives are drawn by "batch"."""
     return np.concatenate([np.empty(0, np.int64), *(piece.item_ids[piece.exposures] for piece in pieces)])

@@ -91,7 +91,7 @@ class EventLog:
             listener(user)
 
     def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
-        """A user's events with a number above `after`, in the order of their arrival, and the highest number."""
+        """A user's events with a number above `after`, in order of arrival, and the last number (or `after`)."""
         with self._held():
             rows = self._connection.execute(
                 "SELECT item, timestamp, label, action, number FROM events WHERE user = ? AND number > ? "

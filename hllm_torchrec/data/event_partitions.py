@@ -178,7 +178,7 @@ class RowLocator:
 class SortedPartitions:
     """The sorted partitions on disk, read one at a time.
 
-    `alive_users` and `alive_items` (bool, by number) filter out the events of all other users and items.
+    `alive_users` and `alive_items` (bool, by number): only events of these users and items are read; None: all events.
     """
 
     def __init__(self, paths: list[Path]) -> None:

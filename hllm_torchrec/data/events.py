@@ -36,7 +36,7 @@ class Events:
     timestamps: Ints = _column("timestamp", pa.int64(), np.int64, 0)
     """Seconds UTC."""
     labels: Floats = _column("label", pa.float32(), np.float32, np.nan)
-    """In [0, 1]; NaN if the event is not an exposure."""
+    """0 or 1; NaN if the event is not an exposure."""
     actions: Ints = _column("action", pa.int32(), np.int64, 0)
     """0: unknown."""
     extra: dict[str, NDArray[Any]] = field(default_factory=dict, kw_only=True, repr=False)
@@ -149,7 +149,7 @@ class Piece(Events):
         return self.first_target + np.flatnonzero(~np.isnan(self.labels[self.first_target :]))
 
     def cut(self, start: int, end: int, first_target: int) -> Self:
-        """The range [start, end) of this piece, with exposures from `first_target` on; all are indices into it."""
+        """The range [start, end) of this piece, with exposures from `first_target` on; all three index this piece."""
         first = first_target - start
         return replace(self, offset=self.offset + start, first_target=first, **self[start:end].columns)
 

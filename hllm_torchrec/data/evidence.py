@@ -94,8 +94,9 @@ class EvidenceModel:
     users of fold k, the last one with all users; fitted_until: last second of the fit's events; center, spread [F]:
     mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression
     of the labels on the columns; text_center [E]: mean text embedding, empty without texts; taste_text [E, P]:
-    projection of unit embeddings to descriptors; taste_center, taste_spread [2]: mean and scale by which an item's
-    shrunk mean value and log count become descriptors; all three are empty without tastes. All float64.
+    projection of unit embeddings to descriptors, empty without texts; taste_center, taste_spread [2]: mean and scale by
+    which an item's shrunk mean value and log count become descriptors; all three are empty without tastes. All arrays
+    are float64.
     """
 
     loadings: Doubles
@@ -128,7 +129,7 @@ class EvidenceModel:
 
     @classmethod
     def load(cls, folder: Path) -> "EvidenceModel | None":
-        """Read the file of a run directory; None if it has none.
+        """Read `evidence.npz` from a run directory; None if there is no such file.
 
         Raises:
             ValueError: the file is damaged.
@@ -231,7 +232,7 @@ class Evidence:
         return found
 
     def _components_of(self, unit: Floats | None) -> Doubles | None:
-        """[n, P] projections of unit text embeddings [n, E] for the group "tastes", or None without it or texts."""
+        """[n, P] projections of unit text embeddings [n, E] for "tastes"; None without this group or texts."""
         if unit is None or "tastes" not in self.names or not self.model.taste_text.size:
             return None
         # In blocks, because the product converts the embeddings to float64.

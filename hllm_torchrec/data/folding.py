@@ -26,7 +26,8 @@ FACTOR = 2
 MOST_EVENTS = 20_000_000
 """Maximum number of events merged in memory; larger appends are few, and are not folded."""
 OUTGROWN, LEAST_EVENTS = 0.05, 50_000
-"""Appends are merged with the base if they have more than this share of its events, and more than this number."""
+"""Appends are merged with the base if they together have more than this share of the base's events, and more than this
+number."""
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,9 @@ class Names:
 class DatasetReport:
     """Result of `forget`, or of its dry run.
 
-    numbers: table -> raw id -> number (0: the dataset never had the id); found: kind -> number of removed things
-    (versions, rows, events); version: the new version, None if nothing was changed; freed: bytes.
+    numbers: table -> raw id -> number (0: the newest version does not have the id); found: kind -> number of changed
+    versions, of removed rows, of removed events, ...; version: the new version, None if none was written; freed: bytes
+    of removed files.
     """
 
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -83,8 +84,8 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
     sources.
 
     Args:
-        erase: also remove the old files, all token stores and the items' rows of vectors, so that no byte of the ids is
-            left.
+        erase: also remove the old files and, if items are forgotten, all token stores, and set the items' rows of
+            vectors to 0, so that no byte of the ids is left.
         dry_run: only report what would be done.
 
     Raises:

@@ -48,7 +48,7 @@ class IdMap:
         return numbers[index]
 
     def ids(self, first: int = 0, last: int | None = None) -> pa.Array:
-        """The ids (string array) of the numbers first..last - 1; last None: to the end."""
+        """The ids (large_string array) of the numbers first..last - 1; last None: to the end."""
         last = self._count if last is None else last
         ends = self._ends[first : last + 1] - self._ends[first]
         data = self._bytes[self._ends[first] : self._ends[last]]

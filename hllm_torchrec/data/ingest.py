@@ -109,8 +109,8 @@ def _checked(
 def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: BadRowLog) -> pa.Table:
     """The events with their declared columns checked, and labels only where they are defined.
 
-    A label that cannot be read, or that is given although the first label is missing, is a bad row of the kind
-    `nan_label`. So is a weight or rate outside its range, but such rows cannot be kept.
+    A label or numeric context that cannot be read, or a label that is given although the first label is missing, is a
+    bad row of the kind `nan_label`. So is a weight or rate outside its range, but such rows cannot be kept.
     """
     categories = [f"{CONTEXT}{name}" for name in schema.categorical]
     for column in (one for one in schema.extra if one.name not in categories):

@@ -22,7 +22,8 @@ from hllm_torchrec.data.split import Split
 FEATURE_TYPE = pa.list_(pa.int32())
 _OPTIONAL = {"created_at": pa.int64(), ACTIVE: pa.bool_()}
 """Optional columns of a source, in addition to texts and features."""
-_OWN = ("item_id", "raw_item_id", "row", *_OPTIONAL)
+_OWN = ("item_id", "raw_item_id", "row", "number", *_OPTIONAL)
+"""Names of columns of `items.parquet`, of chunks of items and of the spool file, which no text column may have."""
 _ROWS_PER_BATCH = 16_384
 
 
@@ -62,11 +63,11 @@ def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vo
 
 
 def check_text_columns(source: Source) -> None:
-    """Raise ValueError if a text column has the name of another column of `items.parquet`."""
+    """Raise ValueError if a text column has one of the names `_OWN`, or the name of a feature's column."""
     for name in source.text_columns:
         if name in _OWN or name.startswith("feature_"):
             raise ValueError(
-                f"{source.name}: the text column {name!r} has the name of a column of every dataset: rename it"
+                f"{source.name}: the text column {name!r} has a name that datasets use themselves: rename it"
             )
 
 
@@ -209,7 +210,7 @@ class ItemCatalogue:
         return numbers, take
 
     def _completed(self, table: pa.Table) -> pa.Table:
-        """`table` with all columns of the spool except `number`, in order; missing texts are "" instead of null."""
+        """`table` with all columns of the spool except `number`, in order; missing columns are null, null texts ""."""
         columns = {}
         for field in list(self._schema)[1:]:
             if field.name not in table.column_names:

@@ -138,11 +138,13 @@ def _are_graded(action_values: AnyFloats) -> bool:
 def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy.
 
-    The file `factors` is fitted if it does not exist; items added after the fit have zeros. Only runs without a file of
-    their own (`run_factors`) use it.
+    The file `factors` (in the cache if the dataset is read-only) is fitted if it does not exist; items added after the
+    fit have zeros. Only runs without a file of their own (`run_factors`) use it. In other files, appended items without
+    a row read row 0, with a warning, and rows of items of later versions are left out.
 
     Raises:
-        ValueError: the file does not exist, or its number of rows differs from the dataset's number of items.
+        ValueError: the file does not exist, is a link or damaged, has a value that is not finite, or does not have the
+            dataset's number of rows.
     """
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
         raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
@@ -182,7 +184,7 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
 
 
 def number_of_vectors(dataset: Dataset, name: str) -> int:
-    """Number of rows that the file of `item_vectors` has; items that were added later use row 0."""
+    """Number of the dataset's items that have a row in the file of `item_vectors`, the unknown item included."""
     path = dataset.root / "vectors" / f"{name}.npy"
     with error_location(path, "save it again"):
         return min(len(np.load(path, mmap_mode="r", allow_pickle=False)), dataset.num_items)
@@ -219,7 +221,7 @@ def training_ratings(dataset: Dataset, max_users: int) -> Ratings:
     """The training events that have a value, of the first `max_users` users with such an event.
 
     Raises:
-        ValueError: all values are equal.
+        ValueError: all values are equal, or there are none.
     """
     items, values, user_ids, lengths = [], [], [], []
     found = 0
@@ -241,7 +243,7 @@ def training_ratings(dataset: Dataset, max_users: int) -> Ratings:
     if every.size == 0 or np.ptp(every) == 0:
         raise ValueError(
             f"{dataset.root}: all training values are equal: item factors need ratings or two labels; "
-            "drop `factors` from data.item_vectors"
+            "drop `factors` from data.item_vectors, and data.evidence"
         )
     offsets = offsets_from_lengths(np.concatenate(lengths))
     return Ratings(np.concatenate(items), every, np.concatenate(user_ids), offsets)

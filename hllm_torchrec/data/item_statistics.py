@@ -47,7 +47,7 @@ class ItemStatistics:
 
     @property
     def items(self) -> int:
-        """Number of items up to the last one with an event."""
+        """Largest id of an item with an event, plus 1; 0 without events."""
         return self._bounds[0].size - 1
 
     @cached_property

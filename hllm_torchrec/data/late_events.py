@@ -30,7 +30,7 @@ def late_events(dataset: Dataset, path: str, version: int, since: int) -> tuple[
 
 
 def _keys(dataset: Dataset, users: Ints, counts: Ints) -> tuple[np.ndarray, Ints]:
-    """(records [n], positions [n]) of the first counts[user] events of each of `users` [R]; counts: [U].
+    """(records [n], positions [n]) of the first counts[user] events of each of `users` [R]; counts: by user id.
 
     A record is (user, second, item, number among equal events) and is compared as one value.
     """

@@ -1,8 +1,8 @@
 """`Loader`: the batches of a split for one rank, sharded, shuffled by (seed, epoch), prefetched and resumable.
 
-The plan of an epoch is a pure function of (dataset, world size, seed, epoch). So every rank knows the number of steps
-of all ranks without communication (a rank that has no more pieces yields empty batches), and a resumed run starts in
-the middle of an epoch without reading the earlier batches.
+The plan of an epoch is a pure function of (dataset, settings, world size, epoch). So every rank knows the number of
+steps of all ranks without communication (a rank that has no more pieces yields empty batches), and a resumed run starts
+in the middle of an epoch without reading the earlier batches.
 
 - Up to SHARED_EVENTS events: every rank holds the complete split, and each global batch is divided so that ranks get
   equal work. At any world size with the same global batch, a step has the same samples.
@@ -46,8 +46,8 @@ class LoaderSpec:
     shuffle: bool = False
     """Shuffle by (seed, epoch); evaluation keeps the files' order."""
     batch_cost: int = 0
-    """If above 0, a rank's step has pieces of at most this total cost (or a single piece that costs more) instead of
-    `batch_users` pieces, so that all steps have about the same cost."""
+    """If above 0, a step has pieces of at most this total cost per rank, on average over the ranks (or a single piece
+    that costs more), instead of `batch_users` pieces per rank, so that all steps have about the same cost."""
     item_costs: Ints | None = None
     """[N] cost of each item (its tokens); a piece's cost is the sum over its events. None: 1 per event."""
     all_events: bool = False
@@ -80,7 +80,7 @@ class Loader:
         rank, world_size: rank of this process and number of processes.
 
     Raises:
-        ValueError: the split is empty, or the share of users selects none of it.
+        ValueError: the split is empty, or none of its users is in the share of users and has an event from `since` on.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ VERSIONS = "versions"
 """Folder of the manifests of all versions."""
 MANIFEST = "manifest.json"
 EVENTS = "events"
-"""Folder of a base's event files."""
+"""Folder of the event files, in the folder of a base or of an append."""
 ITEM_COUNTS = "training_item_counts.npy"
 
 
@@ -100,10 +100,7 @@ def manifest_path(root: Path, version: int | None = None) -> Path:
     if not (root / VERSIONS).is_dir() and version == 1:  # a dataset without appends
         return path
     known = sorted(int(file.stem) for file in (root / VERSIONS).glob("*.json") if file.stem.isdigit())
-    raise ValueError(
-        f"{root}: no version {version}; it has {', '.join(map(str, known)) or '1'} (older ones were pruned). "
-        "Choose one of them"
-    )
+    raise ValueError(f"{root}: no version {version}; it has {', '.join(map(str, known)) or '1'}. Choose one of them")
 
 
 def read_manifest(root: Path, version: int | None = None, *, check_files: bool = True) -> dict[str, Any]:

@@ -95,7 +95,7 @@ _CHAIN_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (_is_base, "a folder and its event files, within the dataset"),
     "appends": (_is_appends, "folders and their event files, within the dataset"),
 }
-"""Fields of a version with appends (`data.versions`), which must have all of them or none."""
+"""Fields of a version with a base and appends (`data.versions`); a manifest must have all of them or none."""
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schema_version": (_is_count, "a number"),

@@ -67,7 +67,7 @@ class MergedSequences:
         return np.flatnonzero(end > start)
 
     def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
-        """Length, start of the part and events before `since` of the sequences of `user_ids` [R]; reads no events."""
+        """Length, start of the part and events before `since` (numbers) of the sequences of `user_ids` [R]."""
         p = SPLITS.index(part)
         found = (self._starts[p + 1], self._starts[p], self.before(since) if since else self._starts[0])
         lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)
@@ -181,7 +181,7 @@ class MergedSequences:
     def before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
         if second not in self._counted:
-            # Most files end before the second, normally that of a late cut: subtract the events of the others after it.
+            # Normally this is the second of a late cut and most files end earlier: subtract later events of the others.
             counts = ((one, one.lengths_before(second)) for one in self._files)
             later = self._sums((one, one.lengths - count) for one, count in counts if count is not one.lengths)
             self._counted[second] = self._totals - later

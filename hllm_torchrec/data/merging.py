@@ -113,8 +113,8 @@ class UserEvents:
         if len(self._found) == 1:
             read = self._found[0][0].columns(_range(segments.first, segments.length), dtypes)
             return {name: read[name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
-        # Most events are in one file, normally the base. They are gathered by one index for all positions, which for
-        # the events of other files points anywhere; those are few, and are written over it.
+        # Most events are in one file, normally the base. One index into this file gathers an event for every position;
+        # the events that it finds at the few positions of other files are wrong, and are overwritten below.
         main = int(np.bincount(segments.file, segments.length, len(self._found)).argmax())
         index = concat_ranges(np.where(segments.file == main, segments.first, 0), segments.length)
         stored = self._found[main][0].columns(slice(None), dtypes)

@@ -183,7 +183,7 @@ def new_items(
 def item_problem(item: NewItem) -> str:
     """The reason why an item cannot be used, or an empty text."""
     if not isinstance(item.id, str) or not item.id.strip():
-        return f"an id is a text that is not blank, not {type(item.id).__name__}"
+        return "an id must be a text that is not blank"
     if not isinstance(item.text, dict) or not _all_texts([*item.text, *item.text.values()]):
         return "a text must be a str"
     if not isinstance(item.features, dict) or not _all_texts(item.features):

@@ -33,9 +33,9 @@ class PastEvents:
     """One user's events, and statistics of them: row c of an array [C] is of the first `seen[c]` events.
 
     items [n], residuals [n]: of the events that have a value; rated [C]: number of these that are visible; seen [C]:
-    number of visible events; last [C]: second of the last visible one, 0 without events; means [C, 2]: see
-    `mean_residuals`; factors [C, J], tastes [C, D]: posterior means of the user's factors and tastes, with width 0 if
-    no column needs them.
+    number of visible events; last [C]: second of the last visible event (see `last_seconds` for rows without one);
+    means [C, 2]: see `mean_residuals`; factors [C, J], tastes [C, D]: posterior means of the user's factors and tastes,
+    with width 0 if no column needs them.
     """
 
     items: Ints

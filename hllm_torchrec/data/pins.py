@@ -1,4 +1,4 @@
-"""Pins: files in a dataset that record the version each run was trained on; `prune` keeps it while the run exists."""
+"""Pins: files in a dataset that record the version of each run; `prune` keeps this version while the run exists."""
 
 import json
 from collections.abc import Iterator

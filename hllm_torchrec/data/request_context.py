@@ -70,8 +70,7 @@ class RequestContext:
 def fit_context(dataset: Dataset, names: Sequence[str], since: int = 0) -> tuple[RequestContext, NDArray[np.float64]]:
     """(context `names` with the ids of training exposures from second `since` on, [C, 2] mean and standard deviation).
 
-    Raises:
-        ValueError: the dataset has no context of this name.
+    names: without `context_problems`; the deviation of a constant is 1.
     """
     schema = dataset.schema
     context = RequestContext(schema, names, {})

@@ -102,7 +102,7 @@ class RunFactors:
 
     @classmethod
     def load(cls, folder: Path) -> "RunFactors | None":
-        """Read the factors of a run directory; None if it has none.
+        """Read the factors of a run directory; None if it has no `factors.npz`.
 
         Raises:
             ValueError: the file is damaged.

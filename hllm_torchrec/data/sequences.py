@@ -1,6 +1,6 @@
 """`SequenceWriter`: writes the sequences of a base.
 
-`sequences/{train,valid,test}/part-*.parquet` have one row per user with the history to the end of the part;
+`sequences/{train,valid,test}/part-*.parquet` have one row per user of the part: the history to the part's end;
 `events/part-*.arrow` have all events of each user once.
 
 Legend: N events of a partition, sorted by (user, timestamp, source row); U users of the partition.

@@ -53,7 +53,7 @@ class Split:
             )
         if self.rule != "date" and dates != (None, None):
             raise ValueError(
-                f"split.rule={self.rule!r} with dates: --train-until and --valid-until are of --split date"
+                f"split.rule={self.rule!r} with dates: --train-until and --valid-until belong to --split date"
             )
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(

@@ -57,8 +57,8 @@ def stage(
     counted.
 
     Raises:
-        ValueError: a row is bad (see `bad_rows.BadRows`), or two kinds of features (item, user, context) have the same
-            name.
+        ValueError: a row is bad (see `bad_rows.BadRows`), two kinds of features (item, user, context) have the same
+            name, a text column has a reserved name, or ids of users are written in two ways.
     """
     context = source.schema.categorical
     names = Counter((*source.item_features, *source.user_features, *context))

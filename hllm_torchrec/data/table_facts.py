@@ -125,7 +125,7 @@ class TableFacts:
         elif self._first < EARLY:
             yield f"caution: some times lie before 1980, the first in {first[:4]}"
         if self._last > time.time() + DAY:
-            yield f"caution: some times lie in the future, the last at {last}; later events will count as late"
+            yield f"caution: some times lie in the future, the last at {last}; events appended until then count as late"
         if self._rounded:
             yield "caution: times have an exponent (1.7E+09): a spreadsheet has rounded them"
         if self._whole_days and self.rows > 1 and self._last >= EARLY:

@@ -57,7 +57,7 @@ _MOST_GROWTH = 1_000
 
 
 class TokenStore:
-    """Memory-mapped token ids of the items 0 .. n-1: no page is read before `gather` accesses it."""
+    """Memory-mapped token ids of the items 0 .. n-1; `open` reads none of them."""
 
     def __init__(self, path: Path, values: np.ndarray, offsets: np.ndarray, facts: dict[str, Any]) -> None:
         self.path = path
@@ -350,7 +350,7 @@ def _write_store(
     _write_array(folder / "values.arrow", values)
     _write_array(folder / "offsets.arrow", offsets)
     _write_array(folder / _DIGESTS, np.concatenate(digests))
-    del values  # releases the mapping, without which the file cannot be removed on every system
+    del values  # releases the mapping: some systems cannot remove a mapped file
     (folder / "values.raw").unlink()
     facts = {**request, "items": len(offsets) - 1, "tokens": total, "vocab_size": largest + 1}
     (folder / "store.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

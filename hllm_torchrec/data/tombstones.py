@@ -27,7 +27,7 @@ USERS, ITEMS = "users", "items"
 _SCHEMA = pa.schema([("map", pa.string()), ("number", pa.int64()), ("digest", pa.binary(16))])
 
 Row = tuple[str, int, bytes]
-"""(map, number, digest); the number is 0 if the dataset never had the id."""
+"""(map, number, digest); the number is 0 if the version's tables do not have the id."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tombstones:
         return self._by_number.get(name, {})
 
     def find(self, name: str, raw_id: str) -> int | None:
-        """Number of a forgotten raw id (0: the dataset never had it); None if it is not forgotten."""
+        """Number of a forgotten raw id (0: the version's tables do not have it); None if it is not forgotten."""
         return self._by_digest.get(name, {}).get(id_digest(raw_id))
 
     def mask(self, name: str, raw_ids: pa.ChunkedArray) -> np.ndarray:

@@ -33,7 +33,7 @@ RANK = 512
 RIDGE = 4.0
 """Lambda, relative to the mean of the diagonal of sum of x x^T."""
 MAX_ITEMS = 16_384
-"""Maximum number of items in the fit (those with the most events), which needs three float32 arrays [n, n]."""
+"""Maximum number of items in the fit (those with the most events), which needs up to five float32 arrays [n, n]."""
 NEGLIGIBLE = 1e-3
 """Events of the history with a weight below this are left out of the fit."""
 MAX_LAGS = 50
@@ -76,7 +76,7 @@ class Transitions:
 
     @classmethod
     def load(cls, folder: Path) -> "Transitions | None":
-        """Read the file of a run directory; None if it has none.
+        """Read `transitions.npz` from a run directory; None if there is no such file.
 
         Raises:
             ValueError: the file is damaged.

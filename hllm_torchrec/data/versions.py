@@ -213,7 +213,7 @@ def remove_superseded(root: Path) -> int:
 
 
 def kept_versions(root: Path) -> dict[int, dict[str, Any]]:
-    """Version number -> manifest, for each version that can be opened."""
+    """Version number -> manifest, for each version whose manifest can be read."""
     numbers = {
         newest_version(root),
         *(int(f.stem) for f in (root / VERSIONS).glob("*.json") if _NUMBERED.fullmatch(f.stem)),

@@ -126,7 +126,7 @@ def test_an_append_moves_the_cuts_of_a_split_by_time_for_all_events(tmp_path):
         (
             "leave_one_out",
             Split("date", train_until=2, valid_until=4),
-            "only dates can move, of a dataset split by time",
+            "only dates can move, and only in a dataset split by time",
         ),
         ("time", Split(), r"--append with split time: .* only dates can move"),
         (

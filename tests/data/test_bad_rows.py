@@ -113,6 +113,13 @@ def test_an_item_without_text_is_an_error_kept_or_dropped_with_its_events(tmp_pa
     assert dropped.manifest["counts"]["events"] == 10
 
 
+def test_too_many_events_of_dropped_items_name_the_only_remedy_that_there_is(tmp_path):
+    policy = BadRows().changed({"item_without_text": "drop"}, chosen=True)
+    with pytest.raises(ValueError, match=r"event_of_dropped_item: 20 of 30 rows .*, allow a larger share") as error:
+        prepare(item_source(tmp_path, [("i0", "a"), ("i1", ""), ("i2", "")]), tmp_path / "out", policy=policy)
+    assert "in the mapping" not in str(error.value)
+
+
 def test_an_item_without_id_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"items\.csv, row 2: the item id is missing"):
         prepare(item_source(tmp_path, [("i0", "a"), (None, "b")]), tmp_path / "out")

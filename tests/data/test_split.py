@@ -39,7 +39,7 @@ def test_a_split_by_date_cuts_before_the_first_event_of_its_seconds():
     [
         ("date", (None, 8), r"train until none, valid until 1970-01-01T00:00:08Z: give both \(--train-until"),
         ("date", (8, 8), "the second later"),
-        ("time", (5, 8), "split.rule='time' with dates: --train-until and --valid-until are of --split date"),
+        ("time", (5, 8), "split.rule='time' with dates: --train-until and --valid-until belong to --split date"),
     ],
 )
 def test_dates_come_in_pairs_and_with_their_rule(rule, dates, message):

@@ -211,11 +211,11 @@ def test_texts_of_several_files_are_joined_by_id(tmp_path):
         prepared(shop(tmp_path, items=parts))
 
 
-@pytest.mark.parametrize("name", ["row", "item_id", "raw_item_id", "active", "created_at", "feature_genre"])
+@pytest.mark.parametrize("name", ["row", "number", "item_id", "raw_item_id", "active", "created_at", "feature_genre"])
 def test_a_text_does_not_take_the_place_of_another_column(tmp_path, name):
     mapping = shop(tmp_path, items={"text": [name], "features": {"genre": "|"}})
     (tmp_path / "i.csv").write_text((tmp_path / "i.csv").read_text().replace("title", name))
-    with pytest.raises(ValueError, match=f"shop: the text column '{name}' has the name of a column of every dataset"):
+    with pytest.raises(ValueError, match=f"shop: the text column '{name}' has a name that datasets use themselves"):
         prepared(mapping)
 
 

@@ -132,6 +132,17 @@ def test_another_dataset_takes_the_place_in_one_step_and_the_old_files_go(tmp_pa
     assert everything(dataset)[0] == everything(Dataset.open(prepare(other, tmp_path / "alone")))[0]
 
 
+def test_overwriting_keeps_the_versions_that_runs_pin(tmp_path):
+    root, run = grown(tmp_path, days=2), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    pin_version(root, 2, run)
+    seen = everything(Dataset.open(root, 2))
+    prepare(memory_source(tmp_path / "other", random_events(80, seed=5), ITEMS[::-1]), root, overwrite=True)
+    assert list(kept_versions(root)) == [2, 4]
+    assert everything(Dataset.open(root, 2)) == seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["append", "compact", "overwrite"])
 def test_a_reader_sees_one_version_whatever_replaces_the_dataset(tmp_path, action):

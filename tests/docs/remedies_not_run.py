@@ -6,7 +6,7 @@ ELSEWHERE: dict[str, str] = {
     "un: bash scripts/install.sh --cpu (or --cuda": "tests/scripts/test_scripts.py",
     "not written, the disk is full": "tests/checkpoint/test_manager.py::test_a_run_may_go_on_without_a_checkpoint_but_not_without_the_last",
     "the run's configuration names code, which would be executed": "tests/config/test_extensions.py::test_the_code_of_a_run_is_imported_if_it_is_listed",
-    "has its events in --path; give no files": "tests/data/test_append.py::test_the_command_appends_files_to_what_is_there",
+    "has its events in --path; give the new events there": "tests/data/test_append.py::test_the_command_appends_files_to_what_is_there",
     "--items is missing: □ needs the file": "tests/data/test_sources.py::test_pixelrec_keeps_the_items_with_events_and_reads_quoted_line_breaks",
     "events without timestamps have no order across files": "tests/data/test_versions.py::test_a_full_export_is_a_new_base_that_keeps_ids_and_readers",
     "its contents are not those of the manifest": "tests/data/test_remote_datasets.py::test_half_a_dataset_is_none_and_a_damaged_one_leaves_no_copy",

@@ -151,7 +151,7 @@ def test_histories_that_leave_the_machine_are_announced_first(
         (["--writer", "opnai"], "--writer 'opnai': must be one of template, openai, local"),
         (["--support", "2"], "--support 2.0: must be from 0 to 1"),
         (["--fractions", "0.5", "0.5", "0.5"], "three shares, none negative, that of train"),
-        (["--name", "../../x"], "--name '../../x': must be letters, digits"),
+        (["--name", "../../x"], "--name '../../x': must consist of letters, digits"),
         (["--title", "name"], "--title name: no text column of"),
         (["--least", "1000"], "no like has 1000 earlier ones and a title; lower --least"),
         (["--allowed", "none.txt"], "none.txt"),

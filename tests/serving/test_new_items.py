@@ -230,7 +230,7 @@ def test_items_of_the_dataset_come_before_the_new_ones(tmp_path: Path) -> None:
     ("ids", "texts", "features", "message"),
     [
         (["n1", "n1"], {"title": ["a", "b"]}, {}, "raw_ids, entry 1: 'n1': it is given twice"),
-        ([7], {"title": ["a"]}, {}, "raw_ids, entry 0: 7: an id is a text that is not blank, not int"),
+        ([7], {"title": ["a"]}, {}, "raw_ids, entry 0: 7: an id must be a text that is not blank"),
         (["n1"], {"titel": ["a"]}, {}, r"texts.titel: unknown \(did you mean 'title'\?\)"),
         (["n1"], {"title": ["a", "b"]}, {}, "texts.title: must have one entry for each of the 1 ids"),
         (["n1"], {"title": [None]}, {}, "raw_ids, entry 0: 'n1': a text must be a str"),

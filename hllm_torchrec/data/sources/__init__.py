@@ -1,1 +1,1 @@
-"""Readers that turn a published dataset into events, items and users."""
+"""Readers that turn published datasets and users' own tables into events, items and users."""

@@ -29,8 +29,8 @@ class Chunk:
       not an exposure; NaN: unreadable); `text_of_label` string, the label in the file; `action` int32 (0: unknown);
       `row` int64; and the columns of the source's schema: numbers as float32 (null: not defined or unknown; NaN:
       unreadable), categorical context as string;
-    - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds, its features
-      (list<string>), `row`;
+    - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds and `active`
+      bool, its features (list<string>), `row`;
     - users: `raw_user_id`, its features (list<string>), `row`.
 
     `row` counts from 1 and includes a header line, so it is the line number if no cell contains a line break. `size` is
@@ -75,7 +75,7 @@ class Source:
     has_timestamps: bool = True
     """False: the row order is used as time (see `prepare`)."""
     keep_items_without_events: bool = True
-    """False for a catalogue that is far larger than the set of items with events."""
+    """False: items without an event are dropped; for a catalogue far larger than the set of items with events."""
     min_events: int = 0
     """k of the k-core filter in the published protocol; 0: no filter."""
     policy: BadRows = field(default_factory=BadRows)
@@ -119,4 +119,4 @@ def require_files(paths: Sequence[Path], what: str) -> None:
     """Raise ValueError that lists the missing files of `paths`; `what` is the name of their dataset."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"{what}: file not found: {', '.join(missing)}. Give the folder that holds it as the path")
+        raise ValueError(f"{what}: file not found: {', '.join(missing)}. Correct the path")

@@ -218,7 +218,7 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]
     """Stream `columns` of a file with one JSON object or Python dict per line; a key that a line lacks is null.
 
     Raises ValueError naming file and row for a line that is neither, for a column that no line of the first batch has,
-    or for values of several types in one column.
+    or for values of several types in one column (but integers may be mixed with floats, or with texts).
     """
     wanted, done, seen = list(dict.fromkeys(columns)), 0, False
     with Utf8File(path) as file:

@@ -175,7 +175,7 @@ def _entry(name: Any, raw: Any, part: str, kinds: tuple[str, ...], keys: tuple[s
     """The entry of a label or context as a mapping with `kind`; raw: such a mapping, or only the kind."""
     place = f"{path}: events.{part}.{name}"
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{place}: a name has letters, digits and underscores; give the file's name as `column`")
+        raise ValueError(f"{place}: a name has letters, digits and underscores; give the name in the file as `column`")
     entry = {"kind": raw} if isinstance(raw, str) else raw
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place} is {abbreviate(raw)}, it must be a kind ({', '.join(kinds)}) or a mapping with one")

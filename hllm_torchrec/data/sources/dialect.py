@@ -63,7 +63,7 @@ class Format:
     header: list[str] | None = None
     """Names of the columns of a file without a header line."""
     nulls: list[str] | None = None
-    """Words for missing values in all columns, including ids and texts; otherwise only an empty cell is missing."""
+    """Words for missing values in all columns, including ids and texts; besides them, only an empty cell is missing."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def build_source(
         raise ValueError(f"--items belongs to {others}, not to {name}")
     if append and not kind.takes_event_files:
         raise ValueError(
-            f"--append {append[0]}: {name} has its events in --path; give no files, and the new ones as --path"
+            f"--append {append[0]}: {name} has its events in --path; give the new events there, and --append without "
+            "files"
         )
     if path is None and kind.fetch is not None:
         path = kind.fetch(cache_dir)

@@ -19,7 +19,7 @@
       item: sku
       text: [title, brand]
       features: {category: "|"}     # column: separator of several values, or null
-      created_at: listed_at         # optional, in the unit of `time_unit` below
+      created_at: listed_at         # optional, in the unit of `items.time_unit`
       active: on_sale               # optional: false (0, no) for items that are no longer candidates
       html: clean                   # optional: texts without tags and entities
       join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: more files, joined by item id
@@ -232,7 +232,8 @@ def existing_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool = False) -> tuple[Path, ...]:
     """The files that match a pattern, in natural order (`day-2` before `day-10`); for a folder, all files in it.
 
-    Files whose names begin with `.` or `_` (which Spark writes next to its parts) are left out.
+    Files whose names begin with `.` or `_` (which Spark writes next to its parts) are left out, unless the pattern is
+    the name.
     """
     given = Path(pattern)
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent

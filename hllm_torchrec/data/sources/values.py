@@ -287,8 +287,8 @@ def parse_seconds(values: Column, unit: str) -> pa.Array:
     number = parse_float(values)
     if kind in (pa.float32(), pa.float16()) and (np.abs(np.nan_to_num(number)) > _EXACT_FLOAT32).any():
         raise ValueError(f"a {kind} holds times to two minutes only; write them as int64 or double")
-    # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable, except nanoseconds, of
-    # which it is precise to 256.
+    # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable, except nanoseconds,
+    # which float64 represents to within 256.
     exact = np.where(np.abs(number) < (2.0**63 if unit == "nanoseconds" else _EXACT), number, np.nan)
     seconds = np.floor(exact / TIME_UNITS[unit])
     return pa.array(np.nan_to_num(seconds).astype(np.int64), mask=np.isnan(seconds))
@@ -367,7 +367,10 @@ class _PlainText(HTMLParser):
 
 
 def without_html(text: str) -> str:
-    """Remove tags, scripts and styles, replace entities by characters, and collapse white space."""
+    """Remove tags, scripts and styles, replace entities by characters, and collapse white space.
+
+    A text without "<" and "&" is returned unchanged.
+    """
     if "<" not in text and "&" not in text:
         return text
     parser = _PlainText()
