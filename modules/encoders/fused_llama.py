@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, ReadRows
 from hllm_torchrec.modules.attention.packed import AttentionPlan
 from hllm_torchrec.modules.attention.text import BucketPlan
+from hllm_torchrec.modules.attention.text_blocks import attend_blocks
 from hllm_torchrec.modules.encoders.fused_products import add_product, add_swiglu, read_norm, rotate
 
 if TYPE_CHECKING:
@@ -90,15 +91,22 @@ def fused_layer(
     heads, groups = (weight.shape[0] // attention.head_dim for weight in (q_weight, kv_weights[0]))
     if isinstance(plan, ReadRows):
         # Keys and values are computed of all rows, everything else only of the rows that are read.
-        key, value = read(x, kv_weights).split([groups, groups], 1)
-        key, x = rotate(key, cos, sin), x.index_select(0, plan.rows)
+        product, x = read(x, kv_weights), x.index_select(0, plan.rows)
         query = rotate(read(x, [q_weight]), cos.index_select(0, plan.rows), sin.index_select(0, plan.rows))
-        mixed = plan.plan.attend_last(query, key, value, attention.scaling, 0.0)
     else:
-        turned, value = read(x, [q_weight, *kv_weights]).split([heads + groups, groups], 1)
+        product, query = read(x, [q_weight, *kv_weights]), None
+    texts = plan.plan if isinstance(plan, LastLayerRows | ReadRows) else plan
+    if isinstance(texts, BucketPlan) and texts.attends_in_blocks:
+        blocks = texts.blocks(heads, groups, last=query is not None, dtype=dtype)
+        mixed = attend_blocks(product, query, cos, sin, blocks, attention.scaling)
+    elif query is not None:
+        key, value = product.split([groups, groups], 1)
+        mixed = texts.attend_last(query, rotate(key, cos, sin), value, attention.scaling, 0.0).flatten(1)
+    else:
+        turned, value = product.split([heads + groups, groups], 1)
         query, key = rotate(turned, cos, sin).split([heads, groups], 1)
-        mixed = plan.attend(query, key, value, attention.scaling, 0.0)
-    x = add_product(x, mixed.flatten(1), attention.o_proj.weight)
+        mixed = texts.attend(query, key, value, attention.scaling, 0.0).flatten(1)
+    x = add_product(x, mixed, attention.o_proj.weight)
     norm = layer.post_attention_layernorm
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     return add_swiglu(x, norm.weight, norm.variance_epsilon, *weights, dtype)
