@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PLANS = (AttentionPlan, BucketPlan, LastLayerRows, ReadRows)
-"""Plans whose `attend` takes q, k and v in the dtype of the products."""
+"""Plans whose attention takes q, k and v in the dtype of the products."""
 
 
 def fuse_layers(backbone: "PreTrainedModel") -> None:
@@ -33,7 +33,7 @@ def fuse_layers(backbone: "PreTrainedModel") -> None:
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):
-    """A `LlamaDecoderLayer` with the same weights."""
+    """A `LlamaDecoderLayer` with the same weights, fused where `runs_fused` is True."""
 
     elementwise: Elementwise = EAGER
     """Functions between the products, for example `compiled_elementwise()`."""
@@ -86,7 +86,10 @@ def fused_layer(
     functions: Elementwise,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run a layer over x [S, D], products in `dtype`; cos and sin [S, d] of the rows' rotary angles."""
+    """Run a layer over x [S, D], products in `dtype`; cos and sin [S, d] of the rows' rotary angles.
+
+    Returns [S, D], with `ReadRows` [U, D].
+    """
     attention, norm, mlp = layer.self_attn, layer.input_layernorm, layer.mlp
     q_weight, *kv_weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
 
