@@ -108,13 +108,14 @@ def fused_layer(
     if isinstance(texts, BucketPlan) and texts.attends_in_blocks:
         blocks = texts.blocks(heads, groups, last=query is not None, dtype=dtype)
         mixed = attend_blocks(product, query, cos, sin, blocks, attention.scaling)
-    elif query is not None:
+    elif isinstance(plan, ReadRows):
+        assert query is not None
         key, value = product.split([groups, groups], 1)
-        mixed = texts.attend_last(query, rotate(key, cos, sin), value, attention.scaling, 0.0).flatten(1)
+        mixed = plan.plan.attend_last(query, rotate(key, cos, sin), value, attention.scaling, 0.0).flatten(1)
     else:
         turned, value = product.split([heads + groups, groups], 1)
         query, key = rotate(turned, cos, sin).split([heads, groups], 1)
-        mixed = texts.attend(query, key, value, attention.scaling, 0.0).flatten(1)
+        mixed = plan.attend(query, key, value, attention.scaling, 0.0).flatten(1)
     x = add_product(x, mixed, attention.o_proj.weight)
     norm = layer.post_attention_layernorm
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight

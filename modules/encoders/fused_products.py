@@ -39,7 +39,7 @@ class Elementwise(NamedTuple):
 @cache
 def compiled_elementwise() -> Elementwise:
     """Return the functions compiled for all shapes, at their first call."""
-    return Elementwise(*(torch.compile(function, dynamic=True) for function in EAGER))
+    return Elementwise._make(torch.compile(function, dynamic=True) for function in EAGER)
 
 
 def read_norm(
