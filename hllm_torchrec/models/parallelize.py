@@ -30,6 +30,8 @@ from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
+from hllm_torchrec.modules.encoders.fused_products import compiled_elementwise
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 
@@ -56,8 +58,12 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         for part in model.named_backbones():
             part.module.recompute_activations()
     if config.parallel.compile:
+        in_bf16 = device.type == "cpu" and compute_dtype(config) is torch.bfloat16
         for layer in llm_layers(model):
-            layer.compile(dynamic=True)
+            if in_bf16 and isinstance(layer, FusedLlamaLayer) and layer.is_plain():
+                layer.elementwise = compiled_elementwise()
+            else:
+                layer.compile(dynamic=True)
     # Before sharding: TorchRec fuses the optimizer into the sharded tables' backward pass.
     tables = model.features.tables
     if tables is not None:

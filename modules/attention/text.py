@@ -13,14 +13,16 @@ Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded len
 D width of a head.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
+from hllm_torchrec.modules.attention import dense_attention
 from hllm_torchrec.modules.attention.dense_attention import attention
+from hllm_torchrec.modules.attention.text_blocks import TextBlocks, text_blocks
 from hllm_torchrec.modules.jagged import bucket_bounds
 
 WASTE = {"cpu": (0.06, 4), "cuda": (0.25, 16)}
@@ -156,6 +158,20 @@ class BucketPlan:
     longest: int
     causal: bool
     limits: ScoreLimits = ScoreLimits()
+    arranged: dict[tuple[int, int, bool, torch.dtype], TextBlocks] = field(default_factory=dict, compare=False)
+
+    @property
+    def attends_in_blocks(self) -> bool:
+        """True if all texts are short enough for the blocks of a training pass (`dense_attention`), without limits."""
+        short = self.longest <= dense_attention.LONGEST
+        return short and torch.is_grad_enabled() and self.limits == ScoreLimits()
+
+    def blocks(self, heads: int, groups: int, last: bool, dtype: torch.dtype) -> TextBlocks:
+        """The texts as blocks (see `text_blocks`), arranged once for all layers."""
+        key = heads, groups, last, dtype
+        if key not in self.arranged:
+            self.arranged[key] = text_blocks(self, *key)
+        return self.arranged[key]
 
     def limited(self, limits: ScoreLimits) -> "BucketPlan":
         """See `LimitedPlan`."""

@@ -58,9 +58,7 @@ def can_run_fused(item_llm: ItemLLM) -> bool:
 
 
 def _is_plain_llama(layer: nn.Module) -> bool:
-    if not isinstance(layer, FusedLlamaLayer):
-        return False
-    return layer.self_attn.config.hidden_act == "silu" and layer.has_plain_weights()
+    return isinstance(layer, FusedLlamaLayer) and layer.is_plain()
 
 
 def _is_plain_bert(layer: nn.Module) -> bool:

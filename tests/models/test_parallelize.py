@@ -20,6 +20,7 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.embedding.sharding import check_tables
+from hllm_torchrec.modules.encoders.fused_products import compiled_elementwise
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
@@ -337,6 +338,16 @@ def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -
     layers = {*trainer.hllm.item_llm.backbone.layers, *trainer.hllm.user.backbone.layers}
     assert compiled == {name for name, module in trainer.hllm.named_modules() if module in layers}
     assert len(compiled) == 3
+
+
+@pytest.mark.slow
+def test_fused_layers_get_compiled_functions_instead(tmp_path: Path) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        options = {"parallel__compile": True, "parallel__precision": "bf16", "max_steps": 1}
+        trainer = train(config(tmp_path / "run", **options))
+    assert not any(module._compiled_call_impl for module in trainer.hllm.modules())
+    layers = [*trainer.hllm.item_llm.backbone.layers, *trainer.hllm.user.backbone.layers]
+    assert all(layer.elementwise is compiled_elementwise() for layer in layers)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Fused Llama layers: transformers' values and gradients in double precision, and the cases that stay unfused."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.modules.encoders import fused_llama
 from hllm_torchrec.modules.encoders.base import Queries
 from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
+from hllm_torchrec.modules.encoders.fused_products import compiled_elementwise
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
 from hllm_torchrec.modules.lora import add_lora
@@ -90,6 +92,20 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_unfused_layers(
         unfused = relative_errors(values_and_gradients(model, loss_of), exact)
     assert fused != unfused
     assert sum(fused.values()) < 1.5 * sum(unfused.values()) and max(fused.values()) < 0.1
+
+
+@pytest.mark.long  # calls of the C++ compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_functions_are_as_close_to_float32_as_the_eager_ones() -> None:
+    model = built(ItemLLM)
+    exact = values_and_gradients(model, item_loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = relative_errors(values_and_gradients(model, item_loss), exact)
+        for layer in model.blocks():
+            layer.elementwise = compiled_elementwise()
+        compiled = relative_errors(values_and_gradients(model, item_loss), exact)
+    assert compiled != eager, "the layers call the compiled functions, which round less often"
+    assert sum(compiled.values()) < 1.1 * sum(eager.values())
 
 
 def test_only_bfloat16_on_a_cpu_runs_fused() -> None:
