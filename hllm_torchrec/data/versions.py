@@ -13,7 +13,6 @@ another version.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.common.atomic_files import replace_file, sync_folder
+from hllm_torchrec.common.atomic_files import replace_file, sync_folder, sync_tree
 from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.common.machine_errors import path_in_errors
@@ -102,7 +101,7 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
         target = root / parent / version_name(version)
         if any(new.iterdir()):
             with path_in_errors(target):
-                _sync_tree(new)
+                sync_tree(new)
                 new.rename(target)
                 sync_folder(target.parent)
                 sync_folder(root)
@@ -110,17 +109,6 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         if not any((root / parent).iterdir()):
             (root / parent).rmdir()
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until a folder and all its contents are on disk (fsync)."""
-    for parent, _, names in os.walk(folder):
-        for path in [parent, *(os.path.join(parent, name) for name in names)]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def version_name(version: int) -> str:
