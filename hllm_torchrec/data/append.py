@@ -51,7 +51,6 @@ def append_events(
     root: Path,
     *,
     policy: BadRows | None = None,
-    partitions: int | None = None,
     split: Split | None = None,
 ) -> dict[str, Any] | None:
     """Add the source's events, items and users to the dataset in `root` as a new version; all ids are kept.
@@ -61,7 +60,6 @@ def append_events(
 
     Args:
         policy: handling of bad rows; None: the source's default.
-        partitions: number of partitions on disk; None: derived from the size of the event files.
         split: a split by date, which the new version applies to all events; None: the split of the version before.
 
     Returns:
@@ -87,7 +85,7 @@ def append_events(
             write_base(dataset)
             dataset = Dataset.open(root)
         version = dataset.version + 1
-        added, changes = _write_version(dataset, source, policy, partitions, version)
+        added, changes = _write_version(dataset, source, policy, version)
         sources = dataset_sources(dataset)
         if "appends" in changes:
             sources.append({"version": version, "fingerprint": fingerprint})
@@ -218,12 +216,11 @@ def _fold(
 
 
 def _write_version(
-    dataset: Dataset, source: Source, policy: BadRows | None, partitions: int | None, version: int
+    dataset: Dataset, source: Source, policy: BadRows | None, version: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the version's files, if anything is new; returns what `_write` and, then, what `_fold` returns."""
     with draft_folder(dataset.root, APPENDS, version) as folder:
-        count = partitions or default_partitions(source)
-        scratch = folder.parent / "scratch"
+        count, scratch = default_partitions(source), folder.parent / "scratch"
         staged = stage(
             source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
         )

@@ -46,7 +46,6 @@ def score_split(
     *,
     cold: NDArray[np.bool_],
     show: bool = False,
-    epoch: int = 0,
 ) -> PredictionColumns:
     """Columns of the predictions format for this rank's exposures, with their scores. Collective.
 
@@ -57,7 +56,7 @@ def score_split(
     assert isinstance(hllm, HLLM)
     weighted = schema.weighted or schema.sampled or loader.collator.draws is not None
     parts = []
-    with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
+    with progress(loader.steps(0), "evaluate", show) as bar, closing(loader.batches(0)) as batches:
         for batch in batches:
             raise_if_preempted()
             output = model(batch.to(device))
@@ -211,23 +210,6 @@ def rank_catalogue_targets(
     model.train()
     columns = torch.cat(parts, dim=1).numpy()
     return dict(zip(("user_id", "position", "item_id", "rank"), columns, strict=True)), skipped
-
-
-def score_retrieval(
-    model: nn.Module,
-    loader: Loader,
-    items: CatalogueShard,
-    device: torch.device,
-    ks: tuple[int, ...],
-    show: bool = False,
-    **options: bool,
-) -> dict[str, float | int | None]:
-    """Recall@K, NDCG@K and MRR of `rank_catalogue_targets` (with its `options`) over all ranks. Collective.
-
-    The number of exposures without history is `without_history`.
-    """
-    columns, skipped = rank_catalogue_targets(model, loader, items, device, show, **options)
-    return metrics_of_target_ranks(columns, skipped, ks)
 
 
 def metrics_of_target_ranks(

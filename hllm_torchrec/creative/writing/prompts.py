@@ -116,9 +116,9 @@ def _prompt(stage: str, data: Mapping[str, str], **values: object) -> str:
     return "\n\n".join([*parts, task, f"The JSON object has these fields, in this order, each a text:\n{fields}"])
 
 
-def _one_line(text: str, most: int = 4096) -> str:
-    """Return the text on one line, truncated to `most` characters."""
-    return " ".join(text[: 4 * most].split())[:most]
+def _one_line(text: str) -> str:
+    """Return the text on one line, truncated to 4,096 characters."""
+    return " ".join(text[:16_384].split())[:4096]
 
 
 def _is_unicode(text: str) -> bool:
