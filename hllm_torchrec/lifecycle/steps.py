@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,20 @@ class Night:
         return self.folder / RUNS / self.state.night
 
 
+Step = Callable[[Night], dict[str, Any]]
+
+
+def _on_rank_zero(step: Step) -> Step:
+    """Let rank 0 run a step; every rank returns its facts."""
+    return wraps(step)(lambda night: run_on_rank_zero(lambda: step(night)))
+
+
 # ------------------------------------------------------------------ append
 
 
+@_on_rank_zero
 def append(night: Night) -> dict[str, Any]:
     """Append the night's files as a new version, in which the last events by time are held out."""
-    return run_on_rank_zero(lambda: _append(night))
-
-
-def _append(night: Night) -> dict[str, Any]:
     config, source = night.config, _source(night.config, night.state.night)
     # This night starts from the published run. If there is none, it starts from the run in the configuration, which was
     # trained on the previous version.
@@ -250,12 +256,9 @@ def _load(night: Night, run: Path, which: str) -> LoadedRun:
     return load_run(run, which, night.device, config)
 
 
+@_on_rank_zero
 def gate(night: Night) -> dict[str, Any]:
     """Compare the AUC with the published model's and with the minimum; only status "pass" permits publishing."""
-    return run_on_rank_zero(lambda: _gate(night))
-
-
-def _gate(night: Night) -> dict[str, Any]:
     verdict = _verdict(night)
     if verdict["status"] == "pass":
         _check_start(night)  # a refused night may be judged again, but not once a later night has been published
@@ -302,12 +305,9 @@ def _store(night: Night, kind: str, facts: Mapping[str, Any]) -> Path:
     return night.folder / STORES / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
+@_on_rank_zero
 def publish_release(night: Night) -> dict[str, Any]:
     """Move the aliases to this night's release, and remove the runs and stores of nights that are no longer needed."""
-    return run_on_rank_zero(lambda: _publish(night))
-
-
-def _publish(night: Night) -> dict[str, Any]:
     _require_pass(night)
     _check_start(night)  # do not replace a later night that has been published since
     appended, embedded = night.state.facts("append"), night.state.facts("embed")
@@ -357,7 +357,7 @@ def _require_pass(night: Night) -> None:
         raise ValueError(f"night {night.state.night}: the gate has refused its model: {found['text']}")
 
 
-RUN_STEP: dict[str, Callable[[Night], dict[str, Any]]] = {
+RUN_STEP: dict[str, Step] = {
     "append": append,
     "train": train,
     "evaluate": evaluate,

@@ -44,10 +44,6 @@ class Chunk:
     dialect: str = ""
 
 
-def _nothing() -> Iterator[Chunk]:
-    return iter(())
-
-
 @dataclass(frozen=True)
 class Source:
     """A dataset to prepare: static facts, and three functions; each call of one streams its chunks from the start."""
@@ -65,7 +61,7 @@ class Source:
     """Rule of the label in words, e.g. "rating >= 4"."""
     action_names: dict[int, str]
     """Name of each action number from 1 on; 0 is always unknown."""
-    users: Callable[[], Iterator[Chunk]] = _nothing
+    users: Callable[[], Iterator[Chunk]] = lambda: iter(())
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
     schema: EventSchema = field(default_factory=EventSchema)
