@@ -10,7 +10,6 @@ Prints, for each configuration, its metric in both precisions (mean and standard
 difference bf16 minus fp32 (mean over seeds, 95% interval over users), and writes OUTPUT/precision.json.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job
 
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.data.predictions import read_predictions
@@ -26,7 +25,6 @@ from hllm_torchrec.evaluation.retrieval_comparison import compare_models
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "recipes/ranking": "auc",
     "ml100k/trained": "auc",
@@ -112,10 +110,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing; write the JSON and print the table of the complete runs after each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "precision")
+    parser = experiment_parser(__doc__, "precision", seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="CONFIGURATION")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--done", action="store_true", help="run nothing, tabulate what is complete")
     options = parser.parse_args(arguments)
     output = options.output.absolute()

@@ -9,17 +9,15 @@ the store, and `adapter` adds a trained bottleneck to them. Each run has a separ
 stopped and started again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job
 
 from hllm_torchrec.evaluation.model_comparison import compare, format_with_interval
 
-ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "length_20": ["--data.max_history=20", "--data.batch_users=51"],
     "length_50": ["--data.max_history=50", "--data.batch_users=20"],
@@ -72,9 +70,8 @@ def markdown(metrics: dict[str, Any], runs: dict[str, Path]) -> str:
 
 def main() -> int:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiment_parser(__doc__, "stage-two")
     parser.add_argument("--stage-one", type=Path, required=True, help="folder with 1/ and item-embeddings/")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stage-two")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
