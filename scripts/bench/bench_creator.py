@@ -54,7 +54,6 @@ from benchmarking import (
     alternate,
     arguments,
     keep_large_buffers,
-    matmul_peak,
     medians,
     ratio,
     report,
@@ -409,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
     shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
     result = {"ratios": ratios, "measured": parts, "lookup": found, "shapes": shapes}
-    return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
+    return report("creator", options, result)
 
 
 if __name__ == "__main__":
