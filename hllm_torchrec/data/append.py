@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.base_events import write_base_events
@@ -35,7 +34,7 @@ from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
     draft_folder,
-    file_facts,
+    folder_facts,
     version_name,
     write_lock,
 )
@@ -72,7 +71,7 @@ def append_events(
     """
     with write_lock(root):
         dataset = Dataset.open(root)
-        fingerprint = source_fingerprint(source)
+        fingerprint = source.fingerprint()
         known = next((one for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint), None)
         _check_split(split, dataset)
         moves = split is not None and cut_facts(split, date_cuts(split)) != dataset.manifest["split"]
@@ -99,12 +98,6 @@ def append_events(
         commit_version(root, version, _manifest(dataset, added, changes, sources, split))
     logger.info("%s: version %d: %d events of %d users", root, version, added["events"], added["users"])
     return {"version": version, **added}
-
-
-def source_fingerprint(source: Source) -> str:
-    """Hash of the names and contents of a source's files."""
-    hashes = hash_files([*source.event_files, *source.other_files], "checking files")
-    return hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items())
 
 
 def dataset_sources(dataset: Dataset) -> list[dict[str, Any]]:
@@ -163,7 +156,7 @@ def _with_event_files(dataset: Dataset) -> Dataset:
     with draft_folder(root, BASES, version) as folder:
         found = write_base_events(dataset, folder)
         name = f"{BASES}/{version_name(version)}"
-        files = {**files_of_chain(dataset.manifest), **file_facts(folder, name)}
+        files = {**files_of_chain(dataset.manifest), **folder_facts(folder, name)}
     split = dataset.manifest["split"]
     base = {
         "folder": "",
@@ -212,7 +205,7 @@ def _fold(
     # them.
     gone = tuple(f"{one['folder']}/" for one in folded)
     files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
-    return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
+    return {"appends": [*kept, entry], "files": {**files, **folder_facts(folder, name)}}
 
 
 def _write_version(

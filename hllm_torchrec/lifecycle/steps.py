@@ -18,7 +18,7 @@ import torch
 from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
+from hllm_torchrec.data.append import append_events, dataset_sources
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.pins import pin_version, remove_pin
 from hllm_torchrec.data.predictions import save_predictions
@@ -148,7 +148,7 @@ def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
 
 def version_of_source(dataset: Dataset, source: Source) -> int | None:
     """The version that was made from the source's files; None if there is none."""
-    fingerprint = source_fingerprint(source)
+    fingerprint = source.fingerprint()
     found = (one["version"] for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint)
     return next(found, None)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
@@ -79,6 +80,11 @@ class Source:
     options: dict[str, object] = field(default_factory=dict)
     """Reader options that change the result (part of the fingerprint); JSON values."""
     license_note: str = ""
+
+    def fingerprint(self) -> str:
+        """Hash of the names and contents of all files."""
+        hashes = hash_files([*self.event_files, *self.other_files], "checking files")
+        return hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items())
 
 
 def event_table(
