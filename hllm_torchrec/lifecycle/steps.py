@@ -244,7 +244,7 @@ def _score(night: Night, name: str, run: Path, which: str) -> Path:
     target = night.work / "predictions" / name
     loader = experiment.loader(SPLIT, experiment.config.evaluation.batch_users)
     with loaded.weights, experiment.evaluation_items():
-        columns = score_split(experiment.model, loader, night.device, cold=experiment.cold_items())
+        columns = score_split(experiment, loader)
         save_predictions(columns, target)
     return target
 

@@ -96,7 +96,7 @@ class FirstDays(Fortnight):
         experiment = loaded.experiment
         loader = experiment.loader("test", experiment.config.evaluation.batch_users)
         with loaded.weights, experiment.evaluation_items():
-            columns = score_split(experiment.model, loader, self.device, cold=experiment.cold_items())
+            columns = score_split(experiment, loader)
         bounds = [Dataset.open(self.data, version).num_items for version in (number - 1, number)]
         kind = np.array(KINDS)[::-1][np.searchsorted(bounds, columns["item_id"], side="right")]
         with loaded.weights:

@@ -211,8 +211,7 @@ class Fortnight:
         experiment = loaded.experiment
         loader = experiment.loader("test", experiment.config.evaluation.batch_users)
         with loaded.weights, experiment.evaluation_items():
-            cold = experiment.cold_items()
-            columns = score_split(experiment.model, loader, self.device, cold=cold)
+            columns = score_split(experiment, loader)
         new = {name: column[columns["item_is_cold"]] for name, column in columns.items()}
         found = quick_metrics(columns)
         cold_auc = quick_metrics(new)["auc"] if 0 < new["label"].sum() < new["label"].size else None

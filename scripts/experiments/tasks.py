@@ -184,7 +184,7 @@ def _score(run: Path, name: str, device: Any) -> None:
     if name == "permuted":
         own = loader.collator.context
         loader.collator.context = PermutedContext(experiment.dataset.schema, own.names, own.state())
-    columns = score_split(experiment.model, loader, device, cold=experiment.cold_items())
+    columns = score_split(experiment, loader)
     save_predictions(columns, run / "predictions" / name)
 
 

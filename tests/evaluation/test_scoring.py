@@ -50,7 +50,7 @@ def build(settings: Config) -> Experiment:
 def score(settings: Config, split: str = "valid") -> PredictionColumns:
     experiment = build(settings)
     loader = experiment.loader(split, settings.evaluation.batch_users)
-    return score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
+    return score_split(experiment, loader)
 
 
 def score_and_measure(settings: Config) -> tuple[PredictionColumns, dict[str, float]]:
@@ -112,7 +112,7 @@ def test_scoring_has_no_dropout_and_training_has_it_again(tmp_path: Path) -> Non
     plain = score(replace(settings, objective=replace(settings.objective, head_dropout=0.0)))
     experiment = build(settings)
     loader = experiment.loader("valid", 8)
-    found = score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
+    found = score_split(experiment, loader)
     np.testing.assert_array_equal(found["score"], plain["score"])
     assert experiment.hllm.training and experiment.hllm.head.training
 
