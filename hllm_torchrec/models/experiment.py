@@ -198,6 +198,10 @@ class Experiment:
         )
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
 
+    def request_collator(self, spec: BatchSpec | None = None) -> Collator:
+        """Collator of requests, without the evidence of exposures; spec: instead of the experiment's batch spec."""
+        return Collator(self.dataset, spec or self.batch_spec, item_vectors=self.item_vectors, context=self.context)
+
     def draws(self, training: bool) -> NegativeDraws | None:
         """Negatives to add to a loader's exposures, or None; outside of training uniform and the same for all runs."""
         drawn = self.config.data.drawn_negatives
