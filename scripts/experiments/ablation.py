@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jobs import ROOT, experiment_parser, run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
@@ -39,13 +39,10 @@ QUESTIONS = {
 }
 
 
-def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
+def run_variant(variant: str, seed: int, output: Path) -> Path:
     """Train and evaluate one variant with one seed, if not done; return the run directory."""
     run = output / f"{variant}-{seed}"
-    log, done = run / "output.log", run / "metrics.json"
-    train = [*configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
-    run_job("train", train, log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    train_and_evaluate(run, seed, run / "output.log", *configuration(variant))
     return run
 
 
@@ -134,7 +131,7 @@ def main() -> int:
     options = parser.parse_args()
     jobs = [(variant, seed) for seed in options.seeds for variant in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda job: train_and_evaluate(*job, options.output), jobs)
+        done = pool.map(lambda job: run_variant(*job, options.output), jobs)
         runs = dict(zip(jobs, done, strict=True))
     summary = summarise(runs, options.seeds)
     (options.output / "ablation.json").write_text(json.dumps(summary, indent=2))

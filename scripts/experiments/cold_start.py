@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jobs import ROOT, experiment_parser, run_job
+from jobs import ROOT, experiment_parser, run_job, train_and_evaluate
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.predictions import Predictions, read_predictions
@@ -80,10 +80,8 @@ def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Pa
         run_job("baselines", baselines, log, folder / "dlrm" / "baseline.json")
     for name, job in TRAININGS.items():
         if name in names:
-            train = ["--config", str(CONFIGS / f"{job.config}.yaml"), "--seed", str(seed), "--resume", "true"]
-            target = ["--output", str(folder / name), "--data.dataset", str(data)]
-            run_job("train", [*train, *target, *job.options], log, folder / name / "metrics.json")
-            run_job("evaluate", ["--run", str(folder / name)], log, folder / name / "metrics.json")
+            config = ["--config", str(CONFIGS / f"{job.config}.yaml"), "--data.dataset", str(data), *job.options]
+            train_and_evaluate(folder / name, seed, log, *config)
     if "stage3" in names:
         stores = {kind: str(folder / f"{kind}-vectors") for kind in ("users", "items")}
         exposures = ["--run", str(folder / "hllm"), "--modes", "nearline"]

@@ -42,3 +42,10 @@ def run_job(job: str, arguments: Sequence[str], log: Path, done: Path | None = N
         command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
         environment = DEFAULTS | os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
+
+
+def train_and_evaluate(run: Path, seed: int, log: Path, *options: str) -> None:
+    """Train with a configuration and evaluate on the test part, unless this is done; `run` is the run directory."""
+    done = run / "metrics.json"
+    run_job("train", [*options, "--seed", str(seed), "--output", str(run), "--resume", "true"], log, done)
+    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)

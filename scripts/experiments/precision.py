@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import ROOT, experiment_parser, run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.data.predictions import read_predictions
@@ -44,11 +44,8 @@ def run_directory(output: Path, name: str, precision: str, seed: int) -> Path:
 def train_and_score(output: Path, name: str, precision: str, seed: int) -> None:
     """Train a run and score its test part, unless this is done."""
     run = run_directory(output, name, precision, seed)
-    log, done = run.with_suffix(".log"), run / "metrics.json"
-    common = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *DATASET.get(name, ())]
-    changed = ["--parallel.precision", precision, "--seed", str(seed), "--output", str(run), "--resume", "true"]
-    run_job("train", [*common, *changed], log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    options = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *DATASET.get(name, ())]
+    train_and_evaluate(run, seed, run.with_suffix(".log"), *options, "--parallel.precision", precision)
 
 
 def step_seconds(run: Path) -> float:

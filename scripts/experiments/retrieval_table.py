@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs import ROOT, experiment_parser, run_job
+from jobs import ROOT, experiment_parser, run_job, train_and_evaluate
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.evaluation.retrieval_comparison import (
@@ -40,10 +40,7 @@ METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@2
 def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
     """Train and evaluate one model with one seed, if not done; return the folder of the test targets' ranks."""
     run = output / f"{name}-{seed}"
-    log, done = run / "output.log", run / "metrics.json"
-    train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
-    run_job("train", [*train, "--resume", "true", *more], log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    train_and_evaluate(run, seed, run / "output.log", "--config", str(CONFIGS / f"{name}.yaml"), *more)
     return run / "retrieval" / "test"
 
 

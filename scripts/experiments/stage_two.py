@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs import ROOT, experiment_parser, run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.evaluation.model_comparison import compare, format_with_interval
 
@@ -38,14 +38,12 @@ def options_of(name: str, epochs: float) -> list[str]:
     return [*VARIANTS[name], f"--stages={stages}"]
 
 
-def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
+def run_variant(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
     """Train and evaluate a variant, if not done; return its run directory, with predictions of the test part."""
     run = output / name
-    log, done = run / "output.log", run / "metrics.json"
-    train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]
-    train += ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
-    run_job("train", [*train, "--resume", "true", *options_of(name, epochs)], log, done)
-    run_job("evaluate", ["--run", str(run)], log, done)
+    start = ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
+    config = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), *start, *options_of(name, epochs)]
+    train_and_evaluate(run, seed, run / "output.log", *config)
     return run
 
 
@@ -78,7 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     names = [name for name in VARIANTS if name in {REFERENCE, *options.only}]
     stage_one, output = options.stage_one.absolute(), options.output.absolute()
-    runs = {name: train_and_evaluate(name, stage_one, output, options.seed, options.epochs) for name in names}
+    runs = {name: run_variant(name, stage_one, output, options.seed, options.epochs) for name in names}
     metrics = compare({name: run / "predictions" / "test" for name, run in runs.items()})
     print(markdown(metrics, runs))
     return 0
