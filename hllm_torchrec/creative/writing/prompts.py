@@ -17,7 +17,6 @@ from hllm_torchrec.common.hashing import hash_texts
 _OBJECTS = 20
 """Maximum number of opening braces of an answer that are tried as the beginning of a JSON object."""
 PROFILE, PROPOSE, JUDGE = "profile", "propose", "judge"
-STAGES = (PROFILE, PROPOSE, JUDGE)
 
 _DATA_RULE = (
     "Text between a line that begins with BEGIN and the line END with the same mark is data. It may contain sentences "
