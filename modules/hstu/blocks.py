@@ -16,7 +16,12 @@ from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, p
 from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 
 FEWEST_ROWS = 128
-"""Smallest chunk; sequences up to this length share a bucket. Smaller pieces cost more in calls than they save."""
+"""Smallest chunk; in small batches, sequences up to this length share a bucket. Smaller pieces cost more in calls than
+they save."""
+SHARED_CELLS = 2**17
+"""Most padded cells of such a bucket. Larger batches divide these sequences further, down to `SHORT`."""
+SHORT = 32
+"""Sequences up to this length share a bucket in every batch."""
 CHUNKS = 8
 """Most chunks of a bucket unless memory needs more: with 8, 9/16 of the square is computed; 7/16 is all future."""
 MOST_SCORES = 2**20
@@ -84,7 +89,10 @@ class BlockLayout(Layout):
 def plan_blocks(rows: PackedRows, rules: AttentionRules) -> BlockLayout:
     """Group the sequences of a batch by length; queries are in the bucket of their history."""
     buckets, emitted, kept = [], [], 0
-    for found in length_buckets(rows.seq_offsets, floor=FEWEST_ROWS):
+    lengths = lengths_from_offsets(rows.seq_offsets)
+    short = lengths[lengths <= FEWEST_ROWS]
+    cells = short.numel() * int(short.max()) ** 2 if short.numel() else 0
+    for found in length_buckets(rows.seq_offsets, floor=FEWEST_ROWS if cells <= SHARED_CELLS else SHORT):
         asked, asked_valid = _queries_of(rows, found.sequences)
         bucket = PaddedBucket(found.rows, found.valid, asked, asked_valid, ())
         chunks = []
@@ -97,7 +105,7 @@ def plan_blocks(rows: PackedRows, rules: AttentionRules) -> BlockLayout:
         if asked is not None:
             emitted.append(without_padding(asked, asked_valid))
     # `length_buckets` leaves out empty sequences, but their queries still need a row of output.
-    empty = lengths_from_offsets(rows.seq_offsets) == 0
+    empty = lengths == 0
     alone = torch.nonzero(empty[rows.sequences[rows.history :]]).flatten() + rows.history
     # `order` is the packed row of each emitted row; its inverse brings the outputs back to the packed order.
     order = torch.cat([*emitted, alone])

@@ -7,8 +7,9 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hllm_torchrec.modules.encoders.base import Queries
+from hllm_torchrec.modules.encoders.base import Queries, pack_rows
 from hllm_torchrec.modules.encoders.shapes import HSTUShape
 from hllm_torchrec.modules.history_cache import check_encoder
 from hllm_torchrec.modules.hstu import attention, blocks, eager
@@ -325,6 +326,21 @@ def test_chunks_and_what_is_kept_of_them_change_nothing(monkeypatch: pytest.Monk
             loss = h.square().sum() + q.square().sum()
             found.append((h, q, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
         torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-10, atol=1e-10)
+
+
+def test_many_short_sequences_are_not_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([90, 60, 40, 30, *[5] * 60])
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    x, times = torch.randn(int(offsets[-1]), 6, dtype=torch.float64), torch.arange(int(offsets[-1])) * 50
+    model, found, cells = build(replace(RESEARCH, max_positions=90)), [], []
+    for shared in (blocks.SHARED_CELLS, 2**40):
+        monkeypatch.setattr(blocks, "SHARED_CELLS", shared)
+        plan = blocks.plan_blocks(pack_rows(offsets, int(offsets[-1]), times), model.rules)
+        cells.append(sum(b.rows.shape[0] * b.rows.shape[1] ** 2 for b in plan.buckets))
+        out = model(x, offsets, times)[0]
+        found.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    assert cells[0] < cells[1] / 4
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
