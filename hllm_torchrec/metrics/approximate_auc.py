@@ -70,16 +70,16 @@ class ScoreHistogram:
         self.lowest.scatter_reduce_(0, bins, ordered, "amin")
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self) -> None:
         """Replace the histogram of every rank by the sum of all. Collective; no effect without a process group.
 
         Counts are integers, so the result does not depend on the order of rows and ranks. Sums of weights are rounded.
         """
         if not dist.is_initialized():
             return
-        dist.all_reduce(self.counts, group=group)
-        dist.all_reduce(self.lowest, dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(self.highest, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(self.counts)
+        dist.all_reduce(self.lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(self.highest, dist.ReduceOp.MAX)
 
     def auc(self) -> BoundedAuc:
         """The AUC of the rows added so far, with its error bound."""
