@@ -43,15 +43,20 @@ def evaluate_retrieval(
     shard, excluded = catalogue_shard(experiment), experiment.dataset.excluded_items
     if excluded.size:
         shard = replace(shard, excluded=torch.from_numpy(excluded).to(experiment.device))
-    filter_seen = config.evaluation.filter_seen
     columns, skipped = rank_catalogue_targets(
-        experiment, loader, shard, show, filter_seen=filter_seen, positive_only=positive
+        experiment.model,
+        loader,
+        shard,
+        experiment.device,
+        show,
+        filter_seen=config.evaluation.filter_seen,
+        positive_only=positive,
     )
     if ranks_folder is not None:
         save_predictions(columns, ranks_folder)
     return metrics_of_target_ranks(columns, skipped, config.evaluation.ks) | {
         "protocol": config.evaluation.protocol,
-        "filter_seen": filter_seen,
+        "filter_seen": config.evaluation.filter_seen,
         "targets": "positive" if positive else "all",
         "candidates": experiment.dataset.num_items - 1 - excluded.size,
     }

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.batch import HybridBatch
@@ -143,9 +143,10 @@ def quick_task_metrics(columns: PredictionColumns) -> dict[str, float]:
 
 @torch.no_grad()
 def rank_catalogue_targets(
-    experiment: Experiment,
+    model: nn.Module,
     loader: Loader,
     items: CatalogueShard,
+    device: torch.device,
     show: bool = False,
     *,
     filter_seen: bool = True,
@@ -165,7 +166,7 @@ def rank_catalogue_targets(
         Columns `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number of skipped
         exposures.
     """
-    model = experiment.model.eval()
+    model.eval()
     unit = items.normalized()  # so that dot products with normalized outputs are cosine similarities
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
@@ -173,7 +174,7 @@ def rank_catalogue_targets(
     with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
         for step, batch in enumerate(batches):
             raise_if_preempted()
-            batch = batch.to(experiment.device)
+            batch = batch.to(device)
             predicted = model(batch, want_next=True).next_items
             assert predicted is not None, "retrieval needs the generative loss"
             # Without history there is no position whose output could be compared with the items.

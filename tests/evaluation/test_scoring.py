@@ -200,8 +200,9 @@ def retrieval(settings: Config) -> dict[str, Any]:
     loader = experiment.loader("valid", settings.evaluation.batch_users)
     items = experiment.encode_catalogue()
     assert items is not None
+    shard = CatalogueShard.of_rank(items)
     return metrics_of_target_ranks(
-        *rank_catalogue_targets(experiment, loader, CatalogueShard.of_rank(items)), (1, 5, 20)
+        *rank_catalogue_targets(experiment.model, loader, shard, experiment.device), (1, 5, 20)
     )
 
 

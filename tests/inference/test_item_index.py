@@ -69,7 +69,9 @@ def test_the_index_of_a_run_ranks_targets_as_the_evaluation_does(tmp_path: Path)
     loaded = load_run(tmp_path / "run", "best", init_distributed())
     experiment = loaded.experiment
     loader, raw = experiment.loader("test", 4), experiment.dataset.items["raw_item_id"].to_pylist()
-    columns, _ = rank_catalogue_targets(experiment, loader, catalogue_shard(experiment), positive_only=False)
+    columns, _ = rank_catalogue_targets(
+        experiment.model, loader, catalogue_shard(experiment), experiment.device, positive_only=False
+    )
     by_target = dict(zip(zip(columns["user_id"], columns["position"]), columns["rank"]))
     experiment.hllm.eval()
     for batch in loader.batches(0):
