@@ -73,8 +73,10 @@ class ExposureReport:
     seconds: float
 
 
-def embed_exposures(loaded: LoadedRun, path: Path, mode: Mode, splits: Sequence[str] = SPLITS) -> ExposureReport:
-    """Write the user vectors of all exposures of `splits` into an fp16 store (created if missing). Collective.
+def embed_exposures(
+    loaded: LoadedRun, path: Path, mode: Mode, splits: Sequence[str] = SPLITS, dtype: str = "fp16"
+) -> ExposureReport:
+    """Write the user vectors of all exposures of `splits` into a store (created if missing). Collective.
 
     Must be called within `loaded.weights`. An exposure whose user has no earlier event (nearline) or no event of an
     earlier day (daily) has no vector.
@@ -90,7 +92,7 @@ def embed_exposures(loaded: LoadedRun, path: Path, mode: Mode, splits: Sequence[
         "fusion": experiment.config.objective.fusion,
         "max_history": experiment.config.data.max_history,
     }
-    store = open_or_create_store(path, experiment.hllm.user_vector_width, "fp16", facts, keys="int64")
+    store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, facts, keys="int64")
     started, found, version = time.perf_counter(), {}, store.snapshot().version
     for part in splits:
         counts = torch.zeros(2, dtype=torch.int64)
@@ -116,8 +118,8 @@ def _rows_of(batch: ExposureVectors) -> NewRows:
 
 
 @torch.no_grad()
-def embed_item_features(loaded: LoadedRun, path: Path) -> EmbedReport:
-    """Update an fp16 store of item vectors as inputs of the user encoder, P(E) + ID + item features. Collective.
+def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> EmbedReport:
+    """Update a store of item vectors as inputs of the user encoder, P(E) + ID + item features. Collective.
 
     Late fusion compares these vectors with the user's vector; for an item without interactions the vector still has the
     text component. Keys are raw item ids. Must be called within `loaded.weights`.
@@ -130,7 +132,7 @@ def embed_item_features(loaded: LoadedRun, path: Path) -> EmbedReport:
     if experiment.item_encoder is None:
         raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
     facts = {"part": "item_features", "weights": loaded.fingerprint}
-    store = open_or_create_store(path, experiment.hllm.user.width, "fp16", facts)
+    store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
     raw_ids = raw_keys(experiment.dataset.items["raw_item_id"], store.kind)
     marks = item_content_hashes(experiment.item_encoder.tokens)
     todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
