@@ -7,6 +7,7 @@ the policy of `hllm_torchrec.data.bad_rows`. For a file that is not in its forma
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ class Source:
     """Rule of the label in words, e.g. "rating >= 4"."""
     action_names: dict[int, str]
     """Name of each action number from 1 on; 0 is always unknown."""
-    users: Callable[[], Iterator[Chunk]] = lambda: iter(())
+    users: Callable[[], Iterator[Chunk]] = partial(iter, ())
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
     schema: EventSchema = field(default_factory=EventSchema)
