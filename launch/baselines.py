@@ -22,26 +22,8 @@ NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 
 def build_parser() -> CommandParser:
     """Build the command line parser, without the settings of the baselines."""
-    parser = CommandParser(
-        prog="hllm baselines",
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--dataset", required=True, type=Path, help="directory written by hllm prepare")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/baselines"),
-        help="directory with a folder per baseline (default: runs/baselines)",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=NAMES,
-        default=NAMES,
-        metavar="NAME",
-        help=f"some of {', '.join(NAMES)} (default: all)",
-    )
+    parser = CommandParser(prog="hllm baselines", description=__doc__, allow_abbrev=False)
+    parser.add_baselines("directory written by hllm prepare", Path("runs/baselines"), NAMES)
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
     return parser
 

@@ -99,6 +99,14 @@ class CommandParser(argparse.ArgumentParser):
             dataset_help = "dataset whose ids include the run's (default: the newest version of the run's dataset)"
             self.add_argument("--dataset", type=Path, metavar="DIR", help=dataset_help)
 
+    def add_baselines(self, dataset_help: str, output: Path, names: Sequence[str]) -> None:
+        """Add `--dataset`, `--output` and `--only`, for a job that runs the baselines `names`."""
+        self.add_argument("--dataset", required=True, type=Path, help=dataset_help)
+        output_help = f"directory with a folder per baseline (default: {output})"
+        self.add_argument("--output", type=Path, default=output, help=output_help)
+        only_help = f"some of {', '.join(names)} (default: all)"
+        self.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=only_help)
+
     def add_context(self) -> None:
         """Add `--context`, the context of a request as a JSON object."""
         context_help = "context of the request: values of the dataset's context columns by name (null: unknown)"

@@ -177,36 +177,25 @@ def _measure(
     Raises:
         ValueError: another job replaced predictions meanwhile, so that old and new rows could be mixed.
     """
-    from hllm_torchrec.evaluation.prediction_files import unchanged_files
-
-    with unchanged_files(paths.values()):
-        return _measure_files(args, paths, paired, provenance, item_events)
-
-
-def _measure_files(
-    args: argparse.Namespace,
-    paths: Mapping[str, Path],
-    paired: bool,
-    provenance: Mapping[str, Any],
-    item_events: "np.ndarray | None",
-) -> "tuple[dict[str, Any], Overlap | None]":
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
     from hllm_torchrec.evaluation.model_comparison import evaluate_files
     from hllm_torchrec.evaluation.offline_evaluation import MEMORY, EvaluationSettings
+    from hllm_torchrec.evaluation.prediction_files import unchanged_files
 
-    models, layout = describe(paths, args)
     memory = MEMORY if args.memory is None else args.memory
     settings = EvaluationSettings(args.split, memory, args.draws, spill=args.spill)
-    metrics, overlap = evaluate_files(
-        models, layout, settings, paired=paired, train=args.train, item_events=item_events
-    )
-    columns = {name: value for name, value in vars(layout).items() if value and name != "tasks"}
-    origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
-    if paired:
-        origin["predictions"] = {name: str(path) for name, path in paths.items()}
-    else:
-        origin["files"] = run_on_rank_zero(lambda: files_provenance(models))
+    with unchanged_files(paths.values()):
+        models, layout = describe(paths, args)
+        metrics, overlap = evaluate_files(
+            models, layout, settings, paired=paired, train=args.train, item_events=item_events
+        )
+        columns = {name: value for name, value in vars(layout).items() if value and name != "tasks"}
+        origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
+        if paired:
+            origin["predictions"] = {name: str(path) for name, path in paths.items()}
+        else:
+            origin["files"] = run_on_rank_zero(lambda: files_provenance(models))
     return metrics | {"retrieval": None, "provenance": origin}, overlap
 
 

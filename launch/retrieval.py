@@ -21,28 +21,10 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 def build_parser() -> CommandParser:
     """Build the command line parser, without the grids."""
-    from hllm_torchrec.baselines.settings import RETRIEVAL_NAMES as NAMES
+    from hllm_torchrec.baselines.settings import RETRIEVAL_NAMES
 
-    parser = CommandParser(
-        prog="hllm retrieval",
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--dataset", required=True, type=Path, help="dataset prepared with --split leave_one_out")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/retrieval"),
-        help="directory with a folder per baseline (default: runs/retrieval)",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=NAMES,
-        default=NAMES,
-        metavar="NAME",
-        help=f"some of {', '.join(NAMES)} (default: all)",
-    )
+    parser = CommandParser(prog="hllm retrieval", description=__doc__, allow_abbrev=False)
+    parser.add_baselines("dataset prepared with --split leave_one_out", Path("runs/retrieval"), RETRIEVAL_NAMES)
     return parser
 
 

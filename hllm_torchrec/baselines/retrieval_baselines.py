@@ -81,11 +81,6 @@ def seen_items(histories: Histories, rows: Ints) -> tuple[Ints, Ints]:
     return histories.item_ids[concat_ranges(start, counts)], offsets_from_lengths(counts)
 
 
-def fit_popularity(train: Histories, items: int) -> ItemToItem:
-    """Popularity: number of training events of each item."""
-    return ItemToItem(None, _counts(train, items))
-
-
 def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
     """Closed form of EASE, computed in float64.
 
@@ -146,7 +141,7 @@ def candidate_settings(name: str, config: RetrievalBaselinesConfig) -> list[dict
 def fit(name: str, train: Histories, items: int, config: RetrievalBaselinesConfig, **settings: float) -> ItemToItem:
     """Fit a baseline by name to the training part."""
     if name == "popularity":
-        return fit_popularity(train, items)
+        return ItemToItem(None, _counts(train, items))
     if name == "ease":
         return fit_ease(train, items, **settings)
     return fit_markov(train, items, shrinkage=config.markov_shrinkage, window=config.window, **settings)

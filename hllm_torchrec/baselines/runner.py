@@ -12,7 +12,7 @@ from hllm_torchrec.baselines.settings import BaselinesConfig
 from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.predictions import PredictionColumns
-from hllm_torchrec.downstream.dlrm import run_dlrm
+from hllm_torchrec.downstream.dlrm import DLRMTrainer
 from hllm_torchrec.evaluation.cached_predictions import SPLITS, run_if_changed
 
 BASELINES = tuple(field.name for field in dataclasses.fields(BaselinesConfig))
@@ -41,7 +41,9 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
 
     def make() -> tuple[dict[str, PredictionColumns], dict[str, float]]:
         if name == "dlrm":
-            return run_dlrm(dataset, settings, device, directory, SPLITS)
+            trainer = DLRMTrainer(dataset, settings, device)
+            fitted = trainer.fit(directory / "checkpoints")
+            return {split: trainer.score(split) for split in SPLITS}, fitted
         if name == "gaussian":
             return run_gaussian(dataset, settings, SPLITS, delay), {}
         return run_bias(dataset, settings, SPLITS, delay), {}

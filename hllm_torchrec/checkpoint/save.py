@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,15 +173,10 @@ class _PendingCheckpoint:
             self._write_and_publish(self.final.with_name(temporary.name), self.url, group)
             return
         try:
-            self._save_tensors(temporary, group)
-            written = coordination.run_on_all_ranks(
-                lambda: self._translate_disk_full(lambda: _write_extras(temporary, self.rank_extras)), group
-            )
+            written = self._save_files(temporary, group)
             # Rank 0 now knows the hashes of all ranks' files. It writes them to the marker and renames the directory.
-            commit = files.commit
-            coordination.run_on_rank_zero(
-                lambda: self._translate_disk_full(lambda: commit(temporary, self.final, self.marker, written)), group
-            )
+            commit = partial(files.commit, temporary, self.final, self.marker, written)
+            coordination.run_on_rank_zero(lambda: self._translate_disk_full(commit), group)
         except BaseException:
             if coordination.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -192,13 +188,16 @@ class _PendingCheckpoint:
         """Write this rank's files to `draft`, upload the files of all ranks to `url`, and remove the local files."""
         try:
             coordination.run_on_all_ranks(lambda: draft.mkdir(parents=True, exist_ok=True), group)
-            self._save_tensors(draft, group)
-            written = coordination.run_on_all_ranks(
-                lambda: self._translate_disk_full(lambda: _write_extras(draft, self.rank_extras)), group
-            )
+            written = self._save_files(draft, group)
             publish_checkpoint(draft, url, self.marker, written, self.keep_last, group)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def _save_files(self, path: Path, group: dist.ProcessGroup | None) -> list[dict[str, tuple[int, str]]]:
+        """Write this rank's tensors and JSON files; return name -> (bytes, SHA-256) of the files of each rank."""
+        self._save_tensors(path, group)
+        write = partial(_write_extras, path, self.rank_extras)
+        return coordination.run_on_all_ranks(lambda: self._translate_disk_full(write), group)
 
     def _save_tensors(self, path: Path, group: dist.ProcessGroup | None) -> None:
         """Write this rank's part of the tensors; rank 0 also writes `.metadata`. DCP syncs each file."""

@@ -45,7 +45,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
         new = work / "new"
         yield new
         # The contents must be on the disk before their name; otherwise a power loss could leave the name without them.
-        _sync_tree(new)
+        sync_tree(new)
         unfinished = marker is not None and target.is_dir() and not (target / marker).exists()
         if (replace or unfinished) and target.exists():
             _replace_folder(new, target, work / "old")
@@ -73,22 +73,6 @@ def recover_folder(target: Path) -> None:
                 (work / "old").rename(target)
                 sync_folder(target.parent)
             _remove_scratch(work)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename the folder `new` to `target`, which must be on the same file system, and remove the previous `target`.
-
-    No process sees a mixture of the two; open files of the previous folder stay readable. The contents of `new` are
-    synced first.
-    """
-    _sync_tree(new)
-    if target.exists():
-        # The old folder moves into a scratch folder, which `recover_folder` removes if this process is killed first.
-        with _scratch(target) as work:
-            _replace_folder(new, target, work / "old")
-    else:
-        new.rename(target)
-    sync_folder(target.parent)
 
 
 def exchange_folders(one: Path, other: Path) -> bool:
@@ -131,6 +115,15 @@ def _write_synced(path: Path, text: str) -> None:
 def sync_folder(path: Path) -> None:
     """Wait until the directory entries of a folder are on the disk."""
     _sync(path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder and everything in it are on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(path := os.path.join(parent, name)):
+                _sync(path)
+        _sync(parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -216,15 +209,6 @@ def _replace_folder(new: Path, target: Path, old: Path) -> None:
     # A rename cannot replace a non-empty folder, so `target` is moved away first.
     target.rename(old)
     new.rename(target)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until a folder and everything in it are on the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if not os.path.islink(path := os.path.join(parent, name)):
-                _sync(path)
-        _sync(parent)
 
 
 def _sync(path: str | Path) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,12 +83,9 @@ def _description(file: Path) -> Path:
 
 def _describe_self(file: Path) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        replace_file(
-            _description(file), json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
-        )
-    except OSError:  # a full disk must not prevent locking: without the file only messages lack the holder's name
-        pass
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
+    with suppress(OSError):  # a full disk must not prevent locking: only messages then lack the holder's name
+        replace_file(_description(file), json.dumps(holder))
 
 
 def _holder(file: Path) -> str:

@@ -16,11 +16,8 @@ def printable(text: str) -> str:
     r"""Return `text` as one line: each control character is replaced by its escape, such as \x1b or \n."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(c) if unicodedata.category(c) in _CONTROL and c not in _HARMLESS else c for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    escaped = {c: c.encode("unicode_escape").decode() for c in text if unicodedata.category(c) in _CONTROL}
+    return "".join(c if c in _HARMLESS else escaped.get(c, c) for c in text)
 
 
 def shown(text: str) -> str:

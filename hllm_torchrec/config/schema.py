@@ -188,11 +188,6 @@ class FeatureConfig:
     features: item_id, action, and those of data.item_features and data.user_features. The tables are float32 and
     sharded by rows."""
 
-    @property
-    def open_tables(self) -> dict[str, OpenTableConfig]:
-        """`tables` as dataclasses; the rules have checked their contents."""
-        return {name: OpenTableConfig(**content) for name, content in self.tables.items()}
-
 
 @dataclass(frozen=True)
 class StageConfig:

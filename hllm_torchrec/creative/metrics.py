@@ -42,7 +42,7 @@ def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: 
     return found
 
 
-def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+def summarize(scores: CreativeScores) -> dict[str, Any]:
     """Average the negative log-likelihoods of each condition, and compare each condition with the right user.
 
     Returns:
@@ -64,11 +64,11 @@ def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[
     }
     for name, values in scores.nll.items():
         if name != "right":
-            low, high = user_mean_interval(values - right, scores.user_ids, draws, seed)
+            low, high = user_mean_interval(values - right, scores.user_ids)
             found["differences"][f"{name} - right"] = {"mean": float((values - right).mean()), "interval": [low, high]}
         if name.startswith(CLUSTER):
             won, all_of_it = scores.nll["null"] - values, scores.nll["null"] - right
-            low, high = user_ratio_interval(won, all_of_it, scores.user_ids, draws, seed)
+            low, high = user_ratio_interval(won, all_of_it, scores.user_ids)
             share = float(won.sum() / all_of_it.sum()) if all_of_it.sum() else float("nan")
             found["kept"][name] = {"share": share, "interval": [low, high]}
     return found

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from hllm_torchrec.common.arrays import Floats, Ints
-from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.evaluation.catalogue_retrieval import vectors_by_features
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.heads import PredictionHead
@@ -72,10 +71,7 @@ def match_scores(experiment: Experiment, match: Match, centers: Floats, items: I
         logits = hllm.creative_head.match.score_all(users, embedded).T
     else:
         assert isinstance(hllm.head, PredictionHead)
-        collator = Collator(
-            experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
-        )
-        targets = vectors_by_features(experiment, collator, items)
+        targets = vectors_by_features(experiment, experiment.request_collator(), items)
         users = users[:, : hllm.user.width]  # the head does not read the mean text of `creative.soft.text_decay`
         rows = [hllm.head(users, one.expand(len(users), -1)) for one in targets]
         logits = hllm.biased(torch.cat(rows)).view(items.size, -1)

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.base_events import write_base_events
@@ -36,7 +35,7 @@ from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
     draft_folder,
-    file_facts,
+    folder_facts,
     version_name,
     write_lock,
 )
@@ -52,7 +51,6 @@ def append_events(
     root: Path,
     *,
     policy: BadRows | None = None,
-    partitions: int | None = None,
     split: Split | None = None,
 ) -> dict[str, Any] | None:
     """Add the source's events, items and users to the dataset in `root` as a new version; all ids are kept.
@@ -64,7 +62,6 @@ def append_events(
 
     Args:
         policy: handling of bad rows; None: the source's default.
-        partitions: number of partitions on disk; None: derived from the size of the event files.
         split: a split by date, which the new version applies to all events; None: the split of the version before.
 
     Returns:
@@ -77,7 +74,7 @@ def append_events(
     """
     with write_lock(root):
         dataset = Dataset.open(root)
-        fingerprint = source_fingerprint(source)
+        fingerprint = source.fingerprint()
         known = next((one for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint), None)
         _check_split(split, dataset)
         moves = split is not None and cut_facts(split, date_cuts(split)) != dataset.manifest["split"]
@@ -90,7 +87,7 @@ def append_events(
             write_base(dataset)
             dataset = Dataset.open(root)
         version = dataset.version + 1
-        added, changes = _write_version(dataset, source, policy, partitions, version)
+        added, changes = _write_version(dataset, source, policy, version)
         sources = dataset_sources(dataset)
         if "appends" in changes:
             sources.append({"version": version, "fingerprint": fingerprint})
@@ -104,12 +101,6 @@ def append_events(
         commit_version(root, version, _manifest(dataset, added, changes, sources, split))
     logger.info("%s: version %d: %d events of %d users", root, version, added["events"], added["users"])
     return {"version": version, **added}
-
-
-def source_fingerprint(source: Source) -> str:
-    """Hash of the names and contents of a source's files."""
-    hashes = hash_files([*source.event_files, *source.other_files], "checking files")
-    return hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items())
 
 
 def dataset_sources(dataset: Dataset) -> list[dict[str, Any]]:
@@ -168,7 +159,7 @@ def _with_event_files(dataset: Dataset) -> Dataset:
     with draft_folder(root, BASES, version) as folder:
         found = write_base_events(dataset, folder)
         name = f"{BASES}/{version_name(version)}"
-        files = {**files_of_chain(dataset.manifest), **file_facts(folder, name)}
+        files = {**files_of_chain(dataset.manifest), **folder_facts(folder, name)}
     split = dataset.manifest["split"]
     base = {
         "folder": "",
@@ -217,16 +208,15 @@ def _fold(
     # them.
     gone = tuple(f"{one['folder']}/" for one in folded)
     files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
-    return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
+    return {"appends": [*kept, entry], "files": {**files, **folder_facts(folder, name)}}
 
 
 def _write_version(
-    dataset: Dataset, source: Source, policy: BadRows | None, partitions: int | None, version: int
+    dataset: Dataset, source: Source, policy: BadRows | None, version: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the version's files, if anything is new; returns the result of `_write`, joined with that of `_fold`."""
     with draft_folder(dataset.root, APPENDS, version) as folder:
-        count = partitions or default_partitions(source)
-        scratch = folder.parent / "scratch"
+        count, scratch = default_partitions(source), folder.parent / "scratch"
         staged = stage(
             source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
         )

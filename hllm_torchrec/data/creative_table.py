@@ -343,9 +343,9 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
                 )
 
 
-def split_by_user(raw_user_ids: Sequence[str], fractions: Sequence[float], seed: int = 0) -> Iterator[str]:
+def split_by_user(raw_user_ids: Sequence[str], fractions: Sequence[float]) -> Iterator[str]:
     """Yield the part of each row, drawn by a hash of the row's user, so that all rows of a user are in one part."""
     bounds = np.cumsum(fractions)
     for user in raw_user_ids:
-        place = int(hash_json([seed, user])[:13], 16) / 2**52
+        place = int(hash_json([0, user])[:13], 16) / 2**52
         yield SPLITS[int(np.searchsorted(bounds[:2], place, side="right"))]

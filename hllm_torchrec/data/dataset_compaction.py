@@ -17,7 +17,7 @@ from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
     draft_folder,
-    file_facts,
+    folder_facts,
     version_name,
     write_lock,
 )
@@ -48,7 +48,7 @@ def write_base(dataset: Dataset) -> int:
     with draft_folder(root, BASES, version) as folder:
         _write_tables(dataset, folder)
         events = _write_events(dataset, folder)
-        files = file_facts(folder, name)
+        files = folder_facts(folder, name)
         if FORGOTTEN in dataset.manifest:
             files[dataset.manifest[FORGOTTEN]] = dataset.manifest["files"][dataset.manifest[FORGOTTEN]]
     split = dataset.manifest["split"]

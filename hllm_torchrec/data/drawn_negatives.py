@@ -34,8 +34,6 @@ HARD = 0.5
 """Probability that a draw by "hard" is made from the user's candidates."""
 STRIDE = 1 << 24
 """Added to the position of an exposure for each of its draws, so that (user, position) identifies a row."""
-MOST = 100
-"""Maximum number of draws per exposure: positions are stored as int32."""
 
 
 class DrawnRows(NamedTuple):

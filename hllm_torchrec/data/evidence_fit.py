@@ -98,16 +98,13 @@ def _with_tastes(
     """The model with the parameters of the descriptors for tastes; scale: standard deviation of the values."""
     # The two columns of the group "items", unscaled. The division makes the descriptors' standard deviation
     # STATISTICS_SCALE * scale, which sets their prior effect on the value (see `tastes`).
-    items = Evidence(("items",), _without_scales(model, 2), statistics, dataset.action_values, None, delay)
+    plain = replace(model, center=np.zeros(2), spread=np.ones(2))
+    items = Evidence(("items",), plain, statistics, dataset.action_values, None, delay)
     x, _ = _training_columns(dataset, items)
     found = replace(model, taste_center=x.mean(0), taste_spread=_spread(x) / (STATISTICS_SCALE * scale))
     if text is None:
         return found
     return replace(found, taste_text=principal_components(unit_rows(text, model.text_center)) * TEXT_SCALE * scale)
-
-
-def _without_scales(model: EvidenceModel, width: int) -> EvidenceModel:
-    return replace(model, center=np.zeros(width), spread=np.ones(width))
 
 
 def _training_columns(dataset: Dataset, evidence: Evidence) -> tuple[Doubles, Doubles]:

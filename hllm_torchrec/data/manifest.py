@@ -2,7 +2,7 @@
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,28 @@ def data_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
+def file_facts(root: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, by its path relative to `root`."""
+    hashes = hash_files(paths, "checksums").items()
+    return {
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256} for path, sha256 in hashes
+    }
+
+
+def fingerprint_of(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Hash of the names and contents of files."""
+    return hash_texts(f"{name} {facts['sha256']}" for name, facts in files.items())
+
+
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json`; adds the schema version, the files (size, hash) and the fingerprint of their contents.
 
     Event files (`data.event_files`) contain the same events as the sequences in another format. They are listed
     separately, and the fingerprint does not depend on them.
     """
-    facts = {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in hash_files(data_files(root), "checksums").items()
-    }
+    facts = file_facts(root, data_files(root))
     files = {name: one for name, one in facts.items() if not name.startswith(f"{EVENTS}/")}
-    fingerprint = hash_texts(f"{name} {one['sha256']}" for name, one in files.items())
-    complete = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
+    complete = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint_of(files), "files": files}
     complete["event_files"] = {name: one for name, one in facts.items() if name not in files}
     (root / MANIFEST).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
 

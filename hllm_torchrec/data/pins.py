@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hllm_torchrec.common.atomic_files import replace_file
@@ -28,10 +29,8 @@ def pin_version(root: Path, version: int, run: Path | str) -> bool:
 
 def remove_pin(root: Path, run: Path | str) -> None:
     """Remove the pin of `run`, if there is one."""
-    try:
+    with suppress(OSError):  # read-only: it was not pinned either
         _pin_of(root, run)[1].unlink(missing_ok=True)
-    except OSError:  # read-only: it was not pinned either
-        pass
 
 
 def _pin_of(root: Path, run: Path | str) -> tuple[str, Path]:

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
-from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_partitions import SortedPartitions, core_filter
@@ -41,7 +40,7 @@ from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
     draft_folder,
-    file_facts,
+    folder_facts,
     newest_version,
     remove_versions,
     version_name,
@@ -166,7 +165,7 @@ def _write_new_base(
                 # Relative to the draft folder, which `_with_marks` opens as a dataset; set relative to the root below.
                 manifest[FORGOTTEN] = FILE.format(version)
                 forgotten.write(target / FILE.format(version))
-            files = file_facts(target, name)
+            files = folder_facts(target, name)
             manifest = _with_marks(target, {**manifest, "request": request})
             if forgotten:
                 manifest[FORGOTTEN] = f"{name}/{FILE.format(version)}"
@@ -204,11 +203,10 @@ def _with_marks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _request(source: Source, options: _Options) -> dict[str, Any]:
     """All inputs and options that determine the dataset, as JSON values: equal requests give equal datasets."""
-    hashes = hash_files([*source.event_files, *source.other_files], "checking files")
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
-        "source_fingerprint": hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items()),
+        "source_fingerprint": source.fingerprint(),
         "source_options": source.options,
         "split": options.split.to_dict(),
         "policy": options.policy.to_dict(),

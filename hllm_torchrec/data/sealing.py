@@ -39,13 +39,13 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import replace_file
-from hllm_torchrec.common.hashing import hash_columns, hash_files, hash_texts
+from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
 from hllm_torchrec.data.base_events import write_base_events
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import SAMPLING_RATE, WEIGHT
 from hllm_torchrec.data.events import Sequences, sequence_schema
-from hllm_torchrec.data.manifest import ITEM_COUNTS, MANIFEST, SCHEMA_VERSION
+from hllm_torchrec.data.manifest import ITEM_COUNTS, MANIFEST, SCHEMA_VERSION, file_facts, fingerprint_of
 from hllm_torchrec.data.sources.declared_columns import read_declarations
 from hllm_torchrec.data.sources.table_columns import EventColumns
 from hllm_torchrec.data.split import SPLITS, per_user_starts
@@ -84,17 +84,13 @@ def seal(root: Path) -> Dataset:
         facts = _check_sequences(dataset)
     np.save(root / ITEM_COUNTS, facts.pop("item_counts"))
     found = write_base_events(dataset, root)
-    written = hash_files([root / name for name in (ITEM_COUNTS, *found["event_files"])], "checksums")
-    listed = {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in written.items()
-    }
+    listed = file_facts(root, [root / name for name in (ITEM_COUNTS, *found["event_files"])])
     manifest |= facts
     manifest["seconds"] = found["seconds"]
     manifest["vocabulary"] = {name: mark.to_json() for name, mark in compute_marks(dataset).items()}
     manifest["files"] |= {ITEM_COUNTS: listed.pop(ITEM_COUNTS)}
     manifest["event_files"] = listed
-    manifest["fingerprint"] = hash_texts(f"{n} {one['sha256']}" for n, one in sorted(manifest["files"].items()))
+    manifest["fingerprint"] = fingerprint_of(dict(sorted(manifest["files"].items())))
     replace_file(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     logger.info("%s: sealed", root)
     return Dataset.open(root)
@@ -153,8 +149,7 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if not (root / name).is_file() or (root / name).is_symlink():
             raise ValueError(f"{root / name} is missing or a link; {_REMEDY}")
-    hashes = hash_files([root / name for name in names], "checksums")
-    files = {n: {"bytes": (root / n).stat().st_size, "sha256": hashes[root / n]} for n in names}
+    files = file_facts(root, [root / name for name in names])
     sizes: dict[str, int] = {}
     features: dict[str, dict[str, Any]] = {}
     for kind in ("items", "users"):
@@ -169,7 +164,6 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
                 features[kind][name] = {"size": pq.ParquetFile(path).metadata.num_rows + 1}
     split = contract["split"]
     times = split.get("cut_timestamps", []) if split["rule"] == "time" else []
-    fingerprint = hash_texts(f"{name} {one['sha256']}" for name, one in files.items())
     return {
         "schema_version": SCHEMA_VERSION,
         "name": contract["name"],
@@ -186,7 +180,7 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
         "item_features": features["items"],
         "user_features": features["users"],
         "source": {"name": contract["name"], "files": [CONTRACT], "license": ""},
-        "request": {"source_fingerprint": fingerprint, "min_events": 0, "users_per_row_group": 256},
+        "request": {"source_fingerprint": fingerprint_of(files), "min_events": 0, "users_per_row_group": 256},
         "files": files,
     }
 

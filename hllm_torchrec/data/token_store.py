@@ -11,6 +11,7 @@ includes the special tokens. Long texts are cut at the end, or at the start if `
 left.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -336,7 +337,8 @@ def _write_store(
         (folder / "values.raw").open("wb") as raw,
         tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
     ):
-        for texts in _with_unknown_item(prompt, item_texts(dataset, prompt, keys, separator)):
+        # The unknown item 0 has the prompt alone.
+        for texts in itertools.chain([[prompt]], item_texts(dataset, prompt, keys, separator)):
             digests.append(_digests(texts))
             values, offsets = _tokens(tokenizer, texts, request, digests[-1], first, earlier)
             lengths.append(np.diff(offsets))
@@ -387,11 +389,6 @@ def _tokens(
     starts[known], starts[new] = bounds[:-1], len(values) + np.cumsum(lengths[new]) - lengths[new]
     every = np.concatenate([values, np.fromiter((token for row in ids for token in row), np.int32)])
     return every[concat_ranges(starts, lengths)], offsets_from_lengths(lengths)
-
-
-def _with_unknown_item(prompt: str, batches: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield [prompt]
-    yield from batches
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

@@ -13,7 +13,6 @@ another version.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -22,14 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.common.atomic_files import replace_file, sync_folder
-from hllm_torchrec.common.hashing import hash_files, hash_texts
+from hllm_torchrec.common.atomic_files import replace_file, sync_folder, sync_tree
 from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.common.machine_errors import path_in_errors
 from hllm_torchrec.data.manifest import (
     MANIFEST,
     SCHEMA_VERSION_CHAIN,
     VERSIONS,
+    file_facts,
+    fingerprint_of,
     listed_files,
     read_manifest,
     version_of,
@@ -102,7 +102,7 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
         target = root / parent / version_name(version)
         if any(new.iterdir()):
             with path_in_errors(target):
-                _sync_tree(new)
+                sync_tree(new)
                 new.rename(target)
                 sync_folder(target.parent)
                 sync_folder(root)
@@ -112,30 +112,15 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
             (root / parent).rmdir()
 
 
-def _sync_tree(folder: Path) -> None:
-    """Wait until a folder and all its contents are on disk (fsync)."""
-    for parent, _, names in os.walk(folder):
-        for path in [parent, *(os.path.join(parent, name) for name in names)]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
 def version_name(version: int) -> str:
     """Name of a version's folder and of its manifest."""
     return f"{version:05d}"
 
 
-def file_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+def folder_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file below `folder`, by its name in the dataset, in which the folder is `name`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = hash_files(paths, "checksums")
-    return {
-        f"{name}/{path.relative_to(folder).as_posix()}": {"bytes": path.stat().st_size, "sha256": hashes[path]}
-        for path in paths
-    }
+    return {f"{name}/{path}": facts for path, facts in file_facts(folder, paths).items()}
 
 
 def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
@@ -162,7 +147,7 @@ def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
 
 def _manifest_text(manifest: dict[str, Any]) -> str:
     """Text of a version's manifest; sets the schema version and the fingerprint."""
-    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
+    fingerprint = fingerprint_of(dict(sorted(manifest["files"].items())))
     complete = {**manifest, "schema_version": SCHEMA_VERSION_CHAIN, "fingerprint": fingerprint}
     return json.dumps(complete, indent=1) + "\n"
 

@@ -20,10 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-
-def world_size() -> int:
-    """Return the number of ranks, 1 if torch.distributed is not initialized."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from hllm_torchrec.distributed.coordination import world_size
 
 
 def all_gather_variable(x: Tensor) -> Tensor:

@@ -300,19 +300,3 @@ def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
         if not bool(global_sum(torch.tensor(int(batch is not None)))):
             return
         yield filler if batch is None else batch
-
-
-def run_dlrm(
-    dataset: Dataset, config: DLRMConfig, device: torch.device, directory: Path, splits: tuple[str, ...]
-) -> tuple[dict[str, PredictionColumns], dict[str, float]]:
-    """Train, and return this rank's predictions of each split and the best epoch's metrics. Collective.
-
-    directory: `checkpoints/` with the best epoch's weights is written here.
-
-    Raises:
-        ConfigError: the configuration has an unknown feature.
-        ValueError: a split is empty.
-    """
-    trainer = DLRMTrainer(dataset, config, device)
-    metrics = trainer.fit(directory / "checkpoints")
-    return {split: trainer.score(split) for split in splits}, metrics

@@ -94,10 +94,7 @@ def vectors_of_items(experiment: Experiment, items: NDArray[np.int64]) -> Tensor
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
-    collator = Collator(
-        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
-    )
-    return vectors_by_features(experiment, collator, items, joined=True)
+    return vectors_by_features(experiment, experiment.request_collator(), items, joined=True)
 
 
 def vectors_by_features(

@@ -204,13 +204,13 @@ def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device,
     return found
 
 
-def other_users(user_ids: Ints, seed: int = 0) -> Ints:
+def other_users(user_ids: Ints) -> Ints:
     """Draw for each creative a random creative of another user; returns indices [N].
 
     The other user is the next one in a random circular order of the users. If there is only one user, the drawn
     creative is one of the same user.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     users, inverse = np.unique(user_ids, return_inverse=True)
     circle = rng.permutation(users.size)
     following = np.empty_like(circle)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, in_step
+from hllm_torchrec.distributed.array_collectives import gather_objects, group_rank, in_step
 from hllm_torchrec.evaluation.metrics_schema import bounds, curves_block, model_block, paired_block, slice_block
 from hllm_torchrec.evaluation.prediction_layout import PredictionModel
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows
@@ -70,9 +70,8 @@ class LabelEvaluation:
         *,
         draws: int = 0,
         seed: int = 0,
-        group: Group = None,
     ) -> None:
-        self.source, self.spool, self.draws, self.seed, self.group = source, spool, draws, seed, group
+        self.source, self.spool, self.draws, self.seed = source, spool, draws, seed
         self.pool = MemoryPool(spool.memory, Path(tempfile.mkdtemp(dir=spool.folder)))
         self.names = [model.name for model in source.models]
         # One model without users needs no influences: pass one gives its AUC and DeLong interval.
@@ -124,11 +123,11 @@ class LabelEvaluation:
     def _metrics(self) -> dict[str, Any]:
         ordered = self._ordered
         second = self._has_second
-        measured = {name: rank_statistics(runs, self.group, keep=second) for name, runs in ordered.overall.items()}
+        measured = {name: rank_statistics(runs, keep=second) for name, runs in ordered.overall.items()}
         statistics = {name: found for name, (found, _) in measured.items()}
         slices = self._slices(ordered)
         probability = {name: self._probability(ordered, name) for name in self.names}
-        pairs = PairedSums(list(statistics.values()), self.group)
+        pairs = PairedSums(list(statistics.values()))
         users, drawn = None, {}
         if second:
             placements = {name: table for name, (_, table) in measured.items()}
@@ -149,7 +148,7 @@ class LabelEvaluation:
             "rows_without_weight": self.source.rows - statistics[reference].rows,
             "users": users.users if users else None,
             **({"rows_without_user": users.rows_without_user} if users and users.rows_without_user else {}),
-            "exposures": f"{sum(gather_objects(ordered.keys, self.group)) % 2**64:016x}",
+            "exposures": f"{sum(gather_objects(ordered.keys)) % 2**64:016x}",
             "weighted": self.source.weighted,
             "models": models,
             "paired": paired,
@@ -193,34 +192,34 @@ class LabelEvaluation:
         """model → slice → its size and AUC, for the slices of all ranks. Collective."""
         # Slices come from the data, so ranks may have different ones: agree on the list and its order first, because
         # `rank_statistics` is collective.
-        gathered = gather_objects((list(ordered.slices), ordered.left_out), self.group)
+        gathered = gather_objects((list(ordered.slices), ordered.left_out))
         left_out = set().union(*(columns for _, columns in gathered))
         found = sorted({key for keys, _ in gathered for key in keys if key[0] not in left_out}, key=_place)
-        if left_out and group_rank(self.group) == 0:
+        if left_out and group_rank() == 0:
             say(f"caution: more than {MAX_SLICES} days: there are no slices by day")
         blocks: dict[str, dict[str, Any]] = {name: {} for name in self.names}
         for column, name in found:
             for model in self.source.models:
                 runs = ordered.slices.get((column, name), {}).get(model.name) or self._new_runs(model)
-                blocks[model.name][name] = slice_block(rank_statistics(runs, self.group)[0])
+                blocks[model.name][name] = slice_block(rank_statistics(runs)[0])
         return blocks
 
     def _probability(self, ordered: _SortedScores, name: str) -> tuple[dict[str, float], ReliabilityCurve | None]:
         if name not in ordered.probability:
             return {}, None
         sums, runs = ordered.probability[name]
-        curve, error = reliability(runs, self.group)
-        return sums.values(error, self.group), curve
+        curve, error = reliability(runs)
+        return sums.values(error), curve
 
     def _influences(
         self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums
     ) -> UserBuckets:
         """Pass two: every row's influence on each model's AUC, grouped by user and summed over pairs. Collective."""
-        buckets = UserBuckets(self.pool, len(self.names), self.source.rows, self.group)
+        buckets = UserBuckets(self.pool, len(self.names), self.source.rows)
         # `look_up` is collective and ranks have different numbers of batches: a rank that has finished takes part
         # with empty ones.
         empty = self._empty()
-        for batch in in_step(self._kept.joined(self.spool.influence_rows), self.group):
+        for batch in in_step(self._kept.joined(self.spool.influence_rows)):
             batch = batch or empty
             influences = np.stack(
                 [
@@ -262,7 +261,7 @@ class LabelEvaluation:
         if not (self.draws and self.source.rows) or self._no_bootstrap():
             return {}
         # Every rank gets all rows and draws from the same seed, so the result is equal without a broadcast.
-        records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
+        records = np.concatenate([part for parts in gather_objects(list(buckets)) for part in parts])
         # Places among the distinct scores, which float64 holds exactly: only the order counts.
         places = [np.unique(column, return_inverse=True)[1] for column in records["score"].T]
         scores = dict(zip(self.names, places, strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.distributed.array_collectives import Group, all_to_all, group_rank, in_step, world_size
+from hllm_torchrec.distributed.array_collectives import all_to_all, group_rank, in_step, world_size
 from hllm_torchrec.evaluation.prediction_files import RowReader, identities
 
 PAIR_COLUMNS = ("user_id", "position")
@@ -36,7 +36,7 @@ Tables = dict[str, tuple[pa.Table, np.ndarray]]
 class PairedTables:
     """The rows of all models for this rank's users, sorted by user and position; built by a shuffle over the ranks."""
 
-    def __init__(self, readers: Mapping[str, RowReader], memory: int, folder: Path, group: Group = None):
+    def __init__(self, readers: Mapping[str, RowReader], memory: int, folder: Path):
         """Read and shuffle. Collective.
 
         Args:
@@ -49,15 +49,15 @@ class PairedTables:
         """
         for reader in readers.values():
             _check_keys(reader)
-        self._readers, self._folder, self._group = readers, folder, group
+        self._readers, self._folder = readers, folder
         self._limit, self._held = memory // HELD, 0
         # About 8 bytes per value; the number of buckets is such that one bucket of all models fits into the memory.
-        size = sum(reader.rows * 8 * len(reader.columns) for reader in readers.values()) // world_size(group)
+        size = sum(reader.rows * 8 * len(reader.columns) for reader in readers.values()) // world_size()
         self._count = 1 + size * BUCKET_FACTOR // max(memory, 1)
         self._parts: dict[tuple[str, int], list[pa.Table]] = {}
         self.spilled = 0
         for name, reader in readers.items():
-            for table in in_step(self._read(reader), group):
+            for table in in_step(self._read(reader)):
                 self._receive(name, table)
 
     def batches(self, size: int) -> Iterator[tuple[int, Tables]]:
@@ -87,7 +87,7 @@ class PairedTables:
 
     def _read(self, reader: RowReader) -> Iterator[pa.Table]:
         """Yield this rank's share of a model's rows, with row numbers."""
-        rank, ranks = group_rank(self._group), world_size(self._group)
+        rank, ranks = group_rank(), world_size()
         low, high = reader.rows * rank // ranks, reader.rows * (rank + 1) // ranks
         for table in reader.batches(low, high, READ_ROWS):
             for column in PAIR_COLUMNS:
@@ -99,10 +99,10 @@ class PairedTables:
 
     def _receive(self, name: str, table: pa.Table | None) -> None:
         """Send rows (None: no more rows) to the ranks of their users, and store the received rows. Collective."""
-        ranks = world_size(self._group)
+        ranks = world_size()
         arrived = [table] if table is not None else []
         if ranks > 1:
-            arrived = _exchange(table, ranks, self._group)
+            arrived = _exchange(table, ranks)
         for part in arrived:
             # The remainder of the hash chose the rank, so the bucket must use the quotient: the remainder is the same
             # for all rows here.
@@ -163,7 +163,7 @@ class PairedTables:
                 missing, extra, total = missing + len(wanted - own), extra + len(own - wanted), total + len(wanted)
                 example = min([*(wanted ^ own), *([example] if example else [])], default=None)
             if example:
-                here = f" (on rank {group_rank(self._group)})" if world_size(self._group) > 1 else ""
+                here = f" (on rank {group_rank()})" if world_size() > 1 else ""
                 return (
                     f"the predictions of {other!r} miss {missing} of the {total} exposures of {first!r} and have "
                     f"{extra} that {first!r} misses{here}, for example {_describe(example)}; all models must score the "
@@ -200,7 +200,7 @@ def _grouped(places: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]
             yield place, order[cuts[place] : cuts[place + 1]]
 
 
-def _exchange(table: pa.Table | None, ranks: int, group: Group) -> list[pa.Table]:
+def _exchange(table: pa.Table | None, ranks: int) -> list[pa.Table]:
     """Exchange rows: returns the rows of all ranks for the users of this rank. Collective."""
     # A rank without rows sends empty messages: `all_to_all` needs every rank.
     messages = [b""] * ranks
@@ -209,7 +209,7 @@ def _exchange(table: pa.Table | None, ranks: int, group: Group) -> list[pa.Table
         for rank, rows in _grouped(owner, ranks):
             messages[rank] = _as_bytes(table.take(rows))
     sent = np.frombuffer(b"".join(messages), np.uint8).copy()
-    received = all_to_all(sent, [len(message) for message in messages], group)
+    received = all_to_all(sent, [len(message) for message in messages])
     return _streams(pa.BufferReader(pa.py_buffer(received)))
 
 

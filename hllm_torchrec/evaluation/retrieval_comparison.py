@@ -18,6 +18,9 @@ from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.metrics.bootstrap import percentile_interval
 
+DRAWS = 2000
+"""Resamples of the users."""
+
 
 @dataclass(frozen=True)
 class TargetRanks:
@@ -78,8 +81,6 @@ def compare_models(
     models: Mapping[str, Sequence[Path]],
     metrics: Sequence[str],
     reference: str | None = None,
-    draws: int = 2000,
-    seed: int = 0,
 ) -> dict[str, dict[str, dict[str, MetricEstimate]]]:
     """Estimates of every model and its paired differences from the reference, on the same targets and users.
 
@@ -87,8 +88,6 @@ def compare_models(
         models: name -> directories of ranks, one per seed.
         metrics: `recall@K`, `ndcg@K`.
         reference: model with which the others are compared; None: the first model.
-        draws: number of resamples of the users.
-        seed: seed of the resamples, which are the same for every model.
 
     Returns:
         model -> {"value": {metric: MetricEstimate}, "difference": {metric: MetricEstimate}}; the reference has no
@@ -105,7 +104,9 @@ def compare_models(
             if not (np.array_equal(run.user_id, first.user_id) and np.array_equal(run.position, first.position)):
                 raise ValueError(f"{path}: its targets differ from {models[base][0]}'s: evaluate both on the same part")
     users = np.unique(first.user_id, return_inverse=True)[1]
-    weights = _draws(users, draws, seed)
+    # The same resamples for every model. Drawing U of U users with replacement gives multinomial counts.
+    count = int(users.max()) + 1
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
     found: dict[str, dict[str, dict[str, MetricEstimate]]] = {name: {"value": {}, "difference": {}} for name in models}
     for metric in metrics:
         per_target = {name: np.stack([gains(run.rank, metric) for run in runs]) for name, runs in read.items()}
@@ -117,15 +118,8 @@ def compare_models(
     return found
 
 
-def _draws(users: Ints, draws: int, seed: int) -> Doubles:
-    """Number of times that each user is drawn, [draws, U]."""
-    # Drawing U of U users with replacement gives multinomial counts.
-    count = int(users.max()) + 1
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
-
-
 def _figure(rows: Doubles, users: Ints, weights: Doubles) -> MetricEstimate:
-    """Estimate from contributions `rows` [R, X]; users: [X] user index per target; weights: [draws, U] resamples."""
+    """Estimate from contributions `rows` [R, X]; users: [X] user index per target; weights: [DRAWS, U] resamples."""
     # A resample's mean over targets is a ratio of sums over users, since users have different numbers of targets.
     of_users = np.bincount(users, rows.mean(0))
     low, high = percentile_interval((weights @ of_users) / (weights @ np.bincount(users).astype(np.float64)))

@@ -181,8 +181,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
     with loaded.weights, experiment.evaluation_items():
         if hllm.fusion.has_queries:
             predictions = run / "predictions" / split
-            cold = experiment.cold_items()
-            columns = score_split(experiment.model, loader, device, cold=cold, show=show)
+            columns = score_split(experiment, loader, show=show)
             calibration = RunCalibration.load(loaded.checkpoint.parent.parent)
             if calibration is not None and calibration.weights == loaded.fingerprint:
                 columns = calibration.applied(columns)

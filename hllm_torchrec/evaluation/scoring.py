@@ -22,7 +22,6 @@ from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
-from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.evaluation.prediction_layout import find_tasks, label_of
 from hllm_torchrec.evaluation.prediction_layout import task_columns as task_columns_of
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
@@ -30,7 +29,7 @@ from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
 from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
-from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
@@ -39,28 +38,16 @@ RETRIEVAL_ROWS = 512
 
 
 @torch.no_grad()
-def score_split(
-    model: nn.Module,
-    loader: Loader,
-    device: torch.device,
-    *,
-    cold: NDArray[np.bool_],
-    show: bool = False,
-    epoch: int = 0,
-) -> PredictionColumns:
-    """Columns of the predictions format for this rank's exposures, with their scores. Collective.
-
-    cold: bool [N], True for items without a training event.
-    """
-    model.eval()
-    hllm, schema = unwrap_model(model), loader.dataset.schema
-    assert isinstance(hllm, HLLM)
+def score_split(experiment: Experiment, loader: Loader, *, show: bool = False) -> PredictionColumns:
+    """Columns of the predictions format for this rank's exposures, with their scores. Collective."""
+    hllm, model, schema = experiment.hllm, experiment.model.eval(), loader.dataset.schema
+    cold = experiment.cold_items()
     weighted = schema.weighted or schema.sampled or loader.collator.draws is not None
     parts = []
-    with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
+    with progress(loader.steps(0), "evaluate", show) as bar, closing(loader.batches(0)) as batches:
         for batch in batches:
             raise_if_preempted()
-            output = model(batch.to(device))
+            output = model(batch.to(experiment.device))
             columns = _columns(batch, output.logits.float().cpu().numpy(), cold)
             columns |= {"weight": batch.weights.numpy()} if weighted else {}
             if output.outputs is not None:
@@ -211,23 +198,6 @@ def rank_catalogue_targets(
     model.train()
     columns = torch.cat(parts, dim=1).numpy()
     return dict(zip(("user_id", "position", "item_id", "rank"), columns, strict=True)), skipped
-
-
-def score_retrieval(
-    model: nn.Module,
-    loader: Loader,
-    items: CatalogueShard,
-    device: torch.device,
-    ks: tuple[int, ...],
-    show: bool = False,
-    **options: bool,
-) -> dict[str, float | int | None]:
-    """Recall@K, NDCG@K and MRR of `rank_catalogue_targets` (with its `options`) over all ranks. Collective.
-
-    The number of exposures without history is `without_history`.
-    """
-    columns, skipped = rank_catalogue_targets(model, loader, items, device, show, **options)
-    return metrics_of_target_ranks(columns, skipped, ks)
 
 
 def metrics_of_target_ranks(

@@ -65,9 +65,7 @@ def lineage(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("weights", str(provenance["weights"]["fingerprint"])))
     if "dataset" in provenance:
         found.append(("data", str(provenance["dataset"]["fingerprint"])[:32]))
-    for files in (provenance.get("files") or {}).values():
-        found.append(("predictions", str(files["fingerprint"])))
-    return found
+    return found + [("predictions", str(one["fingerprint"])) for one in (provenance.get("files") or {}).values()]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

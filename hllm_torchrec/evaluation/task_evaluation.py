@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hllm_torchrec.common.arrays import Doubles
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, world_size
+from hllm_torchrec.distributed.array_collectives import gather_objects, group_rank, world_size
 from hllm_torchrec.evaluation.label_evaluation import LabelEvaluation
 from hllm_torchrec.evaluation.metrics_schema import finite_or_none
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows
@@ -35,10 +35,10 @@ class TaskEvaluation(Protocol):
         """The task's block. Collective."""
 
 
-def task_evaluation(source: PredictionRows, task: str, spool: Spool, group: Group = None) -> TaskEvaluation:
+def task_evaluation(source: PredictionRows, task: str, spool: Spool) -> TaskEvaluation:
     """Create the evaluation of a task of the rows `source`."""
     own = source.of_task(task)
-    return BinaryTask(own, spool, group) if source.layout.tasks[task] == "binary" else NumberTask(own, spool, group)
+    return BinaryTask(own, spool) if source.layout.tasks[task] == "binary" else NumberTask(own, spool)
 
 
 class BinaryTask:
@@ -48,8 +48,8 @@ class BinaryTask:
     use all of the memory.
     """
 
-    def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
-        self.source, self.spool, self.group = source, spool, group
+    def __init__(self, source: PredictionRows, spool: Spool) -> None:
+        self.source, self.spool = source, spool
         self._rows = SpooledRows(spool)
 
     def add(self, start: int, rows: RowBatch) -> None:
@@ -58,7 +58,7 @@ class BinaryTask:
 
     def metrics(self) -> dict[str, Any]:
         """The task's block. Collective."""
-        evaluation = LabelEvaluation(self.source, self.spool, self._rows, group=self.group)
+        evaluation = LabelEvaluation(self.source, self.spool, self._rows)
         for start, rows in self._rows:
             evaluation.add(start, rows)
         found = evaluation.metrics()
@@ -72,10 +72,10 @@ class NumberTask:
     metrics are computed on a uniform sample of the rows. MAE, RMSE and means are always computed on all rows.
     """
 
-    def __init__(self, source: PredictionRows, spool: Spool, group: Group = None) -> None:
-        self.names, self.weighted, self.group = [model.name for model in source.models], source.weighted, group
+    def __init__(self, source: PredictionRows, spool: Spool) -> None:
+        self.names, self.weighted = [model.name for model in source.models], source.weighted
         self._most = max(1, spool.memory // ROW_BYTES)
-        self._random = np.random.default_rng((0, group_rank(group)))
+        self._random = np.random.default_rng((0, group_rank()))
         self._rows, self._places = np.empty((0, 2 + len(self.names))), np.empty(0)
         self._parts: list[tuple[Doubles, Doubles]] = []
         self._share = 1.0
@@ -86,7 +86,7 @@ class NumberTask:
         self._sums.add(rows)
         places = self._random.random(len(rows))
         self._parts.append((rows[places < self._share], places[places < self._share]))
-        if sum(len(part) for part, _ in self._parts) + len(self._rows) > self._most // world_size(self.group):
+        if sum(len(part) for part, _ in self._parts) + len(self._rows) > self._most // world_size():
             self._join()
 
     def _join(self, share: float = 1.0) -> None:
@@ -94,16 +94,16 @@ class NumberTask:
         parts = [(self._rows, self._places), *self._parts]
         self._rows, self._places = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         self._parts, self._share = [], min(self._share, share)
-        while (kept := self._places < self._share).sum() > self._most // world_size(self.group):
+        while (kept := self._places < self._share).sum() > self._most // world_size():
             self._share /= 2
         self._rows, self._places = self._rows[kept], self._places[kept]
 
     def metrics(self) -> dict[str, Any]:
         """The task's block. Collective."""
         self._join()
-        self._join(min(gather_objects(self._share, self.group)))
-        every = np.concatenate(gather_objects(self._rows, self.group))
-        sums = self._sums.over_ranks(self.group)
+        self._join(min(gather_objects(self._share)))
+        every = np.concatenate(gather_objects(self._rows))
+        sums = self._sums.over_ranks()
         labels, weights, models = every[:, 0], every[:, 1] if self.weighted else None, {}
         for place, name in enumerate(self.names):
             found = number_metrics(labels, every[:, 2 + place], weights)

@@ -21,7 +21,7 @@ OTHERS = 99
 
 
 def user_ranks(
-    experiment: Experiment, vectors: CreativeVectors, most: int, others: int = OTHERS, seed: int = 0
+    experiment: Experiment, vectors: CreativeVectors, most: int, others: int = OTHERS
 ) -> tuple[Doubles, int]:
     """Rank the right users of at most `most` creatives, spread evenly over those of users with events. Collective.
 
@@ -33,7 +33,7 @@ def user_ranks(
     Raises:
         ValueError: the split has fewer than two users with events.
     """
-    random, known = np.random.default_rng(seed), np.flatnonzero(vectors.known)
+    random, known = np.random.default_rng(0), np.flatnonzero(vectors.known)
     users = np.unique(vectors.user_ids[known])
     if users.size < 2:
         raise ValueError(

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.evaluation.catalogue_retrieval import vectors_by_features
@@ -138,9 +137,7 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     marks = item_content_hashes(experiment.item_encoder.tokens)
     todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
     rounds = rank_chunks(todo, np.full(experiment.dataset.num_items, 1, np.int64))
-    collator = Collator(
-        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
-    )
+    collator = experiment.request_collator()
 
     def encode(ids: Ints) -> NewRows:
         embedded = vectors_by_features(experiment, collator, ids)

@@ -41,7 +41,7 @@ class AsOfLookup:
     def __init__(self, path: str | Path, dataset: Dataset) -> None:
         self._lookup = ExposureLookup(path)
         self.width = self._lookup.width
-        self._users = RawIds(dataset.users["raw_user_id"], "user")
+        self._users = RawIds(dataset.users["raw_user_id"])
         user_ids, positions, item_ids, seconds = _exposures(dataset)
         self._first = int(seconds.min()) if seconds.size else 0
         if seconds.size and int(seconds.max()) - self._first >= _SECONDS:

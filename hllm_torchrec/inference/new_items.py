@@ -143,7 +143,7 @@ class NewItems:
 
     @cached_property
     def _known(self) -> RawIds:
-        return RawIds(self._base.items["raw_item_id"], "item")
+        return RawIds(self._base.items["raw_item_id"])
 
     def find(self, raw_ids: Sequence[str]) -> Ints:
         """Ids int64 [n] of raw ids of items in the dataset and of new items; -1: unknown."""

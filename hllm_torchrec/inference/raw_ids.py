@@ -20,11 +20,9 @@ class RawIds:
 
     Args:
         raw: [N - 1] raw ids; entry i has the dense id i + 1.
-        what: "item" or "user", for messages.
     """
 
-    def __init__(self, raw: pa.ChunkedArray, what: str) -> None:
-        self.what = what
+    def __init__(self, raw: pa.ChunkedArray) -> None:
         self._raw = pc.fill_null(raw.cast(pa.large_string()), "").combine_chunks()  # null: an erased id
         hashes = hash_keys(self._raw)
         self._order = np.argsort(hashes, kind="stable")

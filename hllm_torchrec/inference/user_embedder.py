@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.parallelize import autocast
@@ -30,9 +29,7 @@ class UserEmbedder:
         self.experiment = experiment
         self.width = experiment.hllm.user_vector_width
         spec = replace(experiment.batch_spec, visibility="second", negatives=0, item_slots=False)
-        self._collator = Collator(
-            experiment.dataset, spec, item_vectors=experiment.item_vectors, context=experiment.context
-        )
+        self._collator = experiment.request_collator(spec)
 
     @torch.no_grad()
     def __call__(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.creative.forgotten_titles import forget_items, forget_users
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
 from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
@@ -27,12 +28,10 @@ from hllm_torchrec.lifecycle.traces import (
     Place,
     Target,
     Trace,
-    forget_in_clusters,
     forget_in_events,
     forget_in_journal,
     forget_in_predictions,
     forget_in_store,
-    forget_in_titles,
     places,
 )
 
@@ -128,6 +127,7 @@ def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence
 
 
 def _forget_in(place: Place, target: Target) -> Trace:
+    names = target.names
     if place.kind == STORE:
         return forget_in_store(place.path, target)
     if place.kind == PREDICTIONS:
@@ -139,9 +139,9 @@ def _forget_in(place: Place, target: Target) -> Trace:
     if place.kind == RUN:
         return forget_in_run(place, target)
     if place.kind == CLUSTERS:
-        return forget_in_clusters(place.path, target)
+        return Trace(place.path, CLUSTERS, *forget_users(place.path, names.users, target.dry_run))
     if place.kind == TITLES:
-        return forget_in_titles(place.path, target)
+        return Trace(place.path, TITLES, forget_items(place.path, names.items, target.dry_run))
     assert place.kind == INDEX
-    found = any(files_with([place.path], target.names.items))
+    found = any(files_with([place.path], names.items))
     return Trace(place.path, INDEX, int(found), "write the index again (hllm index)" if found else "")

@@ -57,13 +57,10 @@ class Release:
         path = folder / FACTS
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**dict.fromkeys(PARTS) | facts | _resolved(folder))
+            linked = {part: str((folder / part).resolve()) for part in PARTS if (folder / part).is_symlink()}
+            return cls(**dict.fromkeys(PARTS) | facts | linked)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a release ({error}); publish it again with `hllm nightly`") from error
-
-
-def _resolved(folder: Path) -> dict[str, str]:
-    return {part: str((folder / part).resolve()) for part in PARTS if (folder / part).is_symlink()}
 
 
 def read_alias(folder: Path, alias: str) -> Release | None:

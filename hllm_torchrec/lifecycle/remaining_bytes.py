@@ -112,7 +112,7 @@ def _batch_has(batch: pa.RecordBatch, texts: Mapping[str, pa.Array]) -> bool:
             column = column.flatten()
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            if pc.any(pc.is_in(column.cast(pa.string()), wanted)).as_py():
-                return True
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        if is_text and pc.any(pc.is_in(column.cast(pa.string()), wanted)).as_py():
+            return True
     return False

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
+from hllm_torchrec.data.append import append_events, dataset_sources
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.pins import pin_version, remove_pin
 from hllm_torchrec.data.predictions import save_predictions
@@ -69,15 +70,20 @@ class Night:
         return self.folder / RUNS / self.state.night
 
 
+Step = Callable[[Night], dict[str, Any]]
+
+
+def _on_rank_zero(step: Step) -> Step:
+    """Let rank 0 run a step; every rank returns its facts."""
+    return wraps(step)(lambda night: run_on_rank_zero(lambda: step(night)))
+
+
 # ------------------------------------------------------------------ append
 
 
+@_on_rank_zero
 def append(night: Night) -> dict[str, Any]:
     """Append the night's files as a new version, in which the last events by time are held out."""
-    return run_on_rank_zero(lambda: _append(night))
-
-
-def _append(night: Night) -> dict[str, Any]:
     config, source = night.config, _source(night.config, night.state.night)
     # This night starts from the published run. If there is none, it starts from the run in the configuration, which was
     # trained on the previous version.
@@ -147,7 +153,7 @@ def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
 
 def version_of_source(dataset: Dataset, source: Source) -> int | None:
     """The version that was made from the source's files; None if there is none."""
-    fingerprint = source_fingerprint(source)
+    fingerprint = source.fingerprint()
     found = (one["version"] for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint)
     return next(found, None)
 
@@ -246,7 +252,7 @@ def _score(night: Night, name: str, run: Path, which: str) -> Path:
     target = night.work / "predictions" / name
     loader = experiment.loader(SPLIT, experiment.config.evaluation.batch_users)
     with loaded.weights, experiment.evaluation_items():
-        columns = score_split(experiment.model, loader, night.device, cold=experiment.cold_items())
+        columns = score_split(experiment, loader)
         save_predictions(columns, target)
     return target
 
@@ -258,15 +264,12 @@ def _load(night: Night, run: Path, which: str) -> LoadedRun:
     return load_run(run, which, night.device, config)
 
 
+@_on_rank_zero
 def gate(night: Night) -> dict[str, Any]:
     """Compare the AUC with the minimum and with the AUC of the run that training started from.
 
     Only status "pass" permits publishing.
     """
-    return run_on_rank_zero(lambda: _gate(night))
-
-
-def _gate(night: Night) -> dict[str, Any]:
     verdict = _verdict(night)
     if verdict["status"] == "pass":
         _check_start(night)  # a refused night may be judged again, but not once a later night has been published
@@ -313,12 +316,9 @@ def _store(night: Night, kind: str, facts: Mapping[str, Any]) -> Path:
     return night.folder / STORES / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
+@_on_rank_zero
 def publish_release(night: Night) -> dict[str, Any]:
     """Make this night's release `current`, and remove the runs and stores of nights that are no longer needed."""
-    return run_on_rank_zero(lambda: _publish(night))
-
-
-def _publish(night: Night) -> dict[str, Any]:
     _require_pass(night)
     _check_start(night)  # do not replace a later night that has been published since
     appended, embedded = night.state.facts("append"), night.state.facts("embed")
@@ -368,7 +368,7 @@ def _require_pass(night: Night) -> None:
         raise ValueError(f"night {night.state.night}: the gate has refused its model: {found['text']}")
 
 
-RUN_STEP: dict[str, Callable[[Night], dict[str, Any]]] = {
+RUN_STEP: dict[str, Step] = {
     "append": append,
     "train": train,
     "evaluate": evaluate,

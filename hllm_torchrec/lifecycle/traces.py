@@ -23,7 +23,6 @@ from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.creative.clusters import FILE as CLUSTERS_FILE
-from hllm_torchrec.creative.forgotten_titles import forget_items, forget_users
 from hllm_torchrec.creative.titles import MARKER as TITLES_MARKER
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_log import EventLog, is_event_log
@@ -177,16 +176,6 @@ def forget_in_store(path: Path, target: Target) -> Trace:
     if not target.dry_run and target.erase:
         store.compact()
     return Trace(path, f"{STORE} of {part}", int(known.sum()))
-
-
-def forget_in_clusters(path: Path, target: Target) -> Trace:
-    """Remove the users from clusters; see `creative.forgotten_titles`."""
-    return Trace(path, CLUSTERS, *forget_users(path, target.names.users, target.dry_run))
-
-
-def forget_in_titles(path: Path, target: Target) -> Trace:
-    """Remove the titles of the items."""
-    return Trace(path, TITLES, forget_items(path, target.names.items, target.dry_run))
 
 
 def _raw_keys(store: EmbeddingStore, raw_ids: Sequence[str]) -> pa.Array:

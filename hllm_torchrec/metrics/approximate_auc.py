@@ -37,7 +37,7 @@ class ScoreHistogram:
     doubles the memory.
     """
 
-    def __init__(self, bits: int = BITS, device: torch.device | str = "cpu", *, weighted: bool = False):
+    def __init__(self, bits: int = BITS, *, weighted: bool = False):
         """Create an empty histogram. weighted: rows have weights, so that bins contain float64 sums.
 
         Raises:
@@ -47,14 +47,14 @@ class ScoreHistogram:
             raise ValueError(f"bits is {bits}; a histogram has 10 to 24 (16: 1.5 MB, error about 1e-3 or less)")
         self.bits = bits
         kind = torch.float64 if weighted else torch.int64
-        self.counts = torch.zeros((2, 1 << bits), dtype=kind, device=device)
+        self.counts = torch.zeros((2, 1 << bits), dtype=kind)
         """Number or weight of the negatives and positives by bin, [2, bins]."""
-        self.lowest = torch.full((1 << bits,), 2**31 - 1, dtype=torch.int32, device=device)
+        self.lowest = torch.full((1 << bits,), 2**31 - 1, dtype=torch.int32)
         """Smallest score of each bin as an ordered integer, [bins]: equal to `highest` if all scores are tied."""
         self.highest = torch.full_like(self.lowest, -(2**31))
 
     def add(self, labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows: labels 0 or 1, scores without NaN, and weights >= 0 or None, all [n], on the histogram's device.
+        """Add rows: labels 0 or 1, scores without NaN, and weights >= 0 or None, all [n].
 
         Raises:
             ValueError: a label is not 0 or 1, or a score is NaN.
@@ -70,16 +70,16 @@ class ScoreHistogram:
         self.lowest.scatter_reduce_(0, bins, ordered, "amin")
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self) -> None:
         """Replace the histogram of every rank by the sum of all. Collective; no effect without a process group.
 
         Counts are integers, so the result does not depend on the order of rows and ranks. Sums of weights are rounded.
         """
         if not dist.is_initialized():
             return
-        dist.all_reduce(self.counts, group=group)
-        dist.all_reduce(self.lowest, dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(self.highest, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(self.counts)
+        dist.all_reduce(self.lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(self.highest, dist.ReduceOp.MAX)
 
     def auc(self) -> BoundedAuc:
         """The AUC of the rows added so far, with its error bound."""

@@ -58,45 +58,36 @@ def user_bootstrap(
     return {name: np.concatenate(parts) for name, parts in aucs.items()}
 
 
-def user_mean_interval(
-    values: np.ndarray, user_ids: UserIds, draws: int = 1000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
+def user_mean_interval(values: np.ndarray, user_ids: UserIds) -> tuple[float, float]:
     """Bounds of the mean of `values` [n] over samples of users, each drawn with all of its rows.
 
     Differences of two models on the same rows are paired: give the differences as values.
 
     Raises:
-        ValueError: no rows, or fewer than one draw.
+        ValueError: no rows.
     """
-    return user_ratio_interval(values, np.ones(len(values)), user_ids, draws, seed, confidence)
+    return user_ratio_interval(values, np.ones(len(values)), user_ids)
 
 
-def user_ratio_interval(
-    values: np.ndarray,
-    bases: np.ndarray,
-    user_ids: UserIds,
-    draws: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
+def user_ratio_interval(values: np.ndarray, bases: np.ndarray, user_ids: UserIds) -> tuple[float, float]:
     """Bounds of sum(values) / sum(bases), both [n], over samples of users, each drawn with all of its rows.
 
     Raises:
-        ValueError: no rows, or fewer than one draw.
+        ValueError: no rows.
     """
-    users = as_groups(user_ids, len(values))
-    if draws < 1 or not len(users):
+    users, draws = as_groups(user_ids, len(values)), 1000
+    if not len(users):
         raise ValueError(f"{draws} draws of {len(users)} rows; at least one of each is needed; 1000 draws are usual")
     below = np.bincount(users, np.asarray(bases, np.float64))
     above = np.bincount(users, np.asarray(values, np.float64))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     ratios = np.full(draws, math.nan)
     for draw in range(draws):
         weights = _draw_users(random, below.size)
         total = weights @ below
         if total:
             ratios[draw] = weights @ above / total
-    return percentile_interval(ratios, confidence)
+    return percentile_interval(ratios)
 
 
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects
+from hllm_torchrec.distributed.array_collectives import gather_objects
 from hllm_torchrec.metrics.exact_auc import RankStatistics
 from hllm_torchrec.metrics.intervals import PairedDifference, wald_difference
 
@@ -26,9 +26,9 @@ def influence(
 class PairedSums:
     """Accumulates the influences of all models' rows, for DeLong's test of each model against the first."""
 
-    def __init__(self, statistics: Sequence[RankStatistics], group: Group = None):
+    def __init__(self, statistics: Sequence[RankStatistics]):
         """Start with empty sums. statistics: one for each model; the first model is the reference."""
-        self._statistics, self._group = statistics, group
+        self._statistics = statistics
         self._squares = np.zeros((2, len(statistics)))
         self._total: np.ndarray | None = None
 
@@ -45,7 +45,7 @@ class PairedSums:
         Rows are assumed to be independent. The first call is collective.
         """
         if self._total is None:
-            self._total = np.sum(gather_objects(self._squares, self._group), axis=0)
+            self._total = np.sum(gather_objects(self._squares), axis=0)
         first, other = self._statistics[0], self._statistics[model]
         counts = (other.positives, other.rows - other.positives)
         if min(counts) < 2:

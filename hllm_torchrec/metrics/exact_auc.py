@@ -211,7 +211,7 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
     A threshold predicts rows with its score or a higher one as positive.
     """
     over = np.maximum(np.array(total)[:, None] - under, mass)  # >= mass, although rounding may lose rows of low weight
-    block = RankedBlock(mass, under, total, over, over[0] / (over[0] + over[1]))
+    block = RankedBlock(mass, total, over, over[0] / (over[0] + over[1]))
     for metric in RANK_METRICS:
         sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
     true_rate, false_rate = over[0] / total[0], over[1] / total[1]

@@ -35,8 +35,6 @@ class RankedBlock:
     """
 
     mass: np.ndarray
-    under: np.ndarray
-    """Mass of all rows with lower scores."""
     total: tuple[float, float]
     """Total mass of each class, above 0."""
     over: np.ndarray

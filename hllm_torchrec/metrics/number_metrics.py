@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects
+from hllm_torchrec.distributed.array_collectives import gather_objects
 
 _Doubles = NDArray[np.float64]
 
@@ -29,10 +29,10 @@ class NumberSums:
         self.rows += len(rows)
         self._weight += float(weights.sum())
 
-    def over_ranks(self, group: Group = None) -> "NumberSums":
+    def over_ranks(self) -> "NumberSums":
         """The sums of all ranks. Collective."""
         total = NumberSums(self._sums.shape[1])
-        for rows, weight, sums in gather_objects((self.rows, self._weight, self._sums), group):
+        for rows, weight, sums in gather_objects((self.rows, self._weight, self._sums)):
             total.rows += rows
             total._weight += weight
             total._sums += sums

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects
+from hllm_torchrec.distributed.array_collectives import gather_objects
 from hllm_torchrec.metrics.metric import ProbabilityMetric
 from hllm_torchrec.metrics.score_chunks import SortedChunks
 
@@ -91,20 +91,20 @@ class ProbabilitySums:
         columns |= {name: term(is_positive, probabilities) for name, term in terms.items()}
         self.parts.append({name: float(weight @ column) for name, column in columns.items()})
 
-    def values(self, calibration_error: float, group: Group = None) -> dict[str, float]:
+    def values(self, calibration_error: float) -> dict[str, float]:
         """Return key -> metric of the rows of all ranks; `nan` if undefined. Collective.
 
         calibration_error: the ECE, from `reliability`.
         """
         names = {"weight", "positives", *(name for metric in self.metrics for name in metric.terms)}
         local = {name: math.fsum(part[name] for part in self.parts) for name in names}
-        gathered = gather_objects(local, group)
+        gathered = gather_objects(local)
         sums = {name: math.fsum(part[name] for part in gathered) for name in names}
         sums["calibration_error"] = calibration_error
         return {metric.key: metric.value(sums) if sums["weight"] else math.nan for metric in self.metrics}
 
 
-def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
+def reliability(chunks: SortedChunks) -> tuple[ReliabilityCurve, float]:
     """Compute the mean predicted probability and the observed rate per bin, and the expected calibration error (ECE).
 
     The ECE is the mean gap between the two over the bins, weighted by the bins' weights. Collective.
@@ -116,23 +116,23 @@ def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> 
     Args:
         chunks: the rows, with their probability as score.
     """
-    ranges = chunks.split_ranges(group)
+    ranges = chunks.split_ranges()
     rows = int(ranges.totals[:2].sum())
-    sums = np.zeros((4, bins))  # rows, weight, weight x probability, weight of positives
+    sums = np.zeros((4, BINS))  # rows, weight, weight x probability, weight of positives
     for _, tied, below in ranges:
         counts = tied.masses[0] + tied.masses[1]
         # All rows of a score are in the bin of its last row, which is row (upto - 1) of 0..rows - 1.
         upto = below[:2].sum() + np.cumsum(counts)
         bin_indices = (
-            np.minimum((upto - 1) * bins // max(rows - 1, 1), bins - 1).astype(np.int64)
+            np.minimum((upto - 1) * BINS // max(rows - 1, 1), BINS - 1).astype(np.int64)
             if rows > 1
-            else (np.full(len(counts), bins - 1))
+            else (np.full(len(counts), BINS - 1))
         )
         positives = tied.masses[2] if chunks.weighted else tied.masses[0]
         weights = tied.masses[2] + tied.masses[3] if chunks.weighted else counts
         for row, values in enumerate((counts, weights, weights * tied.scores.astype(np.float64), positives)):
-            sums[row] += np.bincount(bin_indices, values, bins)
-    total = np.sum(gather_objects(sums, group), axis=0)
+            sums[row] += np.bincount(bin_indices, values, BINS)
+    total = np.sum(gather_objects(sums), axis=0)
     count, weight, predicted, positive = total[:, total[0] > 0]
     curve = ReliabilityCurve(predicted / weight, positive / weight, count.astype(np.int64))
     if not rows:

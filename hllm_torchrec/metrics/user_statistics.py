@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gather_objects, world_size
+from hllm_torchrec.distributed.array_collectives import all_to_all, gather_objects, world_size
 from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER, grouped_auc
 from hllm_torchrec.metrics.registry import USER_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool
@@ -82,24 +82,24 @@ def order_keys(scores: np.ndarray) -> np.ndarray:
 class UserBuckets:
     """Collects rows; all rows of a user, from all ranks, are put into one bucket of one rank."""
 
-    def __init__(self, pool: MemoryPool, models: int, rows: int, group: Group = None):
+    def __init__(self, pool: MemoryPool, models: int, rows: int):
         """Create empty buckets. rows: number of rows of all ranks, which determines the number of buckets."""
-        self._pool, self._group, self._type = pool, group, record_type(models)
-        size = rows * self._type.itemsize * GROUPING_BYTES // world_size(group)
+        self._pool, self._type = pool, record_type(models)
+        size = rows * self._type.itemsize * GROUPING_BYTES // world_size()
         self._count = 1 + size // max(pool.memory, 1)
         self._held: list[list[np.ndarray]] = [[] for _ in range(self._count)]
         self._paths = [pool.folder / f"users-{id(self)}-{bucket}" for bucket in range(self._count)]
 
     def add(self, records: np.ndarray) -> None:
         """Add records of this rank (possibly none); each is sent to the rank of its user. Collective."""
-        ranks = world_size(self._group)
+        ranks = world_size()
         spread = hash_columns(records["user"])
         if ranks > 1:
             owner = (spread % np.uint64(ranks)).astype(np.int64)
             order = np.argsort(owner, kind="stable")
             sent = np.bincount(owner, minlength=ranks).tolist()
             raw = records[order].view(np.uint8).reshape(-1, self._type.itemsize)
-            records = all_to_all(raw, sent, self._group).reshape(-1).view(self._type)
+            records = all_to_all(raw, sent).reshape(-1).view(self._type)
             spread = hash_columns(records["user"])
         # The bucket depends on the quotient, because all records of a rank have the same remainder.
         bucket = (spread // np.uint64(ranks) % np.uint64(self._count)).astype(np.int64)
@@ -129,7 +129,7 @@ class UserBuckets:
         sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios, gauc_moments=np.zeros((2, 3, models)))
         for records in self:
             _add_bucket(sums, records, models)
-        return _finish(gather_objects(sums, self._group))
+        return _finish(gather_objects(sums))
 
 
 def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:

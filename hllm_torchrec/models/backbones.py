@@ -72,10 +72,7 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
             f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
             "weights, or a shape for random ones"
         )
-    if pretrained is not None:
-        config = read_config(pretrained)
-    else:
-        config = _config_of_shape(shape or {})
+    config = _config_of_shape(shape or {}) if pretrained is None else read_config(pretrained)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")

@@ -12,7 +12,7 @@ from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.lora import LoRAConfig
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config
+from hllm_torchrec.config.schema import Config, OpenTableConfig
 from hllm_torchrec.data.evidence import evidence_width
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.models.hllm import HLLM, ContextInputs
@@ -59,6 +59,8 @@ def build_model(
     # After requires_grad_: with LoRA, only the adapters and the weights outside of the backbone are trained.
     if user.backbone is not None and config.user.lora.rank and config.user.trainable:
         freeze_base_weights(user.backbone)
+    open_tables = {name: OpenTableConfig(**content) for name, content in config.features.tables.items()}
+    hash_tables = {name: HashTable(table.rows, table.evict_after) for name, table in open_tables.items()}
     features = HybridFeatures(
         {name: rows for name, rows in tables.items() if name != ACTION_GATE},
         user.width,
@@ -69,9 +71,7 @@ def build_model(
         gate_rows=tables.get(ACTION_GATE, 0),
         scale=config.features.init_scale,
         half_from_rows=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
-        hash_tables={
-            name: HashTable(table.rows, table.evict_after) for name, table in config.features.open_tables.items()
-        },
+        hash_tables=hash_tables,
         device=table_device,
     )
     evidence = evidence_width(config.data.evidence)

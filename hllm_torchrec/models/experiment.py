@@ -198,6 +198,10 @@ class Experiment:
         )
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
 
+    def request_collator(self, spec: BatchSpec | None = None) -> Collator:
+        """Collator of requests, without the evidence of exposures; spec: instead of the experiment's batch spec."""
+        return Collator(self.dataset, spec or self.batch_spec, item_vectors=self.item_vectors, context=self.context)
+
     def draws(self, training: bool) -> NegativeDraws | None:
         """Negatives to add to a loader's exposures, or None; outside of training uniform and the same for all runs."""
         drawn = self.config.data.drawn_negatives
@@ -290,8 +294,8 @@ class Experiment:
     @torch.no_grad()
     def _look_up_catalogue(self) -> Tensor:
         """[N, E] rows of the frozen table, looked up in blocks that are divided between the ranks."""
-        world, rank, rows = dist.get_world_size(), dist.get_rank(), []
-        for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK):
-            # Contiguous parts in rank order, so that the gathered rows are in id order. A rank's part may be empty.
-            rows.append(all_gather_variable(self.hllm.embed_items(block.tensor_split(world)[rank])))
-        return torch.cat(rows)
+        world, rank = dist.get_world_size(), dist.get_rank()
+        blocks = torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK)
+        # Contiguous parts in rank order, so that the gathered rows are in id order. A rank's part may be empty.
+        parts = (self.hllm.embed_items(block.tensor_split(world)[rank]) for block in blocks)
+        return torch.cat([all_gather_variable(part) for part in parts])

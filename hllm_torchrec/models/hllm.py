@@ -121,12 +121,9 @@ class HLLM(nn.Module):
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
             self._build_heads(build_head, base_rate, user.width, evidence)
-        self.position_bias: PositionBias | None = None
-        if context.bias_rows:
-            self.position_bias = PositionBias(context.bias_rows, binary_outputs(self.tasks))
-        self.value_head: PredictionHead | None = None
-        if self.fusion.has_queries and objective.value_weight > 0:
-            self.value_head = build_head()
+        bias_rows = context.bias_rows
+        self.position_bias = PositionBias(bias_rows, binary_outputs(self.tasks)) if bias_rows else None
+        self.value_head = build_head() if self.fusion.has_queries and objective.value_weight > 0 else None
         if self.generates:
             self._build_generation(straight=same or self.compares_features, item_width=item_width)
         self.text_similarity: TextSimilarity | None = None

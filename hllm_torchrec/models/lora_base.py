@@ -5,7 +5,7 @@ and remain in that directory. Each checkpoint stores a fingerprint of them, so t
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,15 +45,13 @@ def base_fingerprints(model: nn.Module, config: Config) -> dict[str, str]:
 
 def _fingerprint(model: nn.Module, prefix: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in _base_parameters(model, prefix):
+    for name, weight in model.named_parameters():
+        if not name.startswith(prefix) or is_adapter(name):
+            continue
         flat = weight.detach().flatten()
         ends = torch.cat([flat[:_SAMPLED_VALUES], flat[-_SAMPLED_VALUES:]]).float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + ends.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _base_parameters(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((n, p) for n, p in model.named_parameters() if n.startswith(prefix) and not is_adapter(n))
 
 
 def check_base_weights(

@@ -406,7 +406,7 @@ def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
     activations = memory.get("item activations", 0.0) + memory["user activations"]
     if config.parallel.dense == "ddp" and machine.world_size > 1 and states > estimate.peak / 4:
         said.append(
-            f"parallel.dense: fsdp shares {_gigabytes(states)} of weights and their state among "
+            f"parallel.dense: fsdp shares {states / 1e9:,.1f} GB of weights and their state among "
             f"{machine.world_size} ranks"
         )
     if not config.parallel.activation_checkpointing and activations > estimate.peak / 4:
@@ -432,7 +432,3 @@ def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
 
 FILLED = 0.9
 """Share of the memory that may be planned for; the allocator and libraries need the rest."""
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"

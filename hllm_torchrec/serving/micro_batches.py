@@ -59,9 +59,8 @@ class MicroBatcher(Generic[Request, Result]):
         compute: Callable[[Sequence[Request]], Sequence[Result | Exception]],
         limits: BatchLimits,
         observe: Callable[[int, Sequence[float], float], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._compute, self.limits, self._observe, self._clock = compute, limits, observe, clock
+        self._compute, self.limits, self._observe = compute, limits, observe
         self._queue: queue.Queue[_Waiting | tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
         self._waiting = 0
         self._lock = threading.Lock()
@@ -90,7 +89,7 @@ class MicroBatcher(Generic[Request, Result]):
             self._waiting += 1
         answer: Future[Result] = Future()
         answer.add_done_callback(self._answered)
-        self._queue.put(_Waiting(request, answer, self._clock()))
+        self._queue.put(_Waiting(request, answer, time.monotonic()))
         return answer
 
     def between_batches(self, work: Callable[[], Any]) -> "Future[Any]":
@@ -125,10 +124,10 @@ class MicroBatcher(Generic[Request, Result]):
 
         That entry is other work or None (stop); if nothing ended the batch early, `first` is returned instead.
         """
-        batch, until = [first], self._clock() + self.limits.wait
+        batch, until = [first], time.monotonic() + self.limits.wait
         while len(batch) < self.limits.requests:
             try:
-                left = until - self._clock()
+                left = until - time.monotonic()
                 one = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
             except queue.Empty:
                 break
@@ -138,7 +137,7 @@ class MicroBatcher(Generic[Request, Result]):
         return batch, first
 
     def _answer(self, batch: list[_Waiting]) -> None:
-        started = self._clock()
+        started = time.monotonic()
         kept = []
         for one in batch:
             # The future of a client that disconnected is cancelled.
@@ -155,7 +154,7 @@ class MicroBatcher(Generic[Request, Result]):
         except Exception as error:  # an error of the complete batch: each of its requests fails with it
             results = [error] * len(kept)
         if self._observe is not None:  # before the answers, so that /metrics has the requests that were answered
-            self._observe(len(kept), [started - one.arrived for one in kept], self._clock() - started)
+            self._observe(len(kept), [started - one.arrived for one in kept], time.monotonic() - started)
         for one, result in zip(kept, results, strict=True):
             if isinstance(result, Exception):
                 one.answer.set_exception(result)

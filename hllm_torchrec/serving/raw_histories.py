@@ -25,7 +25,7 @@ class RawHistories:
 
     @cached_property
     def _users(self) -> RawIds:
-        return RawIds(self._dataset.users["raw_user_id"], "user")
+        return RawIds(self._dataset.users["raw_user_id"])
 
     def user(self, raw_id: str | None) -> int:
         """Dense id of a user. For None, a user who came after `hllm prepare`, it is 0.

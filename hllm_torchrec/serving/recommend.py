@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
@@ -144,9 +143,7 @@ def _similarities(
     with loaded.weights, experiment.evaluation_items(), torch.no_grad():
         NewItems(experiment)
         catalogue = catalogue_vectors(experiment)
-        batch = Collator(
-            experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
-        )([piece], 0, 0)
+        batch = experiment.request_collator()([piece], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items
     assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)

@@ -33,7 +33,6 @@ from torch import Tensor
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
-from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.new_item_journal import new_items
 from hllm_torchrec.data.past_events import Exposures, PastEvents
 from hllm_torchrec.data.pieces import window_start
@@ -113,14 +112,12 @@ class Scorer:
         self._make_collator()
 
     def _make_collator(self) -> None:
-        experiment = self.experiment
         # All candidates of a request have the same time. Visibility by second hides events of the same second, so
         # candidates do not see each other.
-        spec = replace(experiment.batch_spec, visibility="second")
-        vectors, context = experiment.item_vectors, experiment.context
-        self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
+        spec = replace(self.experiment.batch_spec, visibility="second")
+        self._collator = self.experiment.request_collator(spec)
         # Assigned last: from now on other threads accept dense ids below `num_items`.
-        self.num_items = experiment.dataset.num_items
+        self.num_items = self.experiment.dataset.num_items
         """Upper bound (exclusive) of the dense ids: items of the dataset and those added after `hllm prepare`."""
 
     @classmethod

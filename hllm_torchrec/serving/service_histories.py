@@ -34,7 +34,7 @@ class ServiceHistories:
 
     def __init__(self, scorer: Scorer, log: EventLog | None) -> None:
         self._scorer, self._log, self._dataset = scorer, log, scorer.experiment.dataset
-        self._users = RawIds(self._dataset.users["raw_user_id"], "user")
+        self._users = RawIds(self._dataset.users["raw_user_id"])
         self.actions = {name: int(number) for number, name in self._dataset.manifest["actions"]["names"].items()}
 
     def dataset_has(self, user: str) -> bool:

@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.data.bad_rows import MAX_SECOND
-from hllm_torchrec.data.collate import Collator, gather_bags
+from hllm_torchrec.data.collate import gather_bags
 from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.embedding.tables import assemble_tensor
@@ -64,8 +64,7 @@ class SlotInputs:
         """
         dataset = self._experiment.dataset
         kept = self.items[: changed_from or len(self.items)]
-        experiment = self._experiment
-        collator = Collator(dataset, self._spec, item_vectors=experiment.item_vectors, context=experiment.context)
+        collator = self._experiment.request_collator(self._spec)
         self._keys = collator.item_features(np.empty(0, np.int64)).keys()
         missing = np.arange(len(kept), dataset.num_items)
         blocks = np.split(missing, range(ITEMS_AT_ONCE, missing.size, ITEMS_AT_ONCE))

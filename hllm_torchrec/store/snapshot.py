@@ -83,10 +83,10 @@ class Snapshot:
             run.gather(rows, vectors)
             yield keys, vectors, run.content_hashes[rows]
 
-    def deletions_of(self, number: int, batch: int = 65_536) -> Iterator[pa.Array]:
+    def deletions_of(self, number: int) -> Iterator[pa.Array]:
         """Yield the keys that a segment deletes and that no newer segment has or deletes."""
         facts = self.segments[number].facts
-        return (keys for keys, _ in self._live_rows(number, facts.rows, facts.rows + facts.deleted, batch))
+        return (keys for keys, _ in self._live_rows(number, facts.rows, facts.rows + facts.deleted, 65_536))
 
     def oldest(self, number: int) -> "Snapshot":
         """Return a snapshot of the oldest `number` segments; its `live` is not valid."""

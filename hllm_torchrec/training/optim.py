@@ -28,7 +28,6 @@ def dense_optimizer(
     part_learning_rates: Mapping[str, float] | None = None,
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
 ) -> AdamW:
     """Build AdamW for the dense parameters, with a learning rate for each part of the model.
 
@@ -42,7 +41,6 @@ def dense_optimizer(
         part_learning_rates: prefix of parameter names, such as `"item_llm"` -> learning rate; the longest match wins.
         weight_decay: decoupled; a step shrinks a matrix by `learning rate x weight_decay`.
         betas: decay rates of the means of gradients and of squared gradients.
-        eps: added to the square root of the mean square.
 
     Returns:
         AdamW with one group for each (part, with or without decay, DTensor or not), each with a `name`.
@@ -76,7 +74,6 @@ def dense_optimizer(
             for (part, decays, _), members in groups.items()
         ],
         betas=betas,
-        eps=eps,
         fused=True,  # one pass over memory instead of ten, on CPU too; it cannot mix DTensors and Tensors
     )
 

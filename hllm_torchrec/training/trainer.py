@@ -381,9 +381,7 @@ class Trainer:
         with self.ema.swapped() if self.ema is not None else nullcontext(), self.experiment.evaluation_items():
             metrics: dict[str, Any] = {}
             if self.hllm.fusion.has_queries:
-                cold = self.experiment.cold_items()
-                scored = score_split(self.model, self.validation, self.device, cold=cold)
-                metrics |= quick_metrics(scored, self.config.evaluation.auc)
+                metrics |= quick_metrics(score_split(self.experiment, self.validation), self.config.evaluation.auc)
             if measures_retrieval(self.experiment):
                 retrieval = evaluate_retrieval(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in retrieval.items()}

@@ -20,7 +20,7 @@ from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.text import TextLayout
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
 from hllm_torchrec.modules.attention.text_packing import TextPacking
-from hllm_torchrec.modules.encoders.backbone import TextReading, backbone_flops, backbone_layers, checkpoint_layers
+from hllm_torchrec.modules.encoders.backbone import BackboneModule, TextReading, backbone_flops
 from hllm_torchrec.modules.encoders.item_llm import first_position
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 from hllm_torchrec.modules.losses.token_nll import token_nll
@@ -74,7 +74,7 @@ class CreativeOutput(NamedTuple):
     last: Tensor
 
 
-class CreativeLLM(nn.Module):
+class CreativeLLM(BackboneModule, nn.Module):
     """Scores responses to prompts with soft tokens, with any Hugging Face decoder that supports packed texts.
 
     Args:
@@ -100,11 +100,6 @@ class CreativeLLM(nn.Module):
         self.width: int = backbone.config.hidden_size
         self.first_position = first_position(backbone)
         self.attention = BackendChoice(TEXT_BACKENDS["buckets"], "runs everywhere")
-
-    @property
-    def caps_scores(self) -> bool:
-        """True if the backbone's attention caps its scores, as Gemma 2's does."""
-        return getattr(self.backbone.config, "attn_logit_softcapping", None) is not None
 
     @property
     def head_weight(self) -> Tensor:
@@ -160,11 +155,7 @@ class CreativeLLM(nn.Module):
         return words
 
     def _run(self, rows: Tensor, layout: TextLayout) -> Tensor:
-        plan = plan_text(layout, self.attention.backend, rows.device)
-        positions = plan.position_ids + self.first_position
-        output = self.backbone(inputs_embeds=rows[None], position_ids=positions, use_cache=False, hllm_plan=plan)
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return self.run_backbone(rows, plan_text(layout, self.attention.backend, rows.device))
 
     def _without_texts(self, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return empty losses, numbers of tokens and states ([0], [0], [0, C]) whose graph contains every weight."""
@@ -172,14 +163,6 @@ class CreativeLLM(nn.Module):
         hidden = self._run(word + soft.sum(), TextLayout([1]))
         none = torch.zeros(1, dtype=torch.int64, device=soft.device)
         return token_nll(hidden, self.head_weight, none)[:0], none[:0], hidden[:0]
-
-    def blocks(self) -> nn.ModuleList:
-        """The backbone's layers: the units of compilation, sharding (FSDP2) and recomputation."""
-        return backbone_layers(self.backbone)
-
-    def recompute_activations(self) -> None:
-        """Enable activation checkpointing: each layer runs again in the backward pass."""
-        checkpoint_layers(self.backbone)
 
     def flops(self, tokens: int, keys: int) -> float:
         """Return the FLOPs of a forward pass over `tokens` rows that attend to `keys` keys in total, without the

@@ -121,12 +121,7 @@ def decode(
 
 def run(llm: CreativeLLM, rows: Tensor, plan: PrefixPlan | UserPlan) -> Tensor:
     """Run the LLM on `rows` [b, n, C] with the attention `plan`; returns the last hidden states [b, n, C]."""
-    positions = plan.position_ids + llm.first_position
-    output = llm.backbone(
-        inputs_embeds=rows.flatten(0, 1)[None], position_ids=positions, use_cache=False, hllm_plan=plan
-    )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden.unflatten(0, rows.shape[:2])
+    return llm.run_backbone(rows.flatten(0, 1), plan).unflatten(0, rows.shape[:2])
 
 
 def _next(llm: CreativeLLM, rows: Tensor, plan: UserPlan) -> Tensor:

@@ -1,9 +1,9 @@
 """Hugging Face models as backbones: layers, activation checkpointing and FLOPs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +41,32 @@ def learned_positions(backbone: "PreTrainedModel") -> nn.Embedding | None:
     return None
 
 
-def checkpoint_layers(backbone: "PreTrainedModel") -> None:
-    """Enable activation checkpointing: each layer runs again in the backward pass."""
-    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+class BackboneModule:
+    """Base of the modules with a Hugging Face model `backbone`, which reads packed rows."""
+
+    backbone: "PreTrainedModel"
+    first_position = 0
+    """Position id of a sequence's first row."""
+
+    @property
+    def caps_scores(self) -> bool:
+        """True if the backbone's attention caps its scores, as Gemma 2's does."""
+        return getattr(self.backbone.config, "attn_logit_softcapping", None) is not None
+
+    def run_backbone(self, rows: Tensor, plan: Any) -> Tensor:
+        """All layers and the last norm on packed rows, with the attention `plan`: [S, D] -> [S, D]."""
+        positions = plan.position_ids + self.first_position
+        output = self.backbone(inputs_embeds=rows[None], position_ids=positions, use_cache=False, hllm_plan=plan)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def blocks(self) -> nn.ModuleList:
+        """The backbone's layers: the units of compilation, sharding (FSDP2) and recomputation."""
+        return backbone_layers(self.backbone)
+
+    def recompute_activations(self) -> None:
+        """Enable activation checkpointing: each layer runs again in the backward pass."""
+        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def backbone_flops(backbone: "PreTrainedModel", tokens: int, keys: int) -> float:

@@ -25,10 +25,9 @@ from hllm_torchrec.modules.attention.text import TextLayout, TextPlan, padded_ro
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
 from hllm_torchrec.modules.attention.text_packing import TextPacking
 from hllm_torchrec.modules.encoders.backbone import (
+    BackboneModule,
     TextReading,
     backbone_flops,
-    backbone_layers,
-    checkpoint_layers,
     learned_positions,
 )
 from hllm_torchrec.modules.jagged import lengths_from_offsets
@@ -60,7 +59,7 @@ class EncodingCounts:
         return EncodingCounts(*map(operator.sub, astuple(self), astuple(other)))
 
 
-class ItemLLM(nn.Module):
+class ItemLLM(BackboneModule, nn.Module):
     """Packed token ids -> item embeddings, with any Hugging Face decoder or encoder as backbone.
 
     Args:
@@ -119,11 +118,6 @@ class ItemLLM(nn.Module):
         """
         return self.causal and self.arrangement == "packed" and self.pooling != "last"
 
-    @property
-    def caps_scores(self) -> bool:
-        """True if the backbone's attention caps its scores, as Gemma 2's does."""
-        return getattr(self.backbone.config, "attn_logit_softcapping", None) is not None
-
     def forward(
         self,
         token_ids: Tensor,
@@ -176,14 +170,6 @@ class ItemLLM(nn.Module):
             return hidden.index_select(0, first * ~has_prefix)  # row 0 is the first token of a text with the prefix
         return hidden.index_select(0, packing.last_rows)
 
-    def blocks(self) -> nn.ModuleList:
-        """The backbone's layers: the units of compilation, sharding (FSDP2) and recomputation."""
-        return backbone_layers(self.backbone)
-
-    def recompute_activations(self) -> None:
-        """Enable activation checkpointing: each layer runs again in the backward pass."""
-        checkpoint_layers(self.backbone)
-
     def flops(self, work: EncodingCounts) -> float:
         """FLOPs of a forward pass; with `reads_rows` the last layer counts only one row of each item in full."""
         tokens, config = work.tokens, self.backbone.config
@@ -224,9 +210,7 @@ class ItemLLM(nn.Module):
             return self._encode_padded(embedded, layout)
         full_plan = plan_text(layout, self.attention.backend, embedded.device)
         plan: TextPlan = full_plan if read is None else LastLayerRows(full_plan, read)
-        positions = plan.position_ids + self.first_position
-        output = self.backbone(inputs_embeds=embedded[None], position_ids=positions, use_cache=False, hllm_plan=plan)
-        return output.last_hidden_state[0]
+        return self.run_backbone(embedded, plan)
 
     def _encode_padded(self, embedded: Tensor, layout: TextLayout) -> Tensor:
         """Last hidden states [R, D] by the unpatched model, in batches of texts of similar or equal lengths."""

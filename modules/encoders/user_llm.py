@@ -11,18 +11,18 @@ Legend: S packed rows, D width.
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hllm_torchrec.modules.attention.packed import AttentionPlan
 from hllm_torchrec.modules.attention.text import TextPlan
-from hllm_torchrec.modules.encoders.backbone import backbone_flops, backbone_layers, checkpoint_layers
+from hllm_torchrec.modules.encoders.backbone import BackboneModule, backbone_flops
 from hllm_torchrec.modules.encoders.softmax import SoftmaxEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class UserLLM(SoftmaxEncoder):
+class UserLLM(BackboneModule, SoftmaxEncoder):
     """A decoder over item features: see `UserEncoder.forward`.
 
     Args:
@@ -38,18 +38,7 @@ class UserLLM(SoftmaxEncoder):
 
     def run_layers(self, x_SD: Tensor, plan: AttentionPlan | TextPlan) -> Tensor:
         """All layers and the last norm: [S, D] -> [S, D]."""
-        output = self.backbone(
-            inputs_embeds=x_SD[None], position_ids=plan.position_ids, use_cache=False, hllm_plan=plan
-        )
-        return output.last_hidden_state[0]
-
-    def blocks(self) -> nn.ModuleList:
-        """The decoder's layers."""
-        return backbone_layers(self.backbone)
-
-    def recompute_activations(self) -> None:
-        """Enable activation checkpointing in the Hugging Face model."""
-        checkpoint_layers(self.backbone)
+        return self.run_backbone(x_SD, plan)
 
     def flops(self, tokens: int, keys: int) -> float:
         """FLOPs of a forward pass over `tokens` rows that see `keys` keys in total."""

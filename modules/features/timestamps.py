@@ -70,8 +70,6 @@ class TimestampMLP(nn.Module):
     def __init__(self, time_dim: int, width: int, depth: int = len(TABLE_SIZES)) -> None:
         """Build for `depth` time vectors of `time_dim` each and an output of `width`."""
         super().__init__()
-        self.depth = depth
-        self.time_dim = time_dim
         self.merge = nn.Sequential(nn.Linear(depth * time_dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time_vectors: Tensor) -> Tensor:

@@ -34,8 +34,6 @@ measurements that are made one after the other:
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,14 +45,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from bench_loss import _status
+from bench_loss import _status, measured_apart
 from benchmarking import (
-    ROOT,
     SMOLLM2,
     alternate,
     arguments,
     keep_large_buffers,
-    matmul_peak,
     medians,
     ratio,
     report,
@@ -63,7 +59,6 @@ from benchmarking import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hllm_torchrec.common.machine import LARGE_BUFFERS_KEPT
 from hllm_torchrec.creative.clusters import SCHEMA as USERS
 from hllm_torchrec.creative.clusters import Centers, write_clusters
 from hllm_torchrec.creative.mapped_table import hash_order
@@ -371,16 +366,10 @@ def measure(side: str, tiny: bool) -> int:
 
 def memory(tiny: bool, suffix: str) -> dict[str, Any]:
     """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
-    environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    peaks = {}
-    for side in SIDES:
-        if tiny:
-            peaks[side] = max(1, measure(side + suffix, tiny))
-            continue
-        command = [sys.executable, str(Path(__file__).resolve()), "--measure", side + suffix]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        peaks[side] = int(done.stdout.split()[-1])
+    peaks = {
+        side: max(1, measure(side + suffix, tiny)) if tiny else measured_apart(__file__, "--measure", side + suffix)
+        for side in SIDES
+    }
     return {"peak_bytes": peaks, "ratio": peaks["labels"] / peaks["packed"]}
 
 
@@ -409,7 +398,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     shapes = {"layers": models.ours.backbone.config.num_hidden_layers, "width": models.width, "words": models.words}
     shapes |= {"users": USERS_OF_ALL, "clusters": CLUSTERS, "rounds": rounds}
     result = {"ratios": ratios, "measured": parts, "lookup": found, "shapes": shapes}
-    return report("creator", options, result | {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": None})
+    return report("creator", options, result)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from benchmarking import (
     alternate,
     arguments,
     keep_large_buffers,
-    matmul_peak,
     medians,
     ratio,
     report,
@@ -235,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         Model("smollm2", options.smollm2, "last", None if options.tiny else 6, options.texts or 256 // share),
     ]
     init_distributed()
-    peak, repeats = matmul_peak(seconds=0.1 if options.tiny else 1.0), 1 if options.tiny else 3 if options.quick else 5
+    repeats = 1 if options.tiny else 3 if options.quick else 5
     found, left_out = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for model in compared:
@@ -253,8 +252,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "shapes": {name: {"tokens": part["tokens"]} for name, part in found.items()},
         "seconds": {name: part["seconds"] for name, part in found.items()},
         "left_out": left_out,
-        "matmul_peak": peak,
-        "matmul_share": None,
     }
     return report("encode", options, result)
 

@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             side: {"peak_bytes": size, "bytes_an_id": size / count, "cpu_seconds": seconds - own}
             for side, (size, seconds) in found.items()
         }
-    nothing = {"matmul_peak": 0.0, "matmul_share": {}}
-    return report("id_map", options, {"ratios": ratios, "shapes": {"ids": counts}, "sides": sides, **nothing})
+    return report("id_map", options, {"ratios": ratios, "shapes": {"ids": counts}, "sides": sides})
 
 
 if __name__ == "__main__":

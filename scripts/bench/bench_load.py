@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, arguments, matmul_peak, report, say
+from benchmarking import ROOT, arguments, report, say
 from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
 
 from hllm_torchrec.distributed.process_group import distributed_device
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         found["caches"] = caches(many, cores[0], 3 * seconds, 300 if args.tiny else 100_000)
         if args.out is not None:
             plot(found["caches"], args.out.with_suffix(".svg"))
-    report("load", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
+    report("load", args, found)
 
 
 def stand_ins(folder: Path, tiny: bool) -> tuple[list[Path], Path]:

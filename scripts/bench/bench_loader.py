@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import LLAMA, MAX_TEXT, PROMPT, SEPARATOR, TEXT_KEYS, Row, config_of
-from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, medians, ratio, report, say
 from plain_hllm import Ints, pieces_of
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -173,20 +173,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add_dataset(parser, tokenizer=True)
     options = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are tokenized one at a time
-    peak = matmul_peak(seconds=0.1)  # only for the report: the loader multiplies no matrices
     histories = (50,) if options.tiny or options.quick else (10, 50, 150)
     found = {f"loader_h{history}": compare(history, options) for history in histories}
-    return report(
-        "loader",
-        options,
-        {
-            "ratios": {name: result["ratio"] for name, result in found.items()},
-            "shapes": {name: result["shape"] for name, result in found.items()},
-            "steps": spread_of_steps(options),
-            "matmul_peak": peak,
-            "matmul_share": None,
-        },
-    )
+    ratios = {name: result["ratio"] for name, result in found.items()}
+    shapes = {name: result["shape"] for name, result in found.items()}
+    return report("loader", options, {"ratios": ratios, "shapes": shapes, "steps": spread_of_steps(options)})
 
 
 if __name__ == "__main__":

@@ -109,10 +109,14 @@ def check_equal(inputs: dict[str, Any]) -> None:
 
 def peak_bytes(side: str, shape: Shape) -> int:
     """Peak resident bytes of forward and backward above the inputs, measured in a fresh process."""
+    return measured_apart(__file__, "--measure", side, "--shape", *map(str, shape))
+
+
+def measured_apart(*command: str) -> int:
+    """The number that a script prints in a fresh process, with the allocator's default settings."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", side, "--shape", *map(str, shape)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 

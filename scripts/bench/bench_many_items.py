@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from benchmarking import ROOT, alternate, arguments, matmul_peak, ratio, refuse_noisy, report, say
+from benchmarking import ROOT, alternate, arguments, ratio, refuse_noisy, report, say
 from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
 
 from hllm_torchrec.distributed.process_group import distributed_device
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         shapes = {"items": sizes.items, "users": sizes.users, "width": sizes.width, "index": args.index}
         result = {"ready": ready, "memory_bytes": memory, "shapes": shapes, **found}
-        report("many_items", args, {**result, "matmul_peak": matmul_peak(), "matmul_share": {}})
+        report("many_items", args, result)
 
 
 def stand_in(folder: Path, sizes: Sizes, device: torch.device) -> tuple[Path, Path, Path]:

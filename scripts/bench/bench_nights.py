@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarking import ROOT, arguments, matmul_peak, ratio, report, say
+from benchmarking import ROOT, arguments, ratio, report, say
 
 sys.path.insert(0, str(ROOT / "scripts" / "experiments"))
 import shop  # noqa: E402
@@ -98,9 +98,8 @@ def main() -> None:
         spent = [[sum(night) for night in zip(*(one[step] for step in steps), strict=True)] for one in found]
         for one, nights in zip(found, spent, strict=True):
             ratios[f"{name}_{one['events']:.0f}"] = ratio(nights, spent[0])
-    nothing = {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": {}}
     shapes = {"pages": pages, "histories": list(histories)}
-    report("nights", options, {"ratios": ratios, "shapes": shapes, "seconds": found, **nothing})
+    report("nights", options, {"ratios": ratios, "shapes": shapes, "seconds": found})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench_subsample import compare
-from benchmarking import arguments, keep_large_buffers, matmul_peak, ratio, report, why_no_bf16
+from benchmarking import arguments, keep_large_buffers, ratio, report, why_no_bf16
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.distributed.process_group import destroy_distributed
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ratios = {"precision_step": ratio(found["seconds"]["fp32"], found["seconds"]["bf16"])}
     shapes = {"training": options.training, "steps": steps, "skipped": skipped}
     result = {"ratios": ratios, "shapes": shapes, **found}
-    return report("precision", options, result | {"matmul_peak": matmul_peak(seconds=0.2), "matmul_share": None})
+    return report("precision", options, result)
 
 
 if __name__ == "__main__":

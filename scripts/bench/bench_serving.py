@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, ratio, report, say
+from benchmarking import ROOT, alternate, arguments, medians, ratio, report, say
 from serving_stand_in import Sizes, stand_in_dataset, stand_in_run
 from torch import nn
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         plain = Scorer(experiment, journal=journal)
         engine = Engine(BatchScorer(experiment, journal=journal), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)
-        report("serving", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
+        report("serving", args, found)
 
 
 def trained(run: Path, config: Config, device: torch.device, stack: ExitStack) -> Experiment:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, ratio, report
+from benchmarking import ROOT, arguments, keep_large_buffers, ratio, report
 
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
@@ -60,20 +60,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     part = replace(full, item_llm=replace(full.item_llm, trained_share=options.share))
     found = compare({"all": full, "share": part}, steps, skipped)
     destroy_distributed()
-    return report(
-        "subsample",
-        options,
-        {
-            "ratios": {
-                "subsample": ratio(found["seconds"]["all"], found["seconds"]["share"]),
-                "tokens": found["tokens"]["all"] / found["tokens"]["share"],
-            },
-            "shapes": {"share": options.share, "steps": steps, "skipped": skipped, "config": options.config.name},
-            **found,
-            "matmul_peak": matmul_peak(seconds=0.2),
-            "matmul_share": None,
-        },
-    )
+    ratios = {
+        "subsample": ratio(found["seconds"]["all"], found["seconds"]["share"]),
+        "tokens": found["tokens"]["all"] / found["tokens"]["share"],
+    }
+    shapes = {"share": options.share, "steps": steps, "skipped": skipped, "config": options.config.name}
+    return report("subsample", options, {"ratios": ratios, "shapes": shapes, **found})
 
 
 if __name__ == "__main__":

@@ -165,9 +165,11 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
     Args:
         bench: name of the bench.
         options: the parsed arguments.
-        found: results: `ratios` (those of times by `ratio`), `shapes`, `matmul_peak` (operations/s), `matmul_share` by
-            row and side (None: the bench multiplies no matrices), and any further entries.
+        found: results: `ratios` (those of times by `ratio`), `shapes`, and any further entries; if the bench multiplies
+            matrices, `matmul_peak` (operations/s) and `matmul_share` by row and side.
     """
+    if "matmul_peak" not in found:
+        found = {**found, "matmul_peak": matmul_peak(seconds=0.2), "matmul_share": None}
     machine = machine_info()
     result = {
         "bench": bench,

@@ -8,19 +8,17 @@ separate directory, so the script can be stopped and started again. Differences 
 differences on the same exposures; their 95% intervals resample users (exposures of one user are not independent).
 """
 
-import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jobs import run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "ml100k"
 
 SUFFIXES = {
@@ -41,13 +39,10 @@ QUESTIONS = {
 }
 
 
-def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
+def run_variant(variant: str, seed: int, output: Path) -> Path:
     """Train and evaluate one variant with one seed, if not done; return the run directory."""
     run = output / f"{variant}-{seed}"
-    log, done = run / "output.log", run / "metrics.json"
-    train = [*configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
-    run_job("train", train, log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    train_and_evaluate(run, seed, run / "output.log", *configuration(variant))
     return run
 
 
@@ -130,15 +125,13 @@ def every_variant() -> list[str]:
 
 def main() -> int:
     """Run what is missing, then write `ablation.json` and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
+    parser = experiment_parser(__doc__, "ablation", seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=every_variant(), help="variants (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     options = parser.parse_args()
     jobs = [(variant, seed) for seed in options.seeds for variant in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda job: train_and_evaluate(*job, options.output), jobs)
+        done = pool.map(lambda job: run_variant(*job, options.output), jobs)
         runs = dict(zip(jobs, done, strict=True))
     summary = summarise(runs, options.seeds)
     (options.output / "ablation.json").write_text(json.dumps(summary, indent=2))

@@ -12,7 +12,6 @@ model's with a 95% interval over users, and AUC by the item's number of training
 docs/results.md.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.metrics.auc import roc_auc
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "ranking.yaml"
 BASELINES = ("item_mean", "running_bias", "gaussian", "dlrm")
 TEXT_ALONE = ("--data.evidence=[]", "--data.item_vectors=[]", "--features.item_id=false", "--evaluation.at_start=false")
@@ -121,12 +119,10 @@ def markdown(name: str, found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, set by set; write the JSON after each, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiment_parser(__doc__, "benchmark", seeds=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", type=Path, required=True, help="directories of datasets with labels")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--options", nargs="*", default=[], metavar="FIELD=VALUE", help="of all trainings")
     parser.add_argument("--done", action="store_true", help="run nothing, tabulate what is complete")
     options = parser.parse_args(arguments)

@@ -14,7 +14,6 @@ references, the trials, and Recall@10 by the item's number of training events, a
 have different timestamps; prints the tables of docs/results.md.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -24,14 +23,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job
 from retrieval_table import BASELINES, as_json
 
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.evaluation.retrieval_comparison import compare_models, markdown, markdown_of_differences
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "retrieval.yaml"
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 CHOSEN_BY = "ndcg@10"
@@ -181,11 +179,9 @@ def tabulate(place: Place, found: dict[str, Any], references: Sequence[str]) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, set by set; write the JSON after each, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiment_parser(__doc__, "benchmark", seeds=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", type=Path, required=True, help="directories of leave-one-out datasets")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--references", nargs="+", default=["sasrec", "hstu"], help="models that all are compared with")
     parser.add_argument("--done", action="store_true", help="run nothing, tabulate what is complete")
     options = parser.parse_args(arguments)

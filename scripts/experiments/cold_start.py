@@ -8,7 +8,6 @@ complete catalogue is ranked for the positive exposures of both kinds. Each job 
 can be stopped and started again.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job, train_and_evaluate
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.predictions import Predictions, read_predictions
 from hllm_torchrec.metrics.auc import delong_interval, delong_test
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SHARE = 0.2
 COLD_DROPOUT = "--data.cold_dropout=0.2"
@@ -82,10 +80,8 @@ def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Pa
         run_job("baselines", baselines, log, folder / "dlrm" / "baseline.json")
     for name, job in TRAININGS.items():
         if name in names:
-            train = ["--config", str(CONFIGS / f"{job.config}.yaml"), "--seed", str(seed), "--resume", "true"]
-            target = ["--output", str(folder / name), "--data.dataset", str(data)]
-            run_job("train", [*train, *target, *job.options], log, folder / name / "metrics.json")
-            run_job("evaluate", ["--run", str(folder / name)], log, folder / name / "metrics.json")
+            config = ["--config", str(CONFIGS / f"{job.config}.yaml"), "--data.dataset", str(data), *job.options]
+            train_and_evaluate(folder / name, seed, log, *config)
     if "stage3" in names:
         stores = {kind: str(folder / f"{kind}-vectors") for kind in ("users", "items")}
         exposures = ["--run", str(folder / "hllm"), "--modes", "nearline"]
@@ -169,9 +165,7 @@ def markdown(folders: dict[int, Path]) -> str:
 
 def main() -> int:
     """Run what is missing, then write `cold_start.json` and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "cold")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = experiment_parser(__doc__, "cold", seeds=[0])
     parser.add_argument(
         "--only", nargs="+", choices=NAMES, default=NAMES, metavar="MODEL", help=f"of {', '.join(NAMES)}"
     )

@@ -8,12 +8,12 @@ by the encoder of configs/recipes/ranking.yaml into OUTPUT/<set>.npy (`--option 
 encoder). `--part test --only "+ both"` measures the chosen groups on the test part.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from jobs import ROOT, experiment_parser
 
 from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.config.loading import load_config
@@ -28,7 +28,6 @@ from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.models.assembly import build_experiment
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "ranking.yaml"
 BASE = ("factors", "items", "users", "neighbors")
 VARIANTS = {
@@ -79,9 +78,8 @@ def halves(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main() -> int:
     """Print a line for each set and variant: AUC/GAUC of all rows and of each half."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiment_parser(__doc__, "evidence")
     parser.add_argument("--sets", nargs="+", type=Path, required=True, help="directories of datasets with labels")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--option", nargs="*", default=[], metavar="FIELD=VALUE", help="of the recipe")
     parser.add_argument("--part", choices=("valid", "test"), default="valid")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")

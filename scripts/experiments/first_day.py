@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from fortnight import COMMON, FIRST, ROOT, Fortnight, shop_periods
+from fortnight import COMMON, FIRST, Fortnight, shop_periods
+from jobs import experiment_parser
 
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.data.append import append_events
@@ -95,7 +96,7 @@ class FirstDays(Fortnight):
         experiment = loaded.experiment
         loader = experiment.loader("test", experiment.config.evaluation.batch_users)
         with loaded.weights, experiment.evaluation_items():
-            columns = score_split(experiment.model, loader, self.device, cold=experiment.cold_items())
+            columns = score_split(experiment, loader)
         bounds = [Dataset.open(self.data, version).num_items for version in (number - 1, number)]
         kind = np.array(KINDS)[::-1][np.searchsorted(bounds, columns["item_id"], side="right")]
         with loaded.weights:
@@ -134,9 +135,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "first-day")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = experiment_parser(__doc__, "first-day", seeds=[0])
     parser.add_argument("--days", type=int, default=DAYS, help=f"days to score (default: {DAYS})")
     parser.add_argument("--encoder", type=Path, help="folder with all-MiniLM-L6-v2, or with another encoder")
     parser.add_argument("--tiny", action="store_true", help="a tiny shop, for tests")

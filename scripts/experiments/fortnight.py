@@ -31,6 +31,7 @@ import pyarrow.csv
 import shop
 import torch
 import yaml
+from jobs import experiment_parser
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
@@ -44,7 +45,6 @@ from hllm_torchrec.evaluation.run_loader import load_run, run_config
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
 from hllm_torchrec.training.trainer_setup import build_trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 FIRST, PERIODS = 6, 14
 """Number of days of the shop on which the first model is trained, and number of periods that are scored. One period
 lies between them, on which the first night is trained."""
@@ -211,8 +211,7 @@ class Fortnight:
         experiment = loaded.experiment
         loader = experiment.loader("test", experiment.config.evaluation.batch_users)
         with loaded.weights, experiment.evaluation_items():
-            cold = experiment.cold_items()
-            columns = score_split(experiment.model, loader, self.device, cold=cold)
+            columns = score_split(experiment, loader)
         new = {name: column[columns["item_is_cold"]] for name, column in columns.items()}
         found = quick_metrics(columns)
         cold_auc = quick_metrics(new)["auc"] if 0 < new["label"].sum() < new["label"].size else None
@@ -251,9 +250,7 @@ def summary(results: Mapping[tuple[int, str], Mapping[str, Any]]) -> dict[str, A
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "fortnight")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = experiment_parser(__doc__, "fortnight", seeds=[0])
     parser.add_argument(
         "--mapping", type=Path, help="mapping of a table source with times in seconds, instead of the shop"
     )

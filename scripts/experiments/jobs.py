@@ -1,6 +1,7 @@
 """Runs jobs of hllm for the scripts that train many models: each job is a process, with one thread unless
 OMP_NUM_THREADS is set, and its output goes to a log file."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,6 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DEFAULTS = {"OMP_NUM_THREADS": "1", **LARGE_BUFFERS_KEPT}
 """Environment variables of a job; those that are already set are not overridden."""
+
+
+def experiment_parser(
+    description: str | None, folder: str | None, seeds: Sequence[int] = ()
+) -> argparse.ArgumentParser:
+    """Parser with `--output` (default: runs/`folder`; None: required) and, if `seeds` has defaults, `--seeds`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = None if folder is None else ROOT / "runs" / folder
+    parser.add_argument("--output", type=Path, default=default, required=folder is None)
+    if seeds:
+        parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    return parser
 
 
 def run_job(job: str, arguments: Sequence[str], log: Path, done: Path | None = None) -> None:
@@ -29,3 +42,10 @@ def run_job(job: str, arguments: Sequence[str], log: Path, done: Path | None = N
         command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
         environment = DEFAULTS | os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
+
+
+def train_and_evaluate(run: Path, seed: int, log: Path, *options: str) -> None:
+    """Train with a configuration and evaluate on the test part, unless this is done; `run` is the run directory."""
+    done = run / "metrics.json"
+    run_job("train", [*options, "--seed", str(seed), "--output", str(run), "--resume", "true"], log, done)
+    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)

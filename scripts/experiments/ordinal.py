@@ -12,7 +12,6 @@ OUTPUT/ordinal.json has the test AUC by seed, the MAE of the expected stars, the
 by seed, and those of the mean score over all seeds with their intervals over users. Complete runs are reused.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jobs import ROOT, run_job
+from jobs import ROOT, experiment_parser, run_job
 
 from hllm_torchrec.data.predictions import write_predictions
 from hllm_torchrec.evaluation.model_comparison import compare
@@ -77,9 +76,7 @@ def results(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the arms that are not complete, and write the comparison; other options are passed to `hllm train`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = experiment_parser(__doc__, None, seeds=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--path", help="folder of MovieLens-100k (default: fetched)")
     options, more = parser.parse_known_args(argv)

@@ -10,7 +10,6 @@ Prints, for each configuration, its metric in both precisions (mean and standard
 difference bf16 minus fp32 (mean over seeds, 95% interval over users), and writes OUTPUT/precision.json.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.data.predictions import read_predictions
@@ -26,7 +25,6 @@ from hllm_torchrec.evaluation.retrieval_comparison import compare_models
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "recipes/ranking": "auc",
     "ml100k/trained": "auc",
@@ -46,11 +44,8 @@ def run_directory(output: Path, name: str, precision: str, seed: int) -> Path:
 def train_and_score(output: Path, name: str, precision: str, seed: int) -> None:
     """Train a run and score its test part, unless this is done."""
     run = run_directory(output, name, precision, seed)
-    log, done = run.with_suffix(".log"), run / "metrics.json"
-    common = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *DATASET.get(name, ())]
-    changed = ["--parallel.precision", precision, "--seed", str(seed), "--output", str(run), "--resume", "true"]
-    run_job("train", [*common, *changed], log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    options = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *DATASET.get(name, ())]
+    train_and_evaluate(run, seed, run.with_suffix(".log"), *options, "--parallel.precision", precision)
 
 
 def step_seconds(run: Path) -> float:
@@ -112,10 +107,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing; write the JSON and print the table of the complete runs after each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "precision")
+    parser = experiment_parser(__doc__, "precision", seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="CONFIGURATION")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--done", action="store_true", help="run nothing, tabulate what is complete")
     options = parser.parse_args(arguments)
     output = options.output.absolute()

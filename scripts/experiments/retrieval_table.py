@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job, train_and_evaluate
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.evaluation.retrieval_comparison import (
@@ -28,7 +28,6 @@ from hllm_torchrec.evaluation.retrieval_comparison import (
     markdown_of_differences,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "retrieval"
 BASELINES = ("popularity", "ease", "markov")
 MODELS = (
@@ -41,10 +40,7 @@ METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@2
 def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
     """Train and evaluate one model with one seed, if not done; return the folder of the test targets' ranks."""
     run = output / f"{name}-{seed}"
-    log, done = run / "output.log", run / "metrics.json"
-    train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
-    run_job("train", [*train, "--resume", "true", *more], log, done)
-    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    train_and_evaluate(run, seed, run / "output.log", "--config", str(CONFIGS / f"{name}.yaml"), *more)
     return run / "retrieval" / "test"
 
 
@@ -72,10 +68,8 @@ def as_json(figures: Mapping[str, MetricEstimate]) -> dict[str, dict[str, float 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "retrieval")
+    parser = experiment_parser(__doc__, "retrieval", seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(MODELS), help="configurations of configs/retrieval")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     parser.add_argument("--others", nargs="+", default=[], help="models trained elsewhere into OUTPUT/NAME-SEED")
     references = ["sasrec", "hstu", "llama_id", "markov"]

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import run_job
+from jobs import ROOT, experiment_parser, run_job
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,7 +41,6 @@ from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.report_figures import INK, PALETTE, STYLE
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "retrieval"
 WIDTHS = (16, 32, 64, 128)
 WIDTHS_OF_TEXT = (32, 128)
@@ -268,9 +267,7 @@ def markdown(points: Sequence[Point]) -> str:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "scaling")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = experiment_parser(__doc__, "scaling", seeds=[0])
     parser.add_argument("--epochs", type=float, default=16.0, help="epochs if all users are trained on (default: 16)")
     parser.add_argument("--only", nargs="+", choices=("user", "item"), default=["user", "item"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")

@@ -17,7 +17,6 @@ sorted by a noisy quality, so that positions and items are correlated. Likes and
 Further columns: device, hour, and relevance, the probability of a click if the position is examined.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import yaml
+from jobs import experiment_parser
 
 DAY = 86_400
 START = 1_700_006_400
@@ -264,8 +264,7 @@ def write_mapping(folder: Path, name: str, pattern: str, signals: bool = False) 
 
 def main() -> None:
     """Write the files of all days, and the mapping of each day and of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = experiment_parser(__doc__, None)
     for name in ("days", "seed", "active"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Shop, name))
     parser.add_argument("--signals", action="store_true", help="with device, hour, and tastes of each label")

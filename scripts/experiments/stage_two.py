@@ -9,17 +9,15 @@ the store, and `adapter` adds a trained bottleneck to them. Each run has a separ
 stopped and started again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jobs import run_job
+from jobs import ROOT, experiment_parser, train_and_evaluate
 
 from hllm_torchrec.evaluation.model_comparison import compare, format_with_interval
 
-ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "length_20": ["--data.max_history=20", "--data.batch_users=51"],
     "length_50": ["--data.max_history=50", "--data.batch_users=20"],
@@ -40,14 +38,12 @@ def options_of(name: str, epochs: float) -> list[str]:
     return [*VARIANTS[name], f"--stages={stages}"]
 
 
-def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
+def run_variant(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
     """Train and evaluate a variant, if not done; return its run directory, with predictions of the test part."""
     run = output / name
-    log, done = run / "output.log", run / "metrics.json"
-    train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]
-    train += ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
-    run_job("train", [*train, "--resume", "true", *options_of(name, epochs)], log, done)
-    run_job("evaluate", ["--run", str(run)], log, done)
+    start = ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
+    config = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), *start, *options_of(name, epochs)]
+    train_and_evaluate(run, seed, run / "output.log", *config)
     return run
 
 
@@ -72,16 +68,15 @@ def markdown(metrics: dict[str, Any], runs: dict[str, Path]) -> str:
 
 def main() -> int:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiment_parser(__doc__, "stage-two")
     parser.add_argument("--stage-one", type=Path, required=True, help="folder with 1/ and item-embeddings/")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stage-two")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     names = [name for name in VARIANTS if name in {REFERENCE, *options.only}]
     stage_one, output = options.stage_one.absolute(), options.output.absolute()
-    runs = {name: train_and_evaluate(name, stage_one, output, options.seed, options.epochs) for name in names}
+    runs = {name: run_variant(name, stage_one, output, options.seed, options.epochs) for name in names}
     metrics = compare({name: run / "predictions" / "test" for name, run in runs.items()})
     print(markdown(metrics, runs))
     return 0

@@ -57,7 +57,7 @@ def scores(
         else:
             tables, items = quantize_tables(experiment, dtype), quantize_items(experiment, dtype)
         loader = experiment.loader("valid", config.evaluation.batch_users)
-        columns = score_split(experiment.model, loader, device, cold=experiment.cold_items())
+        columns = score_split(experiment, loader)
     return (columns["score"], float(roc_auc_score(columns["label"], columns["score"]))), tables, items
 
 

@@ -18,7 +18,6 @@ An arm with OUTPUT/<arm>/result.json is not trained again, so the script can be 
 has the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import shop
+from jobs import experiment_parser
 from scipy.stats import kendalltau
 
 from hllm_torchrec.config.loading import load_config
@@ -184,7 +184,7 @@ def _score(run: Path, name: str, device: Any) -> None:
     if name == "permuted":
         own = loader.collator.context
         loader.collator.context = PermutedContext(experiment.dataset.schema, own.names, own.state())
-    columns = score_split(experiment.model, loader, device, cold=experiment.cold_items())
+    columns = score_split(experiment, loader)
     save_predictions(columns, run / "predictions" / name)
 
 
@@ -243,8 +243,7 @@ def mean_over_users(pages: pd.Series) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train the arms without a result, and write the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = experiment_parser(__doc__, None)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=2)

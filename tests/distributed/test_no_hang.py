@@ -26,7 +26,7 @@ def evaluate_and_embed(settings: Config, store: Path) -> dict[str, Any]:
     experiment = build_experiment(settings, init_distributed())
     loader = experiment.loader("valid", settings.evaluation.batch_users)
     empty = sum(batch.item_ids.numel() == 0 for batch in loader.batches(0))
-    scored = score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
+    scored = score_split(experiment, loader)
     embed_items(experiment, store, "fp32")
     if rank() == 0:
         changed = EmbeddingStore.open(store)

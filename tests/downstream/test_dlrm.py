@@ -15,7 +15,7 @@ from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.downstream import dlrm_data
-from hllm_torchrec.downstream.dlrm import DLRMTrainer, run_dlrm
+from hllm_torchrec.downstream.dlrm import DLRMTrainer
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.evaluation.scoring import quick_metrics
@@ -219,8 +219,9 @@ def train_with_few_groups(root: str, config: DLRMConfig, folder: str) -> tuple[i
     dataset = Dataset.open(root)
     groups = dataset.row_groups
     dataset.row_groups = lambda part: groups(part)[:1]  # type: ignore[method-assign]
-    columns, metrics = run_dlrm(dataset, config, CPU, Path(folder), ("test",))
-    return columns["test"]["score"].size, metrics["log_loss"]
+    trainer = DLRMTrainer(dataset, config, CPU)
+    metrics = trainer.fit(Path(folder) / "checkpoints")
+    return trainer.score("test")["score"].size, metrics["log_loss"]
 
 
 @pytest.mark.slow

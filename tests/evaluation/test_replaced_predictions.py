@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.common.atomic_files import replace_folder
+from hllm_torchrec.common.atomic_files import exchange_folders
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.model_comparison import compare
 from tests.helpers.schedules import killed_before_access, schedules
@@ -56,7 +56,8 @@ def test_an_evaluation_sees_one_version_or_says_that_it_was_replaced(tmp_path: P
         shutil.copytree(tmp_path / "made-2", tmp_path / "predictions" / "next")
 
     def replace() -> None:
-        replace_folder(tmp_path / "predictions" / "next", folder)
+        assert exchange_folders(tmp_path / "predictions" / "next", folder)
+        shutil.rmtree(tmp_path / "predictions" / "next")
 
     results = [result for _, result in schedules(lambda: auc(folder), replace, folder, fresh)]
     assert len(results) > 5 and right[1] != right[2]

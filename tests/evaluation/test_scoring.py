@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.predictions import PredictionColumns, write_predictions
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.evaluation.scoring import quick_metrics, score_retrieval, score_split
+from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, quick_metrics, rank_catalogue_targets, score_split
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.experiment import Experiment
@@ -50,7 +50,7 @@ def build(settings: Config) -> Experiment:
 def score(settings: Config, split: str = "valid") -> PredictionColumns:
     experiment = build(settings)
     loader = experiment.loader(split, settings.evaluation.batch_users)
-    return score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
+    return score_split(experiment, loader)
 
 
 def score_and_measure(settings: Config) -> tuple[PredictionColumns, dict[str, float]]:
@@ -112,7 +112,7 @@ def test_scoring_has_no_dropout_and_training_has_it_again(tmp_path: Path) -> Non
     plain = score(replace(settings, objective=replace(settings.objective, head_dropout=0.0)))
     experiment = build(settings)
     loader = experiment.loader("valid", 8)
-    found = score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
+    found = score_split(experiment, loader)
     np.testing.assert_array_equal(found["score"], plain["score"])
     assert experiment.hllm.training and experiment.hllm.head.training
 
@@ -200,7 +200,10 @@ def retrieval(settings: Config) -> dict[str, Any]:
     loader = experiment.loader("valid", settings.evaluation.batch_users)
     items = experiment.encode_catalogue()
     assert items is not None
-    return score_retrieval(experiment.model, loader, CatalogueShard.of_rank(items), experiment.device, (1, 5, 20))
+    shard = CatalogueShard.of_rank(items)
+    return metrics_of_target_ranks(
+        *rank_catalogue_targets(experiment.model, loader, shard, experiment.device), (1, 5, 20)
+    )
 
 
 def events_before(user: int, position: int) -> set[int]:

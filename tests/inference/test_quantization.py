@@ -82,11 +82,11 @@ _WIDE = {
 
 def test_a_split_can_be_scored_with_quantised_tables_and_items(tmp_path: Path) -> None:
     experiment = build_experiment(config(tmp_path, features__init_scale=0.3), init_distributed())
-    loader, cold = experiment.loader("valid", 4), experiment.cold_items()
+    loader = experiment.loader("valid", 4)
     experiment.use_cached_items()
-    exact = score_split(experiment.model, loader, experiment.device, cold=cold)
+    exact = score_split(experiment, loader)
     tables, items = quantize_tables(experiment), quantize_items(experiment)
-    small = score_split(experiment.model, loader, experiment.device, cold=cold)
+    small = score_split(experiment, loader)
     assert tables.before["item_id"] == 4 * experiment.dataset.num_items * 24
     assert tables.after["item_id"] < tables.before["item_id"]
     assert items.after[FROZEN_ITEMS] < items.before[FROZEN_ITEMS] == 4 * experiment.dataset.num_items * 16

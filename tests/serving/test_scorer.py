@@ -66,7 +66,7 @@ def test_histories_beyond_the_window_are_scored_as_evaluated_whatever_follows_th
 ) -> None:
     built = build_experiment(settings(kind, tmp_path, data__max_history=10, **LONG[kind]), init_distributed())
     loader = built.loader("test", 4)
-    columns = score_split(built.model, loader, built.device, cold=built.cold_items())
+    columns = score_split(built, loader)
     keys = zip(columns["user_id"].tolist(), columns["position"].tolist(), strict=True)
     evaluated = dict(zip(keys, columns["score"].tolist(), strict=True))
     assert loader.pieces.start.max() > 8

@@ -95,7 +95,7 @@ def auc_of(run: Path) -> float:
     experiment = loaded.experiment
     with loaded.weights:
         experiment.use_cached_items()
-        scored = score_split(experiment.model, experiment.loader("valid", 4), device, cold=experiment.cold_items())
+        scored = score_split(experiment, experiment.loader("valid", 4))
     return quick_metrics(scored)["auc"]
 
 

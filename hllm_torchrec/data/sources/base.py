@@ -7,11 +7,13 @@ the policy of `hllm_torchrec.data.bad_rows`. For a file that is not in its forma
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
@@ -44,10 +46,6 @@ class Chunk:
     dialect: str = ""
 
 
-def _nothing() -> Iterator[Chunk]:
-    return iter(())
-
-
 @dataclass(frozen=True)
 class Source:
     """A dataset to prepare: static facts, and three functions; each call of one streams its chunks from the start."""
@@ -65,7 +63,7 @@ class Source:
     """Rule of the label in words, e.g. "rating >= 4"."""
     action_names: dict[int, str]
     """Name of each action number from 1 on; 0 is always unknown."""
-    users: Callable[[], Iterator[Chunk]] = _nothing
+    users: Callable[[], Iterator[Chunk]] = partial(iter, ())
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
     schema: EventSchema = field(default_factory=EventSchema)
@@ -83,6 +81,11 @@ class Source:
     options: dict[str, object] = field(default_factory=dict)
     """Reader options that change the result (part of the fingerprint); JSON values."""
     license_note: str = ""
+
+    def fingerprint(self) -> str:
+        """Hash of the names and contents of all files."""
+        hashes = hash_files([*self.event_files, *self.other_files], "checking files")
+        return hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items())
 
 
 def event_table(

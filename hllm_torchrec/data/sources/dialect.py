@@ -143,14 +143,10 @@ def detect_dialect(path: Path, columns: Sequence[str], given: Format | None = No
 
 
 class UnclearTableError(ValueError):
-    """Error for a text table that several dialects fit, or none.
-
-    problem: the message without the remedy, which is a change of a source's mapping.
-    """
+    """Error for a text table that several dialects fit, or none; the remedy is a change of a source's mapping."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}. {remedy}")
-        self.problem = problem
 
 
 def header_names(path: Path, columns: Sequence[str] = ()) -> list[str]:

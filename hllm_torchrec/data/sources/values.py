@@ -183,13 +183,10 @@ def as_lists(values: Column, separator: str | None) -> pa.Array:
     if is_list(values.type):
         cells = [_texts(cell) for cell in values.to_pylist()]
     else:
-        texts = (text or "" for text in _plain_texts(values).to_pylist())
+        plain = values.cast(pa.string()) if pa.types.is_string(values.type) else as_texts(values)
+        texts = (text or "" for text in plain.to_pylist())
         cells = [text.split(separator) if separator else _listed(text) for text in texts]
     return pa.array([[v.strip() for v in cell if v.strip()] for cell in cells], pa.list_(pa.string()))
-
-
-def _plain_texts(values: Column) -> pa.Array:
-    return values.cast(pa.string()) if pa.types.is_string(values.type) else as_texts(values)
 
 
 def _listed(text: str) -> list[str]:
