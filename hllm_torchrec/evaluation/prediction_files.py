@@ -40,18 +40,28 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(str, paths):
-        matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        # A path that exists is no pattern, whatever characters it has.
+        matches = sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
         for match in map(Path, matches):
             inside = sorted(file for file in match.iterdir() if file.name.endswith(SUFFIXES)) if match.is_dir() else []
             found += inside or ([match] if match.is_file() else [])
             if not (inside or match.is_file()):
-                raise ValueError(f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; name either")
+                raise ValueError(f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; {_remedy(match)}")
         if not matches:
             raise ValueError(f"{path} matches no file; look at the pattern, and quote it in a shell")
     for file in found:
         if not file.name.endswith(SUFFIXES):
             raise ValueError(f"{file} is not of a kind that can be read: {', '.join(SUFFIXES)}; convert it")
     return found
+
+
+def _remedy(folder: Path) -> str:
+    """Remedy for a folder without prediction files: the pattern of those in its subfolders, if there are any."""
+    below = next((file for file in sorted(folder.rglob("*")) if file.name.endswith(SUFFIXES) and file.is_file()), None)
+    if below is None:
+        return "name either"
+    folders = len(below.relative_to(folder).parts) - 1
+    return f"those in its subfolders are read by a pattern: '{folder}/{'*/' * folders}*{''.join(below.suffixes)}'"
 
 
 @contextmanager
