@@ -46,7 +46,9 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             inside = sorted(file for file in match.iterdir() if file.name.endswith(SUFFIXES)) if match.is_dir() else []
             found += inside or ([match] if match.is_file() else [])
             if not (inside or match.is_file()):
-                raise ValueError(f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; {_remedy(match)}")
+                raise ValueError(
+                    f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; {_remedy(match)}"
+                )
         if not matches:
             raise ValueError(f"{path} matches no file; look at the pattern, and quote it in a shell")
     for file in found:

@@ -162,9 +162,7 @@ def _warn_of_odd_weights(directory: str, model: "PreTrainedModel", report: dict)
     """
     modules = {name for name, _ in model.named_modules() if name}
     inside = (key for key in report["unexpected_keys"] if not _BUFFERS.search(key))
-    odd = sorted(
-        key for key in inside if {key.rpartition(".")[0], key.rpartition(".")[0].rpartition(".")[0]} & modules
-    )
+    odd = sorted(key for key in inside if {key.rpartition(".")[0], key.rpartition(".")[0].rpartition(".")[0]} & modules)
     if odd:
         _logger.warning(
             "%s: %d weights are not used, e.g. %s: config.json describes a model without them, so the embeddings are "

@@ -54,8 +54,7 @@ class TextFormat:
 class SentenceFormat:
     """Settings of a sentence-transformers directory.
 
-    pooling: None if it is not supported; says: its name there; lower_case: texts are lower-cased before tokenization;
-    longest: tokens at which it cuts texts (None: not said).
+    pooling: None if it is not supported; says: its name there; lower_case: texts are lower-cased before tokenization.
     """
 
     pooling: Pooling | None
@@ -64,7 +63,6 @@ class SentenceFormat:
     prompt: str
     include_prompt: bool
     lower_case: bool
-    longest: int | None
     left_out: tuple[str, ...]
     file: Path
 
@@ -118,11 +116,6 @@ def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
         yield (
             f"{name}.pooling: {section.pooling}, though {sentences.file} says {sentences.says}: the configuration is "
             "followed; leave the option out to follow the model"
-        )
-    if sentences.longest is not None and section.max_text_length > sentences.longest:
-        yield (
-            f"{name}.max_text_length: {section.max_text_length}, though {TRANSFORMER} cuts texts at "
-            f"{sentences.longest} tokens: the configuration is followed"
         )
     if sentences.lower_case and _distinguishes_case(Path(str(section.tokenizer or section.pretrained))):
         yield (
@@ -187,16 +180,13 @@ def sentence_format(directory: Path) -> SentenceFormat | None:
     if facts is None:
         raise ValueError(f"{file}: no such file, though {MODULES} names its folder; {_REMEDY}")
     modes = _modes(facts)
-    transformer = _read(directory / TRANSFORMER, dict) or {}
-    longest = transformer.get("max_seq_length")
     return SentenceFormat(
         pooling=_POOLING.get(modes[0]) if len(modes) == 1 else None,
         says=" + ".join(modes) or "nothing",
         normalize=any(kind == "Normalize" for kind, _ in parts),
         prompt=_document_prompt(directory / PROMPTS),
         include_prompt=facts.get("include_prompt") is not False,
-        lower_case=transformer.get("do_lower_case") is True,
-        longest=longest if isinstance(longest, int) and longest > 0 else None,
+        lower_case=(_read(directory / TRANSFORMER, dict) or {}).get("do_lower_case") is True,
         left_out=tuple(path for kind, path in parts if kind not in ("Transformer", "Pooling", "Normalize")),
         file=file,
     )

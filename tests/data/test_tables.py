@@ -356,6 +356,40 @@ def test_many_bad_rows_of_a_kind_are_an_error_with_the_likely_cause(tmp_path, ki
     assert not (tmp_path / "out").exists()
 
 
+SPELLED = {
+    "blanks": (lambda i: f" {i}", r"ids have blanks around them: ' i0' in the events, 'i0' in the items"),
+    "case": (str.upper, r"ids are in another case: 'I0' in the events, 'i0' in the items"),
+    "Unicode": (lambda i: i.replace("i", "\uff49"), r"ids are in another Unicode form: "),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_the_likely_cause_of_the_first_unknown_item_is_named(tmp_path, kind):
+    change, cause = SPELLED[kind]
+    with pytest.raises(ValueError, match=rf"e\.csv, row 2: item .* is not in the item file \({cause}.*Correct the row"):
+        prepared(shop(tmp_path, *changed(lambda n, u, i, t, y: (u, change(i), t, y))))
+    # the other way round: the items' ids are the odd ones
+    with pytest.raises(ValueError, match=r"row 2: item 'i0' is not in the item file \(ids "):
+        prepared(shop(tmp_path, catalogue=[(change(item), title, genre) for item, title, genre in ITEMS]))
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path):
+    mapping = shop(tmp_path, events={"path": "e[1].csv"})
+    (tmp_path / "e.csv").rename(tmp_path / "e[1].csv")
+    assert prepared(mapping).manifest["counts"]["events"] == len(EVENTS)
+
+
+def test_words_that_yaml_reads_as_booleans_or_numbers_need_quotes(tmp_path):
+    mapping = shop(tmp_path, events={"action": "label"})
+    text = json.dumps(json.loads(mapping.read_text()))
+    mapping.write_text(text.replace('"action": "label"', '"action": "label", "actions": [off, 01]'))
+    with pytest.raises(ValueError, match=r"label='0' is not in events\.actions \(False, 1\); add it there, in quotes"):
+        prepared(mapping)
+    mapping.write_text(text.replace('"action": "label"', '"weight": no'))
+    with pytest.raises(ValueError, match=r"events\.weight is False, it must be text: in YAML the words on, off, yes"):
+        prepared(mapping)
+
+
 def test_a_share_is_allowed_by_the_mapping_or_the_command(tmp_path, capsys):
     events, items, _ = CHANGED["duplicate_event"]
     dataset = prepared(shop(tmp_path, events, items, bad_rows={"duplicate_event": "drop"}))
