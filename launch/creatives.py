@@ -145,6 +145,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = in_one_process(run_config(args.run)) if args.write else None
         loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
+        task = None if args.lamp is None else _lamp_task(experiment)
         # The catalogue is encoded once for all conditions.
         with loaded.weights, experiment.evaluation_items():
             vectors = creative_vectors(experiment, args.split)
@@ -154,8 +155,8 @@ def _evaluate(args: argparse.Namespace) -> None:
                 found["users_among"] = rank_metrics(*user_ranks(experiment, vectors, args.users))
             if args.write:
                 found["written"] = written_texts(experiment, vectors, centers, args.write)
-            if args.lamp is not None:
-                _write_predictions(args.lamp, experiment, vectors)
+            if task is not None:
+                _write_predictions(args.lamp, task, experiment, vectors)
         if titles is not None:
             found["titles"] = titles
         if rank() != 0:
@@ -172,15 +173,21 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(line)
 
 
-def _write_predictions(file: Path, experiment: "Experiment", vectors: "CreativeVectors") -> None:
+def _lamp_task(experiment: "Experiment") -> str:
+    from hllm_torchrec.creative.imports.lamp import task_of
+    from hllm_torchrec.data.creative_table import CreativeTable
+
+    table = CreativeTable.open(experiment.dataset, experiment.config.creative.data)
+    return task_of(str(table.manifest.get("writer")))
+
+
+def _write_predictions(file: Path, task: str, experiment: "Experiment", vectors: "CreativeVectors") -> None:
     from hllm_torchrec.common.atomic_files import replace_file
     from hllm_torchrec.creative.imports.lamp import predictions
     from hllm_torchrec.creative.written_texts import texts_of_part
-    from hllm_torchrec.data.creative_table import CreativeTable
     from hllm_torchrec.distributed.coordination import rank
 
-    table = CreativeTable.open(experiment.dataset, experiment.config.creative.data)
-    found = predictions(str(table.manifest.get("writer")), texts_of_part(experiment, vectors))
+    found = predictions(task, texts_of_part(experiment, vectors))
     if rank() == 0:
         replace_file(file, json.dumps(found, indent=1))
 

@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.terminal import say
@@ -19,7 +18,7 @@ from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.sources.registry import SOURCES, build_source
 from hllm_torchrec.data.sources.values import TIME_UNITS
 from hllm_torchrec.data.split import RULES, Split
-from hllm_torchrec.data.table_facts import user_notes
+from hllm_torchrec.data.table_facts import describe_append, user_notes
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 EXAMPLES = "\n".join(
@@ -186,21 +185,6 @@ def summary(path: Path, name: str = "") -> str:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
     users = () if manifest.get("appends") else user_notes(manifest)  # for an append, `describe_append` reports it
     lines += [f"  {note}" for note in (*users, *manifest.get("notes", ()))]
-    return "\n".join(lines)
-
-
-def describe_append(entry: dict[str, Any]) -> str:
-    """Lines that describe an appended version: numbers of added events, items and users."""
-    late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
-    lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
-    for what in ("items", "users"):
-        lines.append(f"  {what}: {entry[f'new_{what}']:,} new, {entry[f'changed_{what}']:,} changed")
-    if entry["new_users_without_features"]:
-        lines.append(
-            f"  caution: {entry['new_users_without_features']:,} of the new users have no features: they are not in "
-            "the append's user file. Give one that has all users (a later append with them adds the features)"
-        )
-    lines += [f"  {what}: {json.dumps(entry[what])}" for what in ("dropped", "kept") if entry[what]]
     return "\n".join(lines)
 
 

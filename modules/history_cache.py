@@ -35,7 +35,7 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
     Args:
         encoder: in evaluation mode.
         x_ND: features of the events, oldest first; no rows for a user without history.
-        times: [N] int64 seconds.
+        times: int64 seconds of these events.
         cache: cache of the earlier events, which are not computed again; it is not modified.
 
     Returns:
@@ -72,7 +72,8 @@ def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible:
     time: seconds of the request; visible: number of events, from the oldest, that the request sees (None: all).
 
     Raises:
-        ValueError: as `read_history`, or `visible` exceeds the number of cached events.
+        ValueError: the encoder is in training mode or not supported, or `visible` is negative or exceeds the number of
+            cached events.
     """
     check_encoder(encoder)
     seen = cache.length if visible is None else visible
@@ -85,9 +86,9 @@ def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible:
 def begin_requests(
     encoder: UserEncoder, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
 ) -> ScoreRequests:
-    """Prepare several requests, each of one user; return a function that scores the candidates of all in one pass.
+    """Prepare several requests, each of one user; return a function that scores the candidates of all requests.
 
-    Its results are those of `begin_request`, up to rounding. times, visible: for each request, as in `begin_request`.
+    The results are those of `begin_request`, up to rounding. times, visible: for each request, as in `begin_request`.
 
     Raises:
         ValueError: as `begin_request`.
@@ -125,14 +126,14 @@ def check_encoder(encoder: UserEncoder) -> None:
     """Check that an encoder supports scoring with a cached history.
 
     Raises:
-        ValueError: it is in training mode, does not support caching, or its history depends on later events.
+        ValueError: the encoder is in training mode, does not support caching, or computes a history from later events.
     """
     if encoder.training:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
     if not encoder.keeps_history:
         raise ArgumentError(
             f"encoder: {type(encoder).__name__} cannot cache the keys and values of a history; the User LLM, HSTU and "
-            "subclasses of SoftmaxEncoder can: score with `hllm evaluate`, or with the encoder's forward pass"
+            "subclasses of SoftmaxEncoder can; score with `hllm evaluate`, or with the encoder's forward pass"
         )
     if encoder.query_next_time or encoder.count_from_end:
         option = "time_of: 'next'" if encoder.query_next_time else "count_from: 'end'"

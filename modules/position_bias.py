@@ -4,9 +4,10 @@
     logit of a click = relevance(user, item, request) + level                        (evaluation, serving)
 
 The odds of a click are the odds of relevance times the odds of examination (Guo et al., PAL, RecSys 2019, who use a
-network). The bias is the same for all items, so it cannot learn relevance, and the served order does not depend on it.
-The level is the constant for which the mean probability equals that with the biases of the pages that were shown. The
-mean of the bias would give a lower probability for rare clicks, because the sigmoid is convex at small logits.
+network). The bias of a value is the same for all items, so it does not order them, and the served order does not depend
+on it. The level is the constant for which the mean probability equals that with the biases of the pages that were
+shown. The mean of the bias would give a lower probability for rare clicks, because the sigmoid is convex at small
+logits.
 
 Legend: X exposures, C context values, K binary tasks, O outputs of all tasks.
 """

@@ -9,8 +9,8 @@ usage: bash scripts/docs.sh [--serve]
   --serve  rebuild as files change, and show the site at http://127.0.0.1:8000
   --help   this text
 
-The first call makes an environment with the versions of scripts/requirements/constraints-docs.txt: build/docs-env, or the folder
-that $DOCS_ENV names; $PYTHON names its Python (default: python3).
+The first call makes an environment with the versions of scripts/requirements/constraints-docs.txt: build/docs-env, or
+the folder that $DOCS_ENV names; $PYTHON names its Python (default: python3).
 TEXT
 }
 
@@ -31,7 +31,7 @@ if ! "$python" -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev
     "$python" -m pip install -q --disable-pip-version-check -c scripts/requirements/constraints-docs.txt \
         mkdocs mkdocs-material "mkdocstrings[python]"
 fi
-# A warning of mkdocs-material about releases of mkdocs that these pins exclude.
+# Suppresses a warning of mkdocs-material about releases of mkdocs that these pins exclude.
 export NO_MKDOCS_2_WARNING=1
 if [ -n "$serve" ]; then
     exec "$python" -m mkdocs serve

@@ -10,7 +10,7 @@ Installs into .venv, fetches MovieLens-100k and a sentence encoder (all-MiniLM-L
 dataset, trains on 2 processes through TorchX, evaluates, and prints a table. Existing files are reused, and an
 interrupted training continues.
 
-  --config FILE    configuration (default: configs/quickstart.yaml); hllm fetch downloads other models that it names
+  --config FILE    configuration (default: configs/quickstart.yaml); hllm fetch downloads other models that the file names
   --output DIR     run directory (default: runs/quickstart)
   --nproc N        processes (default: 2)
   --steps N        stop training after N steps (default: as configured)

@@ -225,7 +225,8 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     Raises:
         ValueError: a package or the credentials are missing, or fsspec cannot open such a URL; the message contains the
             remedy.
-        OSError: the bucket does not exist, access is denied, or the server does not answer; one line with the URL.
+        OSError: the bucket does not exist, access is denied, or the server does not answer: one line with the URL; or a
+            local file cannot be read or written: the line names the file.
     """
     options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # object stores have no folders
     shown = without_credentials(url)
@@ -236,13 +237,15 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     except ImportError as error:
         remedy = EXTRAS.get(url.partition(":")[0], str(error))
         raise ValueError(f"{shown}: a package that reads such URLs is not installed: {remedy}") from error
-    except PermissionError as error:
+    except (FileNotFoundError, PermissionError) as error:
+        if Path(str(error.filename)).is_absolute():  # a local file that is uploaded or fetched, not one of the URL
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(
+                f"{shown}: not found ({_line(error)}): check that the bucket exists and its name is correct"
+            ) from error
         raise PermissionError(
             f"{shown}: access is denied ({_line(error)}): check the credentials' permissions"
-        ) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{shown}: not found ({_line(error)}): check that the bucket exists and its name is correct"
         ) from error
     except Exception as error:
         # Many errors of HTTP and S3 clients are not OSErrors. Other exceptions do not concern the URL.

@@ -30,8 +30,8 @@ def check_spellings(words: Mapping[str, Vocabulary], log: BadRowLog) -> list[str
             value, earlier = pairs[0]
             raise ValueError(
                 f"feature {name}: {len(pairs):,} of {len(new):,} new values are other spellings of one value, such as "
-                f"{value!r} of {earlier!r}: a column of another type (integers, floats, booleans) writes them so; write "
-                f"them as before, or allow it (--bad-share 1)"
+                f"{value!r} of {earlier!r}: a column of another type (integers, floats, booleans) writes them so; "
+                "write them as before, or allow it (--bad-share 1)"
             )
         if new and vocabulary.known:
             notes.append(f"feature {name}: {len(new):,} new values, e.g. {new[0][:40]!r}")

@@ -1,5 +1,6 @@
 """`TableFacts`: facts about a source's tables, collected while they are read, and notes on them for the user."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,3 +154,18 @@ def user_notes(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"{without:,} of {counts['users']:,} users have no features: they are not in the user file"
     if idle:
         yield f"{idle:,} rows of the user file are of users without events"
+
+
+def describe_append(entry: Mapping[str, Any]) -> str:
+    """Lines that describe an appended version: numbers of added events, items and users."""
+    late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
+    lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
+    for what in ("items", "users"):
+        lines.append(f"  {what}: {entry[f'new_{what}']:,} new, {entry[f'changed_{what}']:,} changed")
+    if entry["new_users_without_features"]:
+        lines.append(
+            f"  caution: {entry['new_users_without_features']:,} of the new users have no features: they are not in "
+            "the append's user file. Give one that has all users (a later append with them adds the features)"
+        )
+    lines += [f"  {what}: {json.dumps(entry[what])}" for what in ("dropped", "kept") if entry[what]]
+    return "\n".join(lines)

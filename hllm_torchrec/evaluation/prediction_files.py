@@ -17,6 +17,7 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.sources.columnar import read_csv
 from hllm_torchrec.data.sources.dialect import NULL_WORDS, header_names
+from hllm_torchrec.data.sources.table_mapping import natural_key
 from hllm_torchrec.data.sources.values import require_exact_ids
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER
@@ -33,7 +34,7 @@ _LEAST = NO_USER + ROWS_WITHOUT_USER
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Resolve `paths` (files, patterns with `*`, or directories with Parquet or CSV files) to files, in order.
+    """Resolve `paths` (files, patterns with `*`, or directories with Parquet or CSV files) to files, in natural order.
 
     Raises:
         ValueError: a path matches no file.
@@ -41,9 +42,11 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(str, paths):
         # A path that exists is no pattern, whatever characters it has.
-        matches = sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
-        for match in map(Path, matches):
-            inside = sorted(file for file in match.iterdir() if file.name.endswith(SUFFIXES)) if match.is_dir() else []
+        is_pattern = glob.has_magic(path) and not Path(path).exists()
+        matches = sorted(map(Path, glob.glob(path)), key=natural_key) if is_pattern else [Path(path)]
+        for match in matches:
+            listed = match.iterdir() if match.is_dir() else ()
+            inside = sorted((file for file in listed if file.name.endswith(SUFFIXES)), key=natural_key)
             found += inside or ([match] if match.is_file() else [])
             if not (inside or match.is_file()):
                 raise ValueError(

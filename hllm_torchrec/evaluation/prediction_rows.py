@@ -137,7 +137,7 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """A type that keeps the order of scores: int64 for whole numbers and decimals (see `_scaled`), float32 for 32-bit
+        """A type that keeps the order of scores: int64 for whole numbers and decimals (`_scaled`), float32 for 32-bit
         floats, else float64.
         """
         kinds = self._score_kinds(model)

@@ -16,6 +16,7 @@ import torch
 
 from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.seconds import text_of
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
 from hllm_torchrec.data.dataset import Dataset
@@ -24,6 +25,7 @@ from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.sources.registry import build_source
 from hllm_torchrec.data.split import Split
+from hllm_torchrec.data.table_facts import describe_append
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.evaluation.model_comparison import compare
 from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
@@ -89,9 +91,12 @@ def _append(night: Night) -> dict[str, Any]:
     version = version_of_source(dataset, source)
     if version is None:
         split = held_out_split(new_seconds(source, dataset), config.held_out)
-        append_events(source, dataset.root, split=split)
-        version = version_of_source(Dataset.open(config.dataset), source)
-        assert version is not None, "events after the last one are new"
+        entry = append_events(source, dataset.root, split=split)
+        assert entry is not None, "events after the last one are new"
+        version = int(entry["version"])
+        # Printed, not returned: the night's state is not searched when users are forgotten, and notes may have raw ids.
+        notes = Dataset.open(config.dataset, version).manifest.get("notes", ())
+        say("\n".join([describe_append(entry), *(f"  {note}" for note in notes)]))
     before = max(version - 1, 1)  # 1: the dataset was prepared from the night's files
     pin_version(dataset.root, version, night.work)  # until the run pins it, because others may append and prune
     return {

@@ -45,7 +45,7 @@ class ReadPlan:
 class RequestPlan:
     """`TextPlan` for m candidates that each see the history and themselves.
 
-    layers: (keys [1, G, 1 + N, E + 8], values likewise) from `with_own_key`.
+    layers: for each layer (keys [1, G, 1 + N, E + 8], values [1, G, 1 + N, V + 8]), from `with_own_key`.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], number: int, visible: int) -> None:

@@ -5,7 +5,8 @@ because it processes one small (sequence, head) pair after the other. Item texts
 CPU uses this module instead. The product rounds the scores to bfloat16, and the softmax is in float32, as in
 transformers' eager attention.
 
-Legend: b sequences, N queries and M keys of each, H heads, G key-value heads, D width of a head, n = b * G blocks.
+Legend: b sequences, N queries and M keys of each, H heads, G key-value heads, D width of a head, n = b * G blocks
+of R = H / G * N query rows.
 """
 
 from typing import Any

@@ -67,7 +67,7 @@ class AttentionPlan:
 
     @property
     def longest(self) -> int:
-        """Number of keys that the last position, or query, of the longest sequence sees."""
+        """Upper bound of the number of keys that one row sees."""
         longest = max((bucket.rows.shape[1] for bucket in self.history), default=0)
         return longest + any(queries is not None for queries in self.queries)
 
@@ -171,8 +171,8 @@ def packed_attention(
     G divides H (grouped-query attention). `attention_mask` is ignored: the plan defines the mask.
 
     Raises:
-        ValueError: the model has attention sinks, which are not supported; or, with query tokens, capped logits or a
-            sliding window that is shorter than a sequence.
+        ValueError: the model has attention sinks; or the plan is no `LimitedPlan`, and the model caps its logits or has
+            a sliding window that is shorter than a sequence.
     """
     del module, attention_mask
     plan = _within_limits(hllm_plan, options)
@@ -200,7 +200,7 @@ def _within_limits(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> A
         )
     raise ArgumentError(
         f"length: a sequence has {plan.longest} positions, beyond the backbone's sliding window of "
-        f"{window}, which attention with query tokens lacks: lower it"
+        f"{window}, which attention with query tokens lacks: lower length"
     )
 
 

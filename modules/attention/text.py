@@ -145,7 +145,7 @@ class TextBucket:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """A `TextPlan` of length-sorted padded buckets, with one call of SDPA per bucket, for any device and dtype.
+    """A `TextPlan` of length-sorted padded buckets, with one attention call per bucket, for any device and dtype.
 
     has_prefix: whether the first bucket is the prefix.
     """
@@ -164,7 +164,7 @@ class BucketPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
         sizes = [bucket.count for bucket in self.buckets]
-        rows = [x.split(sizes) for x in (query, key, value)]  # unlike slicing, its gradient is one concatenation
+        rows = [x.split(sizes) for x in (query, key, value)]  # the gradient of split is one concatenation
         # The first bucket; used only if the layout has a prefix (`_behind` checks `bucket.seen`).
         prefix = rows[1][0], rows[2][0]
         outputs = []

@@ -1,6 +1,6 @@
 """Registry of the kernels for the Item LLM's attention over packed texts, and the choice among them.
 
-    buckets   length-sorted padded buckets, SDPA in each; every device and dtype
+    buckets   length-sorted padded buckets, SDPA or plain products in each; every device and dtype
     varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
     flash     the flash-attn package (optional); as varlen, and supports dropout and capped scores
     flex      torch's FlexAttention with compiled block masks; CUDA, any dtype; only on request, never by "auto"
@@ -31,7 +31,7 @@ from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 
 class Sequences(NamedTuple):
-    """Packed sequences without padding; the first four fields are positional arguments of every kernel.
+    """Packed sequences without padding; the first four fields are positional arguments of varlen and flash.
 
     cu_q and cu_k: int32 [n + 1], offsets of each sequence's queries and keys; longest_q and longest_k: largest number
     of queries and of keys in one sequence. causal: query i of a sequence with q queries and k keys sees the keys up to
@@ -100,7 +100,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype, sof
     dtype: of the matrix products; softcap: whether the model caps its scores.
 
     Raises:
-        ValueError: the name is unknown, or the backend cannot run on this device in this dtype.
+        ValueError: the name is unknown, or the backend cannot run on this device in this dtype or cannot cap scores.
     """
     if name != "auto" and name not in TEXT_BACKENDS:
         raise ArgumentError(f"attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
@@ -109,7 +109,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype, sof
         # The reasons against earlier backends explain the choice of "auto" in the log.
         problem = TEXT_BACKENDS[tried].unavailable_reason(device, dtype)
         if problem is None and softcap and not TEXT_BACKENDS[tried].has_softcap:
-            problem = "cannot cap scores, as the model does"
+            problem = "cannot cap scores, which the model needs"
         if problem is None:
             default = "asked for" if name != "auto" else f"the default on {torch.device(device).type}"
             return BackendChoice(TEXT_BACKENDS[tried], ", ".join(passed) or default)
@@ -198,7 +198,7 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
 def _refuse_missing(dropout: float, limits: ScoreLimits, name: str, kernel: str) -> None:
     if limits.softcap is not None:
         raise ArgumentError(
-            f"attention: {name}: {kernel} cannot cap scores, as the model does; choose buckets or flash"
+            f"attention: {name}: {kernel} cannot cap scores, which the model needs; choose buckets or flash"
         )
     if dropout > 0:
         raise ArgumentError(

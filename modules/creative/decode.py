@@ -3,7 +3,7 @@
 The decoding loop is our own, because `generate` of transformers silently returns wrong tokens if it gets
 `inputs_embeds` and the cache of a prefix (issues 35707 and 36151 of transformers).
 
-Legend: I items, B users, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
+Legend: I items, B pairs, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
 V words.
 """
 
@@ -20,10 +20,10 @@ from hllm_torchrec.modules.creative.decode_cache import PrefixPlan, UserPlan
 class DecodeOptions:
     """Options of `decode`.
 
-    stop: id of the end token; most: maximum number of tokens, including the end token; temperature: 0 for greedy
-    decoding, otherwise of sampling; top_k: sample from this number of likeliest tokens (0: from all); top_p: sample
-    from the smallest set of likeliest tokens with at least this total probability; guidance: g > 0 chooses tokens by (1
-    + g) log p(user) - g log p(null), where null is an unknown user.
+    stop: id of the end token; most: maximum number of tokens, including the end token; temperature: of sampling, 0:
+    greedy decoding; top_k: sample from this number of likeliest tokens (0: from all); top_p: sample from the smallest
+    set of likeliest tokens with at least this total probability; guidance: g > 0 chooses tokens by
+    (1 + g) log p(user) - g log p(null), where null is an unknown user.
     """
 
     stop: int

@@ -107,7 +107,8 @@ class UserPlan:
         """Store k and v [B, G, n, E] of the layer; returns those of all positions so far, [B, G, m, E]."""
         if self._layer == len(self.own):
             shape = *k.shape[:2], self.most
-            # Zeros: a shorter user's later positions are masked, but 0 times the NaN of uninitialized memory is NaN.
+            # Zeros: the later positions of a user with fewer positions are masked, but 0 times the NaN of uninitialized
+            # memory is NaN.
             self.own.append((k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3])))
         for kept, new in zip(self.own[self._layer], (k, v), strict=True):
             if self.lengths is None or not self.first:

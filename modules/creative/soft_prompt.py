@@ -16,8 +16,8 @@ class SoftPrompt(nn.Module):
     """users [N, D] -> soft tokens [N, k, C]; learned tokens (null) represent an unknown user.
 
     Without `normalize`: W U is RMS-normalized and multiplied by a learned gain, which is initialized to `scale`, the
-    RMS of the model's word embeddings. Otherwise soft tokens would be several times as large as word embeddings with
-    torch's default initialization, and of arbitrary size with trained user vectors.
+    RMS of the model's word embeddings. Without this, soft tokens would be several times as large as word embeddings
+    with torch's default initialization, and of arbitrary size with trained user vectors.
 
     With `normalize`: null + gain c W y (without `scale`: null + W y), where y is the normalized user vector and c =
     sqrt(3 D) makes the second term as large as a word embedding at initialization. Reason: user vectors of a trained

@@ -155,7 +155,7 @@ class UserEncoder(nn.Module, ABC):
 
         Raises:
             ValueError: the encoder uses the next event's time and `next_times` is None; the encoder counts positions
-                from the end and there are queries; or a sequence is longer than the table of positions.
+                from the end and there are queries; or a row's position is beyond the table of positions.
         """
         if self.query_next_time and next_times is None:
             raise ValueError(

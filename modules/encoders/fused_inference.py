@@ -3,10 +3,10 @@
     with fused_inference(item_llm, torch.bfloat16):  # if can_run_fused(item_llm)
         vectors = item_llm(token_ids, cu_seqlens)
 
-q, k and v are computed by one product. oneDNN computes activations, gates and residual sums inside the products (by the
-operators that torch.compile uses). The gains of a Llama layer's norms are multiplied into the weights. The residual
-stream has the dtype of the products. The outputs equal those of the plain layers up to rounding. The layers of Llama
-(decoders) and BERT (sentence encoders) are supported.
+q, k and v are computed by one product (in the last layer of Llama: k and v). oneDNN computes activations, gates and
+residual sums inside the products (by the operators that torch.compile uses). The gains of a Llama layer's norms are
+multiplied into the weights. The residual stream has the dtype of the products. The outputs equal those of the plain
+layers up to rounding. The layers of Llama (decoders) and BERT (sentence encoders) are supported.
 
 Legend: S packed rows, D width, O outputs, H heads, G key-value heads, d width of a head.
 """
@@ -105,7 +105,7 @@ class _FusedLlama:
         self.head, self.is_last, self.out_dtype = attention.head_dim, is_last, torch.float32 if is_last else dtype
         weights = [part.weight * before.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.heads, self.groups = (len(weight) // self.head for weight in weights[:2])
-        # The last layer may compute q only for few rows (`ReadRows`), so its weight is not concatenated.
+        # The last layer may compute q only for few rows (`ReadRows`), so the weight of q is not concatenated.
         parts = [weights[:1], weights[1:]] if is_last else [weights]
         self.read = [_Product(torch.cat(part), None, dtype) for part in parts]
         self.out, self.down = _linear(attention.o_proj, dtype), _linear(mlp.down_proj, dtype)

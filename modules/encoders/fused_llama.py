@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PLANS = (AttentionPlan, BucketPlan, LastLayerRows, ReadRows)
-"""Plans whose `attend` takes q, k and v in the dtype of the products."""
+"""Plans whose attention takes q, k and v in the dtype of the products."""
 
 
 def fuse_layers(backbone: "PreTrainedModel") -> None:
@@ -32,7 +32,7 @@ def fuse_layers(backbone: "PreTrainedModel") -> None:
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):
-    """A `LlamaDecoderLayer` with the same weights."""
+    """A `LlamaDecoderLayer` with the same weights, fused where `runs_fused` is True."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden_states [1, S, D] to [1, S, D], or with `ReadRows` to the read rows [1, U, D]."""
@@ -79,7 +79,10 @@ def fused_layer(
     plan: AttentionPlan | BucketPlan | LastLayerRows | ReadRows,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run a layer over x [S, D], products in `dtype`; cos and sin [S, d] of the rows' rotary angles."""
+    """Run a layer over x [S, D], products in `dtype`; cos and sin [S, d] of the rows' rotary angles.
+
+    Returns [S, D], with `ReadRows` [U, D].
+    """
     attention, norm, mlp = layer.self_attn, layer.input_layernorm, layer.mlp
     q_weight, *kv_weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
 

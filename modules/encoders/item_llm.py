@@ -4,9 +4,9 @@ The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned v
 [ITEM], the mean of the last hidden states of the text's tokens (the paper's Table 10), or the last hidden state of the
 first or last token, as in text embedding models. Items are packed into one sequence without padding, and
 `hllm_torchrec.modules.attention.text` masks attention between them. Models whose attention cannot be replaced read
-padded batches instead (`TextReading`). There is no vocabulary head. If many texts begin with the same tokens (the
-prompt), these can be given once, as a prefix to which those items attend: a causal model computes the same hidden
-states for the prefix of every text.
+batches of texts of similar or equal lengths instead (`TextReading`). There is no vocabulary head. If many texts begin
+with the same tokens (the prompt), these can be given once, as a prefix to which those items attend: a causal model
+computes the same hidden states for the prefix of every text.
 
 Legend: U items, S text tokens of all items (after the prefix), P tokens of the prefix, D width, R rows of the items: S
 plus one for each item with an [ITEM].

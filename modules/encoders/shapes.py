@@ -12,7 +12,7 @@ MAX_POSITIONS = 1024
 
 @dataclass(frozen=True)
 class HSTUShape:
-    """Shape of an HSTU stack (`modules.hstu`). Fields that are None have the preset's value."""
+    """Shape of an HSTU stack (`modules.hstu`). Fields of `PRESETS` that are None have the preset's value."""
 
     width: int
     """D, width of the residual stream, of features and of queries."""
@@ -70,7 +70,8 @@ class HSTUShape:
     stochastic_depth: float = 0.0
     """Probability p, in training, that a user skips the last layer; layer l of L is skipped with p l / L."""
     backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
-    """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on CUDA, else eager."""
+    """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on a GPU that can run it,
+    else eager."""
     bounds_history: ClassVar[bool] = False
     """True if max_positions limits the length of histories. False for HSTU: larger distances share the last row."""
 
@@ -116,7 +117,8 @@ class SoftmaxShape:
     """Origin of positions. end: the last event of a sequence has position 0, as in the public implementations. This
     encodes recency, but it tells each position how many events follow. Only without query tokens (fusion none)."""
     dropout: float = 0.0
-    """Dropout of attention weights and of both sublayers' outputs, a probability."""
+    """Dropout of attention weights, of the feed-forward network's hidden layer and of both sublayers' outputs (in
+    SASRec with norm public, not of the attention's output), a probability."""
     attention_dropout: float | None = None
     """Dropout of attention weights; None: dropout. With 0, attention can be one fused kernel also on a CPU."""
 

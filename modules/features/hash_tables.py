@@ -92,7 +92,8 @@ class SetAssociativeIds(ManagedCollisionModule):
         self.register_buffer("_zch_ids", torch.full((self.rows,), _NONE, dtype=torch.int64, device=device))
         self.register_buffer("_zch_read", torch.full((self.rows,), _NONE, dtype=torch.int64, device=device))
         # An id's hash is set * span + tag, so contiguous ranges of hashes are contiguous sets, which TorchRec's
-        # exchange of ids between ranks requires. Two of n ids have the same hash with probability about n^2 / 2^60.
+        # exchange of ids between ranks requires. Two of n ids have the same hash with probability about
+        # n^2 / (2 G span), at most n^2 / 2^50.
         self._span = 2 ** min(40, 62 - table.sets.bit_length())
         self._new_rows: Tensor | None = None
         self._counts = HashCounts()

@@ -61,7 +61,8 @@ class HybridFeatures(nn.Module):
         item_features: the features in `tables` that describe the slot's item; the gate multiplies them, too.
         gate_rows: number of actions of the gate (0: no gate).
         scale: table entries are initialized uniformly in +-scale.
-        half_from_rows: tables of at least this many rows are in float16 (lookups return float32); None: no table is.
+        half_from_rows: tables of at least this many rows, except those of `hash_tables`, are in float16 (the sums are
+            float32); None: no table is.
         hash_tables: {feature: settings} of the features in `tables` with an open vocabulary; `tables`' number of rows
             is ignored for them.
         device: of the tables ("meta" before sharding).

@@ -1,1 +1,1 @@
-"""HSTU: pointwise attention over jagged sequences, its eager and Triton backends."""
+"""HSTU: layers of pointwise attention over jagged sequences, with eager and Triton backends."""

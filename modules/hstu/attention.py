@@ -8,9 +8,9 @@ the batch: the same row has the same value in every batch. rab_ij is the sum of 
 positions and one for the distance in time (HSTU, section 3; shared by the heads, as published).
 
 Mask: a position sees the positions of its sequence up to itself, with a window only the last `window` of them. The
-first `prefix` positions are context: they see one another, and every position sees them. (In the public code context
-sees the complete history, and so the future.) A query sees the positions before it, with the same window and context,
-and itself.
+first `prefix` positions are context: they see one another, and every position sees them. (In the public code, and with
+`prefix_mask` "history", context sees the complete history, and so the future.) A query sees the positions before it,
+with the same window and context, and itself.
 
 Backends: `eager` and `compiled` (`modules/hstu/eager.py`), `triton` (`modules/hstu/triton_backend.py`).
 

@@ -16,10 +16,11 @@ from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, p
 from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 
 FEWEST_ROWS = 128
-"""Smallest chunk; in small batches, sequences up to this length share a bucket. Smaller pieces cost more in calls than
-they save."""
+"""Fewest rows of a chunk unless memory needs fewer; in small batches, sequences up to this length share a bucket.
+Smaller pieces cost more in calls than they save."""
 SHARED_CELLS = 2**17
-"""Most padded cells of such a bucket. Larger batches divide these sequences further, down to `SHORT`."""
+"""Most cells (sequences x longest^2) of the bucket that all sequences up to `FEWEST_ROWS` share. In larger batches only
+those up to `SHORT` share one."""
 SHORT = 32
 """Sequences up to this length share a bucket in every batch."""
 CHUNKS = 8
@@ -27,7 +28,8 @@ CHUNKS = 8
 MOST_SCORES = 2**20
 """Most scores of a chunk, per head."""
 CACHED_CELLS = 2**25
-"""Most cells whose mask and time buckets are cached for all layers of a batch: about 64 MiB of int16 and some bool."""
+"""Most cells whose masks are cached for all layers of a batch, each with up to 1 byte (hidden), 2 (bucket) and, mostly
+for queries, 8 (distance)."""
 COPIES = 8
 """Copies of the time table, used by the columns in turn: many successive additions to one address are slow."""
 
@@ -135,11 +137,11 @@ def _chunks(bucket: PaddedBucket, rules: AttentionRules) -> Iterator[Chunk]:
         end = min(first + step, longest)
         # With a context prefix the keys begin at 0 even under a window, as every row sees the context.
         seen_from = 0 if rules.window is None or rules.prefix else max(0, first - rules.window + 1)
-        # Rows end at their own position. A chunk that starts inside the prefix sees all of the prefix.
+        # A row sees keys up to its own position; a chunk that starts inside the prefix sees all of the context's keys.
         last_of_context = longest if rules.context_sees_all else rules.prefix
         seen_to = end if first >= rules.prefix else min(longest, max(end, last_of_context))
         yield Chunk(True, (first, end), (seen_from, seen_to))
-    # Queries are in no order of position, so their chunks see all keys and the mask does the rest.
+    # Queries are in no order of position, so their chunks have all keys, and the mask hides those not seen.
     number = 0 if bucket.queries is None else bucket.queries.shape[1]
     for first in range(0, number, most):
         yield Chunk(False, (first, min(first + most, number)), (0, longest))

@@ -282,7 +282,7 @@ def _emitted(bucket: PaddedBucket, of_history: Tensor, of_queries: Tensor | None
 
 
 def _restored(emitted: list[Tensor], like: Tensor, layout: BlockLayout) -> Tensor:
-    """Bring emitted rows to the packed order: [S, H, V]; rows without history are 0."""
+    """Bring emitted rows to the packed order: [S, H, V]; rows of queries without history are 0."""
     alone = like.new_zeros(layout.num_without_history, *like.shape[1:])
     return torch.cat([*emitted, alone]).index_select(0, layout.restore)
 

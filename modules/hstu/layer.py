@@ -33,10 +33,11 @@ MOST_BUCKETS = 1024
 
 
 def resolve_preset(shape: HSTUShape) -> HSTUShape:
-    """Return the shape with its None fields filled in from the preset.
+    """Return the shape with the preset's values and the widths of heads in place of None.
 
     Raises:
-        ValueError: an unknown preset, a width that is not a multiple of heads, or a number out of range.
+        ValueError: an unknown preset, a width that is not a multiple of heads, a number out of range, or `prefix_mask`
+            "history" without a prefix or with the backend triton.
     """
     if shape.preset not in PRESETS:
         raise ArgumentError(f"preset: {shape.preset!r}: must be one of {', '.join(PRESETS)}")
@@ -60,7 +61,7 @@ def resolve_preset(shape: HSTUShape) -> HSTUShape:
         raise ArgumentError("prefix_mask: 'history': the backend 'triton' has no such mask; choose 'eager'")
     if not 0 <= shape.time_buckets <= MOST_BUCKETS:
         raise ArgumentError(
-            f"time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
+            f"time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 145 is the bucket of the largest int64"
         )
     return dataclasses.replace(shape, **chosen)
 
@@ -164,7 +165,7 @@ class HSTU(UserEncoder):
         positions = shape.max_positions if shape.absolute_positions else 0
         super().__init__(shape.width, dropout, positions, query_next_time=shape.time_of == "next")
         if shape.prefix_mask == "history" and shape.backend == "auto":
-            shape = dataclasses.replace(shape, backend="eager")  # the only one with this mask
+            shape = dataclasses.replace(shape, backend="eager")  # triton has no such mask
         self.shape, self.context_prefix = shape, shape.prefix
         self.context_sees_history = shape.prefix_mask == "history"
         assert shape.qk_width is not None

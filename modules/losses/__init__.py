@@ -1,1 +1,1 @@
-"""Losses: InfoNCE, sampled binary cross-entropy, classification."""
+"""Losses: InfoNCE, sampled binary cross-entropy, losses of tasks, cross-entropy of tokens."""

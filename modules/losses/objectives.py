@@ -1,4 +1,4 @@
-"""The objectives of HLLM: Eq. (1) InfoNCE over the catalogue, Eq. (2) classification, Eq. (3) their sum.
+"""The objectives of HLLM: Eq. (1) InfoNCE with sampled negatives, Eq. (2) classification, Eq. (3) their sum.
 
 Shapes: T predictions (packed positions of all users), K negatives (shared by all positions), B users
 (sequences), S excluded ids (packed over users), Q exposures, D item width. Offsets are int64 [B + 1] and
@@ -258,7 +258,7 @@ class _Gradients(NamedTuple):
 
 
 class _InfoNce(torch.autograd.Function):
-    """Return (loss_sum, negatives left, predictions that beat them all), 0-d each; the last two without gradient."""
+    """Return (loss_sum, negatives left, correct predictions), 0-d each; the last two without gradient."""
 
     @staticmethod
     def forward(

@@ -52,9 +52,8 @@ def sampled_bce(
         loss, effective, beaten = -F.logsigmoid(positive_logits).sum(), query.new_zeros(()), query.new_zeros(())
         for start in range(0, rows, chunk_size):
             chunk = slice(start, start + chunk_size)
-            masked = masker.chunk(start, min(start + chunk_size, rows))
-            # Without checkpointing the graph would keep the logits of all chunks, [T, K], for the backward pass.
-            part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
+            # Without checkpointing the graph would keep logits and masks of all chunks, [T, K], for the backward pass.
+            part, left, largest = checkpoint(_against, query[chunk], unit, masker, start, use_reentrant=False)
             loss, effective = loss + part, effective + left.sum()
             # The accuracy is computed in the loop, because a chunk returns only each row's largest logit.
             beaten = beaten + beats(positive_logits[chunk].detach(), largest).sum()
@@ -66,10 +65,10 @@ def sampled_bce(
     )
 
 
-def _against(query: Tensor, unit: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _against(query: Tensor, unit: Tensor, masker: NegativeMask, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum over rows of the mean of softplus(s_k), and for each row the number of unmasked negatives [t] and
-    the largest of their logits [t]."""
-    logits = query @ unit.T
+    the largest of their logits [t]. query: [t, D], the chunk that begins at prediction `start`."""
+    logits, masked = query @ unit.T, masker.chunk(start, start + len(query))
     left = (~masked).sum(1)
     # softplus(s) = -log sigmoid(-s); clamp: a row without negatives has the mean 0, not 0 / 0.
     losses = F.softplus(logits).masked_fill(masked, 0.0).sum(1) / left.clamp(min=1)

@@ -13,8 +13,8 @@ its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / 
 
 --directory measures the complete command `hllm evaluate --compare` (users, slices, report) on two ranks, for
 predictions with the columns of a run's predictions; `--run-dir` does the same after scoring. It reports the peak memory
-of each rank, seconds including start and imports, and CPU seconds of both ranks. With --against, the same command of
-another checkout is measured alternately.
+of each rank, seconds including imports, and CPU seconds of both ranks. With --against, the same command of another
+checkout is measured alternately.
 """
 
 import argparse

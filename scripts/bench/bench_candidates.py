@@ -8,8 +8,8 @@ One request of one user, for the User LLM (a Llama) and HSTU (research preset: r
   The time includes encoding the history; `kept` is a request that uses the cache of an earlier request.
 - each: one forward pass per candidate, with history and candidate in one sequence. A few passes are timed, and their
   median is multiplied by the number of candidates (all passes have equal shapes).
-- packed: history and all candidates in one sequence with a dense mask, without a cache. Left out if the sequence is so
-  long that the mask alone would need hundreds of megabytes.
+- packed: history and all candidates in one sequence with a dense mask, without a cache. Left out for more
+  than 6,000 rows.
 
 For the LLM, `each` and `packed` run unmodified transformers with SDPA. The bench stops if the outputs of any side
 differ from ours. Ratios are for 1,000 history events and 1,024 candidates: `candidates_vs_*` includes encoding the
@@ -218,7 +218,8 @@ def check(found: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 def memory(side: LlamaSide | HSTUSide, history: int, candidates: int) -> dict[str, Any]:
-    """Peak bytes of tensors in a request, without the cache: by micro-batch, by number of candidates, and packed."""
+    """Peak bytes of tensors in a request with a cached history, by micro-batch and by number of candidates; in one that
+    also reads the history; and packed."""
     x, times, queries, time = side.inputs(history, 4 * candidates)
     cache = read_history(side.encoder, x, times)
 

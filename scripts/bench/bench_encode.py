@@ -11,8 +11,8 @@ in a store:
     sentence_transformers  `SentenceTransformer.encode` with its own sorting, batches of 32, the model in the dtype;
                            where the extra `sentences` is installed
 
-`encode_<model>_<dtype>` is seconds of the faster of the other two / of ours; ours and transformers alternate with
-sentence-transformers, and the bench stops if the cosine of ours and theirs falls below .999.
+`encode_<model>_<dtype>` is seconds of the faster of the other two / of ours; the sides alternate, and the bench stops
+if the cosine of our vectors and those of another side falls below .999.
 """
 
 import argparse
@@ -65,7 +65,8 @@ INSTALLED = importlib.util.find_spec("sentence_transformers") is not None
 
 @dataclass(frozen=True)
 class Model:
-    """A text model. folder: its Hugging Face directory; layers: of it (None: all); texts: encoded per call."""
+    """A text model. folder: its Hugging Face directory; layers: number of first layers that are used (None: all);
+    texts: number of texts of a call."""
 
     name: str
     folder: Path
@@ -171,7 +172,7 @@ def sentence_transformer(model: Model, texts: list[str], dtype: torch.dtype, fol
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    # With a chat template it would put every text into a conversation.
+    # With a chat template sentence-transformers would put every text into a conversation.
     linked = folder / f"links-{model.name}"
     linked.mkdir(exist_ok=True)
     for file in model.folder.iterdir():
@@ -195,7 +196,7 @@ def without_result(run: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def smallest(ratios: Sequence[Ratio]) -> Ratio:
-    """The smallest ratio, with the largest spread of them all: beside a ratio that is refused, it may not be it."""
+    """The smallest ratio, with the largest spread of all: if one is refused, it is unknown which is smallest."""
     found = Ratio(min(ratios))
     found.spread = max((one.spread for one in ratios if one.spread is not None), default=None)
     return found
@@ -225,8 +226,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser, models = arguments(__doc__), ROOT / ".cache" / "models"
     parser.add_argument("--minilm", type=Path, default=models / "all-minilm-l6-v2", help="directory of MiniLM")
-    parser.add_argument("--smollm2", type=Path, default=models / "smollm2-135m-instruct", help="of SmolLM2")
-    parser.add_argument("--texts", type=int, help="texts of a call instead of 1,024 (256 for SmolLM2; --quick: a half)")
+    parser.add_argument("--smollm2", type=Path, default=models / "smollm2-135m-instruct", help="directory of SmolLM2")
+    parser.add_argument("--texts", type=int, help="texts of a call (default: 1,024, for SmolLM2 256; --quick: half)")
     options: argparse.Namespace = parser.parse_args(argv)
     share = 2 if options.quick else 1
     compared = [

@@ -3,8 +3,9 @@
     python scripts/bench/bench_id_map.py [--quick] [--out FILE]
 
 Ids are ten-character product numbers, which arrive in chunks as from a table. Each chunk is added and then looked up,
-as the tables of items and then of events do. Each side runs in a separate process, so that its peak memory is known.
-`memory_<ids>` and `seconds_<ids>` are the ratios IdMap / dict; `bytes_an_id` is the peak memory per id.
+as `hllm prepare` does with the tables of items and of events. Each side runs in a separate process, so that its peak
+memory is known. `memory_<ids>` and `seconds_<ids>` are the ratios IdMap / dict; `bytes_an_id` is the peak memory per
+id.
 """
 
 import multiprocessing

@@ -11,8 +11,8 @@ The input is texts of MovieLens-100k with a prompt, each item once; the model is
     read      as shared, with the last layer computed only for the [ITEM] rows (as in training)
     products  only the matrix products of "shared", forward and backward, on buffers of the same shapes
 
-`item_llm_matmul_share_*` is the time of "products" / that of "shared". --profile reports where the rest of a pass goes:
-the share of its time by operator, in float32 and in bfloat16.
+`item_llm_matmul_share_*` is the time of "products" / that of "shared" (`_compiled`: of "compiled"). --profile reports
+where the rest of a pass goes: the share of its time by operator, in float32 and in bfloat16.
 """
 
 import argparse

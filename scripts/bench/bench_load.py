@@ -213,7 +213,7 @@ def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
 def largest_rate(good: Any, first: float = FIRST_RATE, bisections: int = BISECTIONS) -> float:
     """Largest rate for which `good(rate, seed)` is true, by doubling and bisection on a logarithmic scale.
 
-    The result is smaller than the first rate that failed, by a factor of at most 2^(1 / 2^bisections).
+    The smallest rate that failed is larger than the result by a factor of at most 2^(1 / 2^bisections).
     """
     low, high, seed = first, 2 * first, 1
     while not good(low, seed):

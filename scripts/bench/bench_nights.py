@@ -43,7 +43,8 @@ TRAINING: dict[str, Any] = {
 
 
 def night(folder: Path, history: int, pages: int, device: Any) -> dict[str, float]:
-    """CPU seconds of each step of a night after `history` days of `pages` pages, and the number of events before it."""
+    """CPU seconds of each step of the nights after `history` days of `pages` pages, and the number of events before the
+    middle night."""
     sizes = {"first_users": pages, "daily_users": 0, "daily_items": 4, "active": pages}
     days = list(shop.days(shop.Shop(days=history + 2 + NIGHTS, **sizes)))
     for day in days:

@@ -4,7 +4,7 @@
 
 Each case trains a few steps in new processes, one per rank, in fp32 on the CPU. The measured memory is the peak
 resident memory (VmHWM, reset before each step), the largest value of all steps and ranks, minus the resident memory
-before the model was built. Before that, the same configuration has been trained for a step at a small size and
+before the model was built. Before that, the same configuration has been trained for some steps at a small size and
 deleted, so that the memory of libraries, threads and the process group is subtracted. glibc is set to return blocks of
 at least 64 KiB to the system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in
 use; this is slow, so no times are reported. A ratio is estimated / measured; below 1 the estimate is too small.

@@ -3,12 +3,12 @@
     python scripts/bench/bench_serving.py --fusion late [--quick] [--out FILE]
     python scripts/bench/bench_serving.py --run RUN [--untrained late] [--dataset DATASET] [--quick] [--out FILE]
 
-With `--untrained` the model has the configuration, item factors and evidence of the run, another fusion, and random
-weights. Without `--run` the model is that of configs/ml100k/early.yaml with random weights, on a generated dataset
-(`serving_stand_in`). Both programs score the same requests with one thread; the histories are already in the cache.
-`scorer` scores one request after the other, with dense ids; `engine` scores batches of `--batch` requests with raw ids;
-`engine_one` scores batches of one. The programs alternate, and ratios are those of the median CPU times, which other
-processes influence less than wall times. The benchmark stops if the scores differ.
+With `--untrained` the model has the configuration, item factors and evidence of the run, the fusion that the option
+names, and random weights. Without `--run` the model is like that of configs/ml100k/early.yaml, with random weights, on
+a generated dataset (`serving_stand_in`). Both programs score the same requests with one thread; the histories are
+already in the cache. `scorer` scores one request after the other, with dense ids; `engine` scores batches of `--batch`
+requests with raw ids; `engine_one` scores batches of one. The programs alternate, and ratios are those of CPU times,
+which other processes influence less than wall times. The benchmark stops if the scores differ.
 
 `outside_model` is the share of a program's CPU time that is not spent in the user encoder, the head or the projections.
 It is measured by timers around the calls of these modules, in a separate pass.

@@ -3,7 +3,7 @@
     python scripts/bench/bench_tasks.py [--quick] [--out FILE]
 
 The bench times `Trainer.train_step` on the same pages of a synthetic shop (late fusion, SASRec of width 64 with two
-layers, item IDs only), alternately for one, three and eight binary tasks on a shared bottom, and for eight tasks with
+layers, item IDs only), alternately for one binary task, for three and eight on a shared bottom, and for eight with
 MMoE. `tasks_three`, `tasks_eight` and `tasks_mmoe` are the times of a step divided by those with one task: medians of
 the quotients of the same round.
 

@@ -8,7 +8,7 @@ batch, and the seconds of the forward pass of the TorchRec tables, in which rank
 another. The reported shares are these seconds / the seconds of the steps, as means over ranks: overlapping them with
 computation could save at most this share. The share of the tables also contains their lookups, which
 `--nproc_per_node 1` measures alone. Then blocks of steps with and without `parallel.overlap_tables` alternate:
-`overlap` is the median seconds of a step without / with it.
+`overlap` is the seconds of a block without / with it, the median over the pairs of blocks.
 """
 
 import tempfile

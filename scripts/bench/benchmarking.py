@@ -1,8 +1,8 @@
 """Common functions of the bench_*.py scripts: arguments, alternating timing, the machine's peak, the final JSON.
 
-Rules of every bench: the compared sides run in one process with one allocator setting, alternately, after a warm-up; a
-ratio is the median over the rounds, and is refused if the rounds disagree (`ratio`, `refuse_noisy`). Speeds are also
-given as a share of the machine's measured matrix-product peak.
+Rules of the benches: unless a bench states otherwise, the compared sides run in one process with one allocator setting,
+alternately, after a warm-up; a ratio is the median over the rounds, and is refused if the rounds disagree (`ratio`,
+`refuse_noisy`). Speeds are also given as a share of the machine's measured matrix-product peak.
 """
 
 import argparse
@@ -159,7 +159,8 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
 
     If a ratio is refused (see `refuse_noisy`), it is null in the JSON, and so are the shares: the time of a side was
     not that of an idle machine. The shares are also refused if one of them is above 100%, because the peak was then
-    measured while something else ran. Both are printed. The tests' runs (`--tiny`) are not timings and print all.
+    measured while something else ran. Both refusals are printed. The tests' runs (`--tiny`) are not timings, and all is
+    printed.
 
     Args:
         bench: name of the bench.

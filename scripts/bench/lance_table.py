@@ -11,7 +11,7 @@ import pyarrow as pa
 from hllm_torchrec.common.arrays import Ints
 
 INSTALLED = find_spec("lance") is not None
-REMEDY = "without Lance: pip install 'hllm_torchrec[bench]' (package pylance) compares with it"
+REMEDY = "Lance is left out: it is not installed (pip install 'hllm_torchrec[bench]', package pylance)"
 
 
 class LanceTable:

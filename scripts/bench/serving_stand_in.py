@@ -1,7 +1,7 @@
 """Generates datasets like MovieLens-100k of any size, and runs with random weights, for the serving benchmarks.
 
     dataset = stand_in_dataset(folder / "data", Sizes())
-    run = stand_in_run(folder / "late", dataset, "late")
+    run = stand_in_run(folder / "late", dataset, "late", device)
 
 Users have a log-normal number of events, five actions, labels and three features; popular items have more events than
 others; items have titles and genres. The model is similar to that of configs/ml100k/early.yaml. With a `width` above 0

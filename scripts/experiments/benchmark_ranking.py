@@ -100,8 +100,9 @@ def by_count(predictions: Path, dataset: Dataset) -> dict[str, dict[str, float |
 def markdown(name: str, found: dict[str, Any]) -> str:
     """The table of a set: AUC and GAUC are means over seeds; all other columns are of the first seed."""
     groups = list(COUNTS)
+    sliced_by = " | ".join(f"AUC of items with {group} training events" for group in groups)
     lines = [
-        f"| {name} | seeds | AUC | GAUC | hybrid's AUC minus it | {' | '.join(f'items with {g}' for g in groups)} |",
+        f"| {name} | seeds | AUC | GAUC | hybrid's AUC minus this model's | {sliced_by} |",
         "|---" * (5 + len(groups)) + "|",
     ]
     for model, seeds in found.items():

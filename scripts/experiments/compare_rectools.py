@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from hllm_torchrec.common.arrays import Ints
-
+Ints = NDArray[np.int64]  # not imported: RecTools' environment does not have this library
 KS = (10, 50, 200)
 CHOSEN_BY = "ndcg@10"
 
@@ -109,7 +109,7 @@ def metrics_of(ranks: Ints) -> dict[str, float]:
 
 
 def write_ranks(part: Part, ranks: Ints, directory: Path) -> None:
-    """Write the ranks in the format that `metrics.retrieval_table.read_ranks` reads."""
+    """Write the ranks in the format that `evaluation.retrieval_comparison.read_target_ranks` reads."""
     directory.mkdir(parents=True, exist_ok=True)
     columns = {"user_id": part.user_id, "position": part.position, "item_id": part.target, "rank": ranks}
     pq.write_table(pa.table(columns), directory / "part-00000.parquet")

@@ -19,9 +19,9 @@ prompt has the plot. The test part has a fifth of the users. All arms use the sa
 Reported for the users of the part (`--split`): nats per text given the right user, null, another user, and, with
 `--clusters`, the mean user vector of the user's cluster (k-means of the training users' soft tokens; with `--medoids`
 also the user nearest to the center). Accuracy among the film's genres is reported for the first three (not for E2). The
-baseline without users has both: a table of counts per film. For E2 it has only nats: the titles' frequencies.
-Differences have 95% intervals by resampling users. Finished runs and results are reused by the next call. Use `--split
-valid` (the default) to choose settings.
+baseline without users has both: a table of counts per film. For E2 there are only nats: of the titles' frequencies, and
+of EASE (`creator_ease.py`). Differences have 95% intervals by resampling users. Finished runs and results are reused by
+the next call. Use `--split valid` (the default) to choose settings.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from creator_ease import next_film_nats
 from creator_tables import add_history, add_interests, word_tokenizer, write_next
 from jobs import ROOT, run_job
 from sklearn.cluster import KMeans
@@ -274,8 +275,10 @@ def score(
     nats, hits = {}, {}
     if arm == "E2":
         nats = {name: nll_of_texts(experiment, known, chosen, *given) for name, given in conditions.items()}
-        texts = known.loader.part.rows["response"].take(np.asarray(known.loader.tokens.rows)[chosen]).to_pylist()
+        rows = np.asarray(known.loader.tokens.rows)[chosen]
+        texts = known.loader.part.rows["response"].take(rows).to_pylist()
         nats["popularity"] = popularity(experiment.creatives.table.part("train").rows["response"].to_pylist(), texts)
+        nats |= next_film_nats(experiment.creatives.table, arguments.split, rows)
     else:
         rows = np.asarray(known.loader.tokens.rows)[chosen]
         choices = Choices(experiment, known.loader.part, rows, arguments.feature)

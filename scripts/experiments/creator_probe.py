@@ -2,12 +2,12 @@
 
     python scripts/experiments/creator_probe.py --work runs/creator_e1 --steps 600
 
-A linear layer scores the genres of the film; unlike a Creative LLM it does not have to learn a language. The table and
-the base run are those of `creator_e1.py`. Inputs of the layer are one of: nothing; the shares of genres among the
-user's latest 20 likes (which determine the text), latest 64 likes, or latest 128 events; the user vector of the base
-run; the user vector while its encoder is trained with the layer. Prints nats and accuracy on the validation users after
-training. By the configuration the user vector includes the mean text embedding of the user's likes; with `--
---creative.soft.text_decay=0` it is only the output of the user encoder.
+A linear layer scores the genres of the film; unlike a Creative LLM it does not have to learn a language. The table, the
+base run and the tokenizer are those of `creator_e1.py --writer words`. Inputs of the layer are one of: nothing; the
+shares of genres among the user's latest 20 likes (which determine the text), latest 64 likes, or latest 128 events; the
+user vector of the base run; the user vector while its encoder is trained with the layer. Prints nats and accuracy on
+the validation users after training. By the configuration the user vector includes the mean text embedding of the user's
+likes; with `-- --creative.soft.text_decay=0` it is only the output of the user encoder.
 """
 
 import argparse

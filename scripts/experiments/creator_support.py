@@ -2,7 +2,8 @@
 
     python scripts/experiments/creator_support.py --dataset data/plots --column plot --texts 2000 --seed 0
 
-Texts are sentences of descriptions with at least five content words. Each is compared with the facts of an item:
+A text is the sentence with the most content words of a description with at least ten. It is compared with the facts of
+an item:
 
 own        the item of the sentence itself, which supports it (the share of dropped sentences must be 0)
 other      another item, chosen at random

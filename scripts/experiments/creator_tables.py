@@ -45,7 +45,7 @@ def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genr
     labels = ["", *dataset.feature_values(feature).to_pylist()]
     has = np.zeros((offsets.size - 1, len(labels)), bool)
     has[np.repeat(np.arange(offsets.size - 1), np.diff(offsets)), values] = True
-    liked = np.concatenate([_likes(dataset, user)[0] for user in range(1, dataset.num_users)])
+    liked = np.concatenate([likes(dataset, user)[0] for user in range(1, dataset.num_users)])
     base = has[liked].mean(0).clip(min=1e-9)
 
     def interests(recent: Ints) -> str:
@@ -63,7 +63,7 @@ def _add_profiles(dataset: Dataset, source: str, name: str, describe: Callable[[
     table, parts = CreativeTable.open(dataset, source), {}
     for split in SPLITS:
         part = table.part(split)
-        users = {user: _likes(dataset, user) for user in np.unique(part.user_ids).tolist()}
+        users = {user: likes(dataset, user) for user in np.unique(part.user_ids).tolist()}
         profiles = []
         for user, second in zip(part.user_ids.tolist(), part.timestamps.tolist(), strict=True):
             items, seconds = users[user]
@@ -81,7 +81,7 @@ def write_next(dataset: Dataset, name: str, columns: Sequence[str] = ("title", "
     rows: dict[str, list[Any]] = {"raw_user_id": [], "raw_item_id": [], "timestamp": [], "response": []}
     raw_items = dataset.items["raw_item_id"].to_pylist()
     for user, raw in enumerate(dataset.users["raw_user_id"].to_pylist(), start=1):
-        items, seconds = _likes(dataset, user)
+        items, seconds = likes(dataset, user)
         for item, second in zip(items.tolist(), seconds.tolist(), strict=True):
             if visible_before(seconds, second) >= LEAST:
                 for column, value in zip(rows, (raw, raw_items[item - 1], second, films[item]), strict=True):
@@ -111,7 +111,7 @@ def _names(dataset: Dataset, columns: Sequence[str]) -> list[str]:
     return ["", *(f"{a} ({b})" for a, b in zip(first, second, strict=True))]
 
 
-def _likes(dataset: Dataset, user: int) -> tuple[Ints, Ints]:
+def likes(dataset: Dataset, user: int) -> tuple[Ints, Ints]:
     """Return (items, seconds) of a user's likes, in order of time."""
     events = dataset.user_events(user)
     liked = np.flatnonzero(events.labels == 1)

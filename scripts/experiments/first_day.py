@@ -13,7 +13,7 @@ before is scored on the exposures of
 
 AUC is computed within each kind, over all days. Recall@20 is computed for the clicked items of the kinds first and
 second; the complete catalogue is ranked for the user at the second of the click. (If new items were added only in the
-night, nobody could be recommended them on their first day, and their Recall would be 0.) Results are written to
+night, they could not be recommended on their first day, and their Recall would be 0.) Results are written to
 OUTPUT/seed-N/MODEL, so that the script can be stopped and started again, and all of them to OUTPUT/first_day.json.
 """
 

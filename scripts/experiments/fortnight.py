@@ -12,10 +12,10 @@ on all exposures of the period:
     scratch   trained on all events, to its best validation epoch
     frozen    the first model, without further training
 
-All models use training events until the same time in the previous period; the rest of that period is the validation
-part. Costs are CPU seconds of training (`build_trainer` and `run`) and samples, i.e. exposures times epochs. Results
-are written to OUTPUT/seed-N/results.jsonl, so that the script can be stopped and started again, and all of them to
-OUTPUT/fortnight.json.
+The models nightly and scratch use training events until the same time in the previous period; the rest of that period
+is the validation part. Costs are CPU seconds of training (`build_trainer` and `run`) and samples, i.e. exposures times
+epochs. Results are written to OUTPUT/seed-N/results.jsonl, so that the script can be stopped and started again, and all
+of them to OUTPUT/fortnight.json.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python scripts/experiments/precision.py --output runs/precision
 
-needs a processor with bf16, `data/ml-100k`, `data/ml-100k-loo` and the configurations' models (`hllm fetch`). Jobs are
-trained one after the other, a seed at a time, each in a separate directory, so the script can be stopped and started
-again; with --done it runs no jobs. Each run's test part is scored once.
+It needs a processor with bf16, `data/ml-100k`, `data/ml-100k-loo` and the configurations' models (`hllm fetch`). Jobs
+are trained one after the other, a seed at a time, each in a separate directory, so the script can be stopped and
+started again; with --done it runs no jobs. Each run's test part is scored once.
 
 Prints, for each configuration, its metric in both precisions (mean and standard deviation over seeds) and the paired
 difference bf16 minus fp32 (mean over seeds, 95% interval over users), and writes OUTPUT/precision.json.

@@ -5,9 +5,9 @@
 Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain are computed
 by `hllm retrieval`; --others names models that another program has trained into OUTPUT/NAME-SEED (see
 `scripts/experiments/compare_rectools.py`). Each run has a separate directory, so the script can be stopped and started
-again; with --done it trains nothing and tabulates the runs that are complete. A second table has the paired differences
-of NDCG@10 from each of the --references. Options after `--` are passed to every training
-(`-- --data.dataset elsewhere`).
+again; with --done it trains no model and tabulates the runs that are complete (and the baselines, which it computes if
+they are missing). A second table has the paired differences of NDCG@10 from each of the --references. Options after
+`--` are passed to every training (`-- --data.dataset elsewhere`).
 """
 
 import argparse

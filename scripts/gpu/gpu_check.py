@@ -4,8 +4,9 @@
     python scripts/gpu/gpu_check.py --cpu                              the checks that a CPU can run, with tiny shapes
 
 Each check runs in a separate process with a time limit, and its result is ok, failed (with the error) or skipped (with
-the reason); a failed check does not stop the others. Results are written to benchmarks/<date>-gpu_check.json unless
---out names another file. Exit status: 0; 1 if a check failed; 2 if there is no GPU (or the arguments are wrong).
+the reason); a failed check does not stop the others. Results are written to benchmarks/<date>-gpu_check.json (with
+--cpu: <date>-gpu_check-cpu.json) unless --out names another file. Exit status: 0; 1 if a check failed; 2 if there is no
+GPU (or the arguments are wrong).
 """
 
 import argparse

@@ -7,7 +7,8 @@
 
 Each break is made in a copy of the tree, and the tests that cover the file are run there until one fails. The tests
 that failed are then run in the copy without a break, because a test that always fails detects nothing. Exit status: 0
-if all breaks were caught; 1 if one was not, or if its text does not occur in the code exactly once.
+if all breaks were caught; 1 if a break was not, if the text of a break does not occur in the code exactly once, or if a
+test that failed also fails without a break.
 """
 
 import argparse

@@ -8,8 +8,8 @@ imported again). Each kill hits a random rank: a fifth of the kills comes at a r
 while they build the model; half of the others come at a random time during the steps, half while a checkpoint is being
 written. At the end the run's log must have every step once, with bitwise the same losses as those of an undisturbed
 run. Prints JSON: numbers of kills, of kills during a write, and of restarts that completed a step (recovered), lost
-(steps whose loss differs or is missing), seconds from a kill to the next step. Exit status 1 if anything was lost.
-Needs a checkout and Linux.
+(steps whose loss differs or is missing), seconds from a kill to the next step. Exit status 1 if anything was lost or
+the job failed. Needs a checkout and Linux.
 """
 
 import argparse
@@ -226,7 +226,7 @@ class Victim:
         self.job, self._dead = job, set[int]()
 
     def new_ranks(self) -> dict[int, int]:
-        """Wait until all ranks of the restart after the last kill run; return them, or {} if the job has ended."""
+        """Wait until all ranks that are started after the last kill run; return them, or {} if the job has ended."""
         while self.job.running():
             found = self.job.ranks()
             if len(found) == self.job.world and not self._dead & set(found.values()):
@@ -341,7 +341,9 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
     begun = time.monotonic()
     alone = start(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
     if alone.wait() != 0:
-        raise RuntimeError(f"the run that was left alone failed; see {folder / 'alone'}")
+        printed = folder / "alone.txt"  # ends with the folder; a `ForkedJob` prints on stderr instead
+        said = printed.read_text()[-3000:] if printed.exists() else ""
+        raise RuntimeError(f"the undisturbed run failed\n{said}".rstrip())
     killed = start(launcher, world, wanted.kills + 5, folder / "killed", arguments(folder / "killed", **options))
     try:
         tally = torment(Victim(killed), wanted.kills, wanted.seconds, random.Random(wanted.seed))

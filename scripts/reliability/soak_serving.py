@@ -303,8 +303,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", type=float, default=20, help="visits per second, of two requests each")
-    for name, seconds in (("kill", 120), ("reload", 75), ("append", 310)):
-        parser.add_argument(f"--{name}", type=float, default=seconds, help=f"seconds (default: {seconds})")
+    for name, seconds, what in (
+        ("kill", 120, "kills"),
+        ("reload", 75, "changes of the run"),
+        ("append", 310, "appends"),
+    ):
+        help_text = f"seconds between {what} (default: {seconds})"
+        parser.add_argument(f"--{name}", type=float, default=seconds, help=help_text)
     parser.add_argument("--folder", type=Path, help="an empty folder (default: a temporary one)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

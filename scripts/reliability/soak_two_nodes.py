@@ -14,7 +14,7 @@ scheduler would do. A tiny model trains on a generated shop, and saves a checkpo
 
 At the end the log must have every step once, with bitwise the same losses as those of an undisturbed run. Prints JSON:
 cuts, recovered (cuts after which a step was completed), lost (steps whose loss differs or is missing), lines that name
-rank and step, seconds from the reconnection to the next step. Exit status 1 if anything was lost.
+rank and step, seconds from the reconnection to the next step. Exit status 1 if anything was lost or the job failed.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
     options = job_options(wanted.steps, batch_users=2, timeout=wanted.timeout)
     begun = time.monotonic()
     if ForkedJob(2, 0, folder / "alone", arguments(folder / "alone", **options)).wait() != 0:
-        raise RuntimeError("the run that was left alone failed")
+        raise RuntimeError("the undisturbed run failed")
     output = folder / "cut"
     agents = [
         Agent(space, number, output, arguments(output, **options)) for number, space in enumerate(wanted.spaces[:2])

@@ -8,10 +8,10 @@ usage: bash scripts/reliability/soak_two_nodes.sh [--cuts N] [--steps N] [--time
 
 Makes two network namespaces with the addresses 10.86.0.1 and 10.86.0.2, connected by a bridge in a third one, starts an
 agent (torchrun) with one rank in each, disconnects the second node many times, and compares the losses with those of an
-undisturbed run. Prints one JSON object; exit status 1 if anything was lost.
+undisturbed run. Prints one JSON object; exit status 1 if anything was lost or the job failed.
 
-Needs root, `ip` (Debian: apt-get install iproute2) and a kernel that permits network namespaces; if one is missing, it
-prints one line and ends with status 77. $PYTHON names the Python to use (default: .venv's, or python3).
+Needs root, `ip` (Debian: apt-get install iproute2) and a kernel that permits network namespaces; if one is missing, the
+script prints one line and ends with status 77. $PYTHON names the Python to use (default: .venv's, or python3).
 TEXT
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hllm_torchrec.common.urls import open_filesystem, read_text
+from hllm_torchrec.common.urls import open_filesystem, read_text, upload_files
 
 
 @pytest.mark.parametrize("url", ["reference://x", "github://a", "dir://x", "blockcache://x", "zip://x"])
@@ -22,3 +22,9 @@ def test_errors_of_clients_name_the_url_without_its_password() -> None:
             with open_filesystem("memory://me:s3cr@et!@host/x"):
                 raise error("at memory://me:s3cr@et!@host/x")
         assert "s3cr" not in str(raised.value) and "et!" not in str(raised.value)
+
+
+def test_a_local_file_that_is_missing_is_not_blamed_on_the_bucket(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone.parquet") as raised:
+        upload_files(tmp_path, ["gone.parquet"], "memory://host/x")
+    assert "bucket" not in str(raised.value)

@@ -1,5 +1,6 @@
 """Generative models without text: the item space of features, other user encoders, protocols, one and two ranks."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -314,6 +315,13 @@ def test_the_binary_loss_equals_its_definition_written_out(chunk_size: int) -> N
     assert float(found.effective_negatives) == pytest.approx(np.mean(left))
     inputs = [h, positives, negatives, scale]
     torch.testing.assert_close(torch.autograd.grad(found.loss_sum, inputs), torch.autograd.grad(total, inputs))
+
+
+def test_the_binary_loss_keeps_no_masks_for_its_backward_pass() -> None:
+    x, ids = torch.randn(6, 2, requires_grad=True), torch.arange(6)
+    found = sampled_bce(x, x, x[:5], torch.ones(1), target_ids=ids, negative_ids=ids[:5], chunk_size=2)
+    masks = [one for one in gc.get_objects() if type(one) is Tensor and one.dtype == torch.bool and one.shape == (2, 5)]
+    assert found.loss_sum.requires_grad and not masks
 
 
 def test_the_binary_loss_without_negatives_is_an_error() -> None:

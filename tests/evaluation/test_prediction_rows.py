@@ -218,6 +218,13 @@ def test_text_files_are_read_in_the_dialects_of_tables(separator: str, tmp_path:
     }
 
 
+def test_numbered_files_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / f"q-{number}.csv").write_text("label,score\n1,.5\n")
+    for paths in ([tmp_path], [tmp_path / "q-*.csv"]):
+        assert [path.name for path in find_files(paths)] == ["q-1.csv", "q-2.csv", "q-10.csv"]
+
+
 def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
     folder = write_parquet(columns(10), tmp_path / "rows")
     with pytest.raises(ValueError, match=r"0.parquet has no column 'scor' \(did you mean 'score'\?\); it has label"):

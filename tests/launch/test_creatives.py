@@ -58,3 +58,6 @@ def test_a_run_is_evaluated_on_users_that_it_was_not_trained_on(
     assert gap["interval"][0] <= gap["mean"] <= gap["interval"][1] and found["users"] > 1
     assert creatives.main(["evaluate", "--run", str(tmp_path), "--most", "5"]) == 0
     assert "5 texts of" in capsys.readouterr().out
+    destroy_distributed()
+    asked = ["evaluate", "--run", str(tmp_path), "--lamp", str(tmp_path / "lamp.json")]
+    assert creatives.main(asked) == 2 and "is of template, not of LaMP; leave the option" in capsys.readouterr().err

@@ -194,7 +194,9 @@ def test_an_interrupted_night_says_how_it_goes_on(
     run = world.nights / "runs" / "day-04"
     with acting_before(12, lambda: os.kill(os.getpid(), signal.SIGINT), run):
         assert nightly.main(world.words("day-04")) == 130
-    assert "which is saved: start the same command again" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "which is saved: start the same command again" in said.err
+    assert "  appended: " in said.out and "  users: " in said.out  # what `hllm prepare --append` says
     destroy_distributed()
     assert nightly.main(world.words("day-04")) == 0 and list(world.state("day-04")) == list(STEPS)
 

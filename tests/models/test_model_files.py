@@ -114,7 +114,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a wrapped model": (
         lambda m: rename_weights(m, lambda name: f"module.{name}"),
-        r"model: 20 weights are missing, e\.g\. .*: the file's names begin with 'module\.', as of a wrapped model; write",
+        r"20 weights are missing, e\.g\. .*: the file's names begin with 'module\.', as of a wrapped model; write",
     ),
     "an adapter": (
         lambda m: (m / "adapter_config.json").write_text("{}"),

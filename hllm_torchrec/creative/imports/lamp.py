@@ -37,12 +37,8 @@ def read_lamp(task: str, questions: Sequence[Path], outputs: Sequence[Path]) -> 
         yield from _samples(task, asked, _golds(task, golds), "test" if is_test else None, f"{number}-")
 
 
-def predictions(origin: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Predictions in the form of the benchmark's outputs.
-
-    Args:
-        origin: writer of the table that the run was trained on.
-        texts: raw item id and predicted text of each question.
+def task_of(origin: str) -> str:
+    """Return the task that a table was imported from; origin: its writer.
 
     Raises:
         ValueError: the table was not imported from LaMP.
@@ -50,6 +46,11 @@ def predictions(origin: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]
     task = origin.removeprefix("import:")
     if task not in TASKS:
         raise ValueError(f"--lamp: the run's table is of {origin}, not of LaMP; leave the option out")
+    return task
+
+
+def predictions(task: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Predictions in the form of the benchmark's outputs; texts: raw item id and predicted text of each question."""
     golds = [{"id": raw.removeprefix(ID_PREFIX).partition("-")[2], "output": text} for raw, text in texts]
     return {"task": task.replace("-", "_"), "golds": golds}
 

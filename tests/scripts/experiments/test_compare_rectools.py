@@ -1,6 +1,8 @@
 """What RecTools is given of a dataset, and how its recommendations become ranks that our table reads."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +13,18 @@ from hllm_torchrec.evaluation.retrieval_comparison import gains, read_target_ran
 from tests.helpers import fixtures
 from tests.helpers.scripts import bench_module
 
+SCRIPT = Path(__file__).parents[3] / "scripts" / "experiments" / "compare_rectools.py"
+
 
 @pytest.fixture
 def script() -> ModuleType:
     return bench_module("compare_rectools")
+
+
+def test_the_script_runs_where_this_library_is_not_installed() -> None:
+    run = "import runpy, sys; sys.modules['hllm_torchrec'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", run, str(SCRIPT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--settings" in done.stdout, done.stderr
 
 
 def test_targets_are_the_last_events_and_histories_grow_by_one_from_part_to_part(script: ModuleType) -> None:

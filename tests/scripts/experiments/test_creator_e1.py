@@ -20,7 +20,7 @@ from tests.helpers import creative_fixtures
 from tests.helpers.scripts import bench_module
 from tests.helpers.training_fixtures import config
 
-creator_e1, creator_tables = bench_module("creator_e1"), bench_module("creator_tables")
+creator_e1, creator_ease, creator_tables = map(bench_module, ("creator_e1", "creator_ease", "creator_tables"))
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,19 @@ def test_histories_as_texts_and_next_films_are_of_strictly_earlier_likes() -> No
         item = following.item_ids[row]
         assert text == f"{titles[item]} ({brands[item]})"
         assert len(liked_before(int(following.user_ids[row]), int(following.timestamps[row]))) >= 5
+
+
+def test_a_film_of_ones_own_taste_is_less_surprising_to_ease_than_to_another_users() -> None:
+    liked = np.zeros((40, 9))
+    liked[:20, 1:5], liked[20:, 5:9] = 1, 1  # two kinds of users
+    weights = creator_ease.ease_weights(liked, 1.0)
+    assert weights[1, 2] > 0.2 and weights[1, 5] == pytest.approx(0, abs=1e-9) and not np.diag(weights).any()
+    history = np.zeros((2, 9))
+    history[:, 1:3] = 1
+    found = creator_ease.nats(10 * history @ weights, history, np.array([3, 6]))
+    assert found[0] < np.log(6) < found[1]  # 6 films are left, and the unknown item is none
+    uniform = creator_ease.nats(np.zeros((2, 9)), history, np.array([3, 1]))  # film 1 is in the history: it stays
+    np.testing.assert_allclose(uniform, np.log([6, 7]))
 
 
 def test_words_of_the_catalogue_are_one_token_each_and_come_back(tmp_path: Path) -> None:
