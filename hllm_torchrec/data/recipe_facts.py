@@ -13,7 +13,7 @@ SAMPLED_ITEMS = 10_000
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
     """Measure a dataset: sizes, labels, texts and features."""
-    manifest, train = dataset.manifest, dataset.manifest["parts"]["train"]
+    manifest, train = dataset.manifest, dataset.manifest["parts"].get("train") or _train_part(dataset)
     positives = int(train.get("positives", 0))
     exposures = int(train.get("exposures", train.get("events", 0)))
     values = dataset.action_values
@@ -28,6 +28,15 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
         user_features={name: int(facts["size"]) for name, facts in manifest["user_features"].items()},
         split=str(manifest["split"]["rule"]),
     )
+
+
+def _train_part(dataset: Dataset) -> dict[str, int]:
+    """Counts of the training part of a version with appends, whose manifest has none: read from the events."""
+    labels = [events.labels for events in dataset.recent("train", 0, ["labels"])]
+    exposures = sum(int(np.count_nonzero(~np.isnan(each))) for each in labels)
+    positives = sum(int(np.count_nonzero(each > 0)) for each in labels)
+    users = sum(group.rows for group in dataset.row_groups("train"))
+    return {"users": users, "exposures": exposures, "positives": positives}
 
 
 def _words(dataset: Dataset) -> dict[str, float]:

@@ -98,6 +98,14 @@ def test_files_that_were_joined_with_their_headers_are_refused(tmp_path):
     assert "item" in prepared(shop(tmp_path, catalogue=renamed)).items["raw_item_id"].to_pylist()
 
 
+def test_a_byte_order_mark_within_a_file_is_refused(tmp_path):
+    mapping = shop(tmp_path)
+    lines = (tmp_path / "e.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "e.csv").write_text("".join(["\ufeff", *lines[:20], "\ufeff", *lines[20:]]))
+    with pytest.raises(ValueError, match=r"e\.csv, row 21: a byte order mark within the file, .*; remove it"):
+        prepared(mapping)
+
+
 def test_users_whose_ids_became_floats_in_one_file_are_refused(tmp_path):
     events = [(str(int(event[0][1])), *event[1:]) for event in EVENTS]
     mapping = shop(tmp_path, events[:20], events={"path": "e*.csv"})
