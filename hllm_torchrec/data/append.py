@@ -24,6 +24,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.dataset_compaction import write_base
 from hllm_torchrec.data.event_files import write_event_file
 from hllm_torchrec.data.events import Events
+from hllm_torchrec.data.feature_spellings import check_spellings
 from hllm_torchrec.data.folding import Append, appends_to_fold, fold_appends, is_outgrown
 from hllm_torchrec.data.manifest import EVENTS, chain_base, files_of_chain
 from hllm_torchrec.data.sources.base import Source
@@ -247,6 +248,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     marks = dataset_marks(dataset)
     every = {"item_features": staged.item_words, "user_features": staged.user_words}
     every |= {"context_features": staged.context_words} if staged.context_words else {}
+    notes = [note for words in every.values() for note in check_spellings(words, staged.log)]
     changes: dict[str, Any] = {kind: {} for kind in every}
     for kind, words in every.items():
         for name, vocabulary in words.items():
@@ -278,7 +280,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     marks["actions"] = mark_ids([names[str(number)] for number in new_actions], marks["actions"])
     changes["vocabulary"] = {name: mark.to_json() for name, mark in marks.items()}
     changes["event_files"] = added.pop("event_files")
-    changes["notes"] = staged.log.notes()
+    changes["notes"] = [*staged.log.notes(), *notes]
     changes["rows"] = TableRows(
         dataset.num_items + len(new_items),
         dataset.num_users + len(new_users),

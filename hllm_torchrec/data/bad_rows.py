@@ -175,15 +175,18 @@ class BadRowLog:
         return bool(choice == "drop")
 
 
-def describe_time(text: str | None, second: int | None) -> str:
-    """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None."""
+def describe_time(text: str | None, second: int | None, remedy: str = "") -> str:
+    """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None.
+
+    remedy: added with the unit, if the value looks like another unit.
+    """
     # If the value is in range when read in a finer unit, it most likely has that unit: suggest it.
     number = int(text) if text and re.fullmatch(r"\s*\d{1,19}\s*", text) else second
     if number is not None and (second is None or second > MAX_SECOND):
         for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
             if MAX_SECOND < number <= MAX_SECOND * scale:
                 problem = f"the time {text!r} is beyond 2099 in its unit; it looks like {unit}"
-                return f"{problem}. Set the time unit to {unit}"
+                return f"{problem}{remedy}{unit}" if remedy else problem
     if second is None:
         hint = ""
         if text and re.match(r"\s*\d{4}-\d\d-\d\d", text):

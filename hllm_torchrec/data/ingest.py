@@ -209,7 +209,10 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
     text, second = table["time_text"], table["timestamp"]
     value = second.fill_null(-1).to_numpy()
     bad = (value < 0) | (value > MAX_SECOND)
-    return _handled(log, "bad_time", bad, table, path, lambda i: describe_time(text[i].as_py(), second[i].as_py()))
+    remedy = ". Set the time unit to "
+    return _handled(
+        log, "bad_time", bad, table, path, lambda i: describe_time(text[i].as_py(), second[i].as_py(), remedy)
+    )
 
 
 def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, known: int, log: BadRowLog) -> pa.Table:
@@ -224,8 +227,9 @@ def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, kn
     unknown = (number < 0) | (number >= known)
     if unknown.any() and "unknown_item" not in log.hints:
         log.hints |= _unknown_hint(raw, unknown, table["raw_user_id"], catalogue)
-    text = "item {} is not in the item file"
-    table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(abbreviate(raw[i].as_py())))
+    hint = f" ({log.hints['unknown_item']})" if "unknown_item" in log.hints else ""
+    text = "item {} is not in the item file{}"
+    table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(abbreviate(raw[i].as_py()), hint))
     if len(table) < len(number):
         number = number[~unknown]
     elif (number < 0).any():  # the policy is "keep"
@@ -238,31 +242,38 @@ def _unknown_hint(
     raw: pa.ChunkedArray, unknown: np.ndarray, users: pa.ChunkedArray, catalogue: ItemCatalogue
 ) -> dict[str, str]:
     """The likely cause of unknown items, if the ids show one; otherwise empty."""
-    some = raw.filter(pa.array(unknown)).slice(0, 1000)
+    some = raw.filter(pa.array(unknown)).slice(0, 1000).combine_chunks().cast(pa.large_string())
     if (catalogue.look_up(users.slice(0, 1000)) >= 0).mean() > 0.5:
         return {"unknown_item": "users and items have changed places: the ids of the users are in the item file"}
-    for what, other in _SPELLINGS.items():
-        ids = other(some)
-        ids = pc.if_else(pc.equal(ids, ""), some, ids)  # an id of zeros alone
-        found = np.flatnonzero(catalogue.look_up(ids) >= 0)
+    items = catalogue.ids(_MOST_COMPARED)
+    for what, form in _SPELLINGS.items():
+        at = pc.index_in(form(some), value_set=form(items))
+        found = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
         if len(found) > 0.5 * len(some):
             first = int(found[0])
             return {
                 "unknown_item": f"{what}: {abbreviate(some[first].as_py())} in the events, "
-                f"{abbreviate(ids[first].as_py())} in the items"
+                f"{abbreviate(items[at[first].as_py()].as_py())} in the items"
             }
     return {}
 
 
-_SPELLINGS: dict[str, Callable[[pa.ChunkedArray], pa.ChunkedArray]] = {
+def _without_zeros(ids: pa.Array) -> pa.Array:
+    shorter = pc.utf8_ltrim(ids, "0")
+    return pc.if_else(pc.equal(shorter, ""), ids, shorter)  # an id of zeros alone
+
+
+_MOST_COMPARED = 1_000_000
+"""Number of items with which unknown ids are compared in each spelling."""
+
+_SPELLINGS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "ids became floats": lambda ids: pc.replace_substring_regex(ids, r"\.0+$", ""),
-    "the items' ids became floats": lambda ids: pc.binary_join_element_wise(ids, ".0", ""),
     "ids have blanks around them": pc.utf8_trim_whitespace,
-    "ids lost or gained leading zeros": lambda ids: pc.utf8_ltrim(ids, "0"),
+    "ids lost or gained leading zeros": _without_zeros,
     "ids are in another case": pc.utf8_lower,
-    "ids are in another case ": pc.utf8_upper,
+    "ids are in another Unicode form": lambda ids: pc.utf8_normalize(ids, "NFKC"),
 }
-"""Cause -> conversion of the events' ids that makes them equal to the ids of the items in this case."""
+"""Cause -> form of ids in which those of the events and of the items are equal in this case."""
 
 
 class RepeatedFeatures:

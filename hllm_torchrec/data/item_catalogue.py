@@ -32,6 +32,13 @@ class Vocabulary:
 
     def __init__(self, values: Sequence[str] = ()) -> None:
         self._ids = {value: i for i, value in enumerate(values, start=1)}
+        self.known = len(self._ids)
+        """Number of values that it began with."""
+
+    @property
+    def values(self) -> list[str]:
+        """All values, in the order of their ids."""
+        return list(self._ids)
 
     @property
     def size(self) -> int:
@@ -236,6 +243,10 @@ class ItemCatalogue:
     def look_up(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
         """The numbers (int64 [n]) of raw ids; -1 for ids that are not in the catalogue."""
         return self._numbers.find(raw_ids)
+
+    def ids(self, most: int) -> pa.Array:
+        """Raw ids of the first `most` items (large_string)."""
+        return self._numbers.ids(0, min(most, len(self)))
 
     def was_refused(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
         """Mask (bool [n]) of the ids of items that the policy dropped."""

@@ -20,6 +20,7 @@ from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
 from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_partitions import SortedPartitions, core_filter
+from hllm_torchrec.data.feature_spellings import check_spellings
 from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary
 from hllm_torchrec.data.manifest import (
     EVENTS,
@@ -288,9 +289,11 @@ def _run(
         np.save(target / ITEM_COUNTS, writer.item_counts)
     catalogue.write(target / "items.parquet", item_ids, staged.item_words)
     users.write(target / "users.parquet", staged.user_files, staged.user_words)
-    _write_features(target, staged.item_words | staged.user_words | staged.context_words)
+    words = staged.item_words | staged.user_words | staged.context_words
+    notes = check_spellings(words, log)
+    _write_features(target, words)
     counts = _counts(users, num_items, writer, log, catalogue)
-    return _manifest(source, options, cuts, counts, writer, staged) | {"notes": log.notes()}
+    return _manifest(source, options, cuts, counts, writer, staged) | {"notes": [*log.notes(), *notes]}
 
 
 def _filter(

@@ -25,7 +25,6 @@ and the parts follow the split's rule.
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +101,7 @@ def _remedy_of_sealing() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(re.sub(rf"(\. Set the time unit to \w+)?; {REMEDY}", f"; {_REMEDY}", str(error))) from error
+        raise ValueError(str(error).replace(f"; {REMEDY}", f"; {_REMEDY}")) from error
 
 
 def read_contract(path: Path) -> dict[str, Any]:

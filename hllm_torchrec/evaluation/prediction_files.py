@@ -41,19 +41,32 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(str, paths):
-        matches = sorted(map(Path, glob.glob(path)), key=natural_key) if glob.has_magic(path) else [Path(path)]
+        # A path that exists is no pattern, whatever characters it has.
+        is_pattern = glob.has_magic(path) and not Path(path).exists()
+        matches = sorted(map(Path, glob.glob(path)), key=natural_key) if is_pattern else [Path(path)]
         for match in matches:
             listed = match.iterdir() if match.is_dir() else ()
             inside = sorted((file for file in listed if file.name.endswith(SUFFIXES)), key=natural_key)
             found += inside or ([match] if match.is_file() else [])
             if not (inside or match.is_file()):
-                raise ValueError(f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; name either")
+                raise ValueError(
+                    f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; {_remedy(match)}"
+                )
         if not matches:
             raise ValueError(f"{path} matches no file; look at the pattern, and quote it in a shell")
     for file in found:
         if not file.name.endswith(SUFFIXES):
             raise ValueError(f"{file} is not of a kind that can be read: {', '.join(SUFFIXES)}; convert it")
     return found
+
+
+def _remedy(folder: Path) -> str:
+    """Remedy for a folder without prediction files: the pattern of those in its subfolders, if there are any."""
+    below = next((file for file in sorted(folder.rglob("*")) if file.name.endswith(SUFFIXES) and file.is_file()), None)
+    if below is None:
+        return "name either"
+    folders = len(below.relative_to(folder).parts) - 1
+    return f"those in its subfolders are read by a pattern: '{folder}/{'*/' * folders}*{''.join(below.suffixes)}'"
 
 
 @contextmanager

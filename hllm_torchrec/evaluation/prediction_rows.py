@@ -137,12 +137,25 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
+<<<<<<< HEAD
         """A type that keeps the order of scores: int64 for whole numbers, float32 for short floats, else float64."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
+=======
+        """A type that keeps the order of scores: int64 for whole numbers and decimals (`_scaled`), float32 for 32-bit
+        floats, else float64.
+        """
+        kinds = self._score_kinds(model)
+        if all(map(pa.types.is_decimal, kinds)):
+            return np.dtype(np.int64)
+>>>>>>> x
         if all(pa.types.is_integer(kind) for kind in kinds) and len({kind == pa.uint64() for kind in kinds}) == 1:
             return np.dtype(np.int64)
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
         return np.dtype(np.float32 if small else np.float64)
+
+    def _score_kinds(self, model: PredictionModel) -> list[pa.DataType]:
+        """Type of the model's scores in each of its files."""
+        return [schema.field(model.score).type for schema in self.readers[model.name].schemas]
 
     def read(self, rank: int, world_size: int, size: int) -> Iterator[ReadRows]:
         """Read the rank's share of the rows, at most `size` at a time.
@@ -293,6 +306,9 @@ class PredictionRows:
 
     def _scores(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
         scores, kind = self._numbers(model.name, table, model.score, rows), self.score_type(model)
+        kinds = self._score_kinds(model)
+        if all(map(pa.types.is_decimal, kinds)):
+            return self._scaled(model, table[model.score], max(decimal.scale for decimal in kinds))
         if kind == np.int64:
             # Unsigned numbers beyond int64: flipping the first bit keeps their order.
             return scores.view(np.int64) ^ np.int64(-(1 << 63)) if scores.dtype == np.uint64 else scores.astype(kind)
@@ -305,6 +321,16 @@ class PredictionRows:
             rule = "with fractions, whole numbers from 2^53 on are not exact: write only whole numbers, or ranks"
             self._check(model.name, model.score, scores, exact, rows, rule)
         return scores.astype(kind, copy=False)
+
+    def _scaled(self, model: PredictionModel, scores: pa.ChunkedArray, scale: int) -> np.ndarray:
+        """Decimals, which SQL engines write, times 10^scale as int64: float64 would make some of them equal."""
+        place = f"column {model.score!r} of {self.files[model.name][0]}"
+        with error_location(place, "write it as float64: as decimals, scores of more than 18 digits are not exact"):
+            halves = pc.cast(scores, pa.decimal128(38, scale)).combine_chunks()
+            low, high = np.frombuffer(halves.buffers()[1], np.int64).reshape(-1, 2)[halves.offset :][: len(halves)].T
+            if (high != low >> 63).any():
+                raise ValueError(f"a score times 10^{scale} is beyond 64 bits")
+        return low
 
     def _all_probabilities(self, tables: Mapping[str, pa.Table], rows: Rows) -> dict[str, np.ndarray]:
         having = [model for model in self.models if model.probability]
@@ -328,6 +354,8 @@ class PredictionRows:
     def _values(self, name: str, table: pa.Table, column: str) -> np.ndarray:
         """A numeric column in its own type, with NaN for nulls."""
         values = table[column]
+        if pa.types.is_decimal(values.type):
+            values = pc.cast(values, pa.float64())
         kind = values.type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
             raise ValueError(f"{self.readers[name].files[0]}: column {column!r} is {kind}; it must hold numbers")

@@ -38,6 +38,7 @@ from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints
+from hllm_torchrec.models.model_files import ADAPTER, WEIGHTS
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_evidence import frozen_catalogue, open_evidence, reads_texts
@@ -238,11 +239,20 @@ def _missing_models(config: Config) -> Iterator[str]:
         yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
     for part, section in backbone_sections(config):
         directory = section.pretrained
-        if directory is not None and not (Path(directory) / "config.json").is_file():
+        files = () if directory is None else [Path(directory) / name for name in ("config.json", ADAPTER)]
+        if files and not any(file.is_file() for file in files):  # an adapter is refused when the model is read
             yield (
-                f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one "
-                "(`hllm fetch --help` has two)"
+                f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); "
+                f"{_other_directory(Path(directory))}"
             )
+
+
+def _other_directory(directory: Path) -> str:
+    """Remedy for a directory without a model; sentence-transformers once kept the model in a folder of it."""
+    inside = sorted(path.parent for path in directory.glob("*/config.json") if (path.parent / WEIGHTS).is_file())
+    if not inside:
+        return "download one (`hllm fetch --help` has two)"
+    return f"its model is in {inside[0]}: give that, and pooling and normalize as its other folders say"
 
 
 def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_llm") -> TokenStore:

@@ -1,6 +1,7 @@
 """Reads Hugging Face directories: config and weights. A damaged or unsuitable file raises an error that names it."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
 ITEM_TOKEN_FILE = "item_token.safetensors"
 """File next to a backbone's weights with the [ITEM] vector that was trained with them, `item_token` [D]."""
+ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FETCH = "fetch the directory again"
+_BUFFERS = re.compile(r"(inv_freq|position_ids|token_type_ids|masked_bias|att\w*\.bias)$")
+"""Names of constants that earlier releases of transformers saved with the weights."""
+_logger = logging.getLogger(__name__)
 _LARGEST = {
     "num_hidden_layers": 1_000,
     "num_attention_heads": 4_096,
@@ -41,6 +46,7 @@ def read_config(directory: str) -> "PreTrainedConfig":
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(directory) / "config.json"
+    refuse_adapter(Path(directory))
     refuse_pointers([path])
     with reading_foreign(path, _FETCH):
         # Read the file here first, because transformers would search for a missing file on the network.
@@ -55,6 +61,16 @@ def read_config(directory: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_config(config)
     return config
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise ValueError for a directory with a LoRA adapter: transformers applies it only where peft is installed."""
+    if (directory / ADAPTER).is_file():
+        raise ValueError(
+            f"{directory}: has a LoRA adapter ({ADAPTER}), which is not read: merge it where you trust it, with peft: "
+            "PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), ADAPTER).merge_and_unload()"
+            ".save_pretrained(NEW), and the tokenizer likewise"
+        )
 
 
 def check_config(config: "PreTrainedConfig") -> None:
@@ -97,7 +113,10 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # transformers would warn about each layer that is left out on purpose
     try:
-        with reading_foreign(directory, f"its config.json and weights do not fit together: {_FETCH}"):
+        remedy = f"its config.json and weights do not fit together: {_FETCH}"
+        if getattr(config, "quantization_config", None):
+            remedy = "it is quantized (quantization_config): use the model from which it was made"
+        with reading_foreign(directory, remedy):
             model, report = AutoModel.from_pretrained(
                 directory,
                 config=config,
@@ -111,6 +130,10 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
     finally:
         transformers_logging.set_verbosity(verbosity)
     _check_report(directory, report)
+    _warn_of_odd_weights(directory, model, report)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum of finite ones may overflow
+            raise ValueError(f"{directory}: the weight {name} has values that are not finite; {_FETCH}")
     model.train()  # from_pretrained returns it in evaluation mode, without dropout and activation checkpointing
     return model
 
@@ -124,8 +147,29 @@ def _check_report(directory: str, report: dict) -> None:
     # The pooler is removed afterwards (`build_backbone`), so it may be missing.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
-        raise ValueError(
-            f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint; {_FETCH}"
+        wrapped = next((key for key in sorted(report["unexpected_keys"]) if key.endswith(f".{missing[0]}")), None)
+        cause = f"not a complete checkpoint; {_FETCH}"
+        if wrapped is not None:  # DataParallel, torch.compile and training frameworks add a prefix
+            prefix = wrapped.removesuffix(missing[0])
+            cause = f"the file's names begin with {prefix!r}, as of a wrapped model; write the file without this prefix"
+        raise ValueError(f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: {cause}")
+
+
+def _warn_of_odd_weights(directory: str, model: "PreTrainedModel", report: dict) -> None:
+    """Warn of weights inside the model's modules that its config does not provide for, such as biases.
+
+    Heads, poolers and layers beyond the config's number are left out on purpose.
+    """
+    modules = {name for name, _ in model.named_modules() if name}
+    inside = (key for key in report["unexpected_keys"] if not _BUFFERS.search(key))
+    odd = sorted(key for key in inside if {key.rpartition(".")[0], key.rpartition(".")[0].rpartition(".")[0]} & modules)
+    if odd:
+        _logger.warning(
+            "%s: %d weights are not used, e.g. %s: config.json describes a model without them, so the embeddings are "
+            "not those with which they were trained: compare config.json with the original",
+            directory,
+            len(odd),
+            odd[0],
         )
 
 

@@ -19,6 +19,7 @@ from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.models.model_files import load_weights
 from hllm_torchrec.models.small_models import TOLERANCE
 from hllm_torchrec.models.text_format import TextFormat, format_warnings, text_format
+from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 WORDS = "the quick brown fox reads item 1024: a film of 1995, drama and comedy, by nobody we know; 上海 東京 é ö ß"
@@ -71,6 +72,9 @@ def report_model(directory: Path, max_text_length: int = 64) -> ModelReport:
     tokens = [torch.tensor(ids) for ids in tokenize(read_tokenizer(directory), texts, max_text_length, form.keeps_end)]
     # Load the two models one after the other, because two copies of a large model may not fit into memory.
     plain = load_weights(str(directory), config).eval()
+    if (learned := learned_positions(plain)) is not None:  # a position for [ITEM], and those that are never used
+        unused = getattr(learned, "offset", 0) + (0 if learned.padding_idx is None else learned.padding_idx + 1)
+        tokens = [ids[: learned.num_embeddings - unused - 1] for ids in tokens]
     item_token = plain.get_input_embeddings().weight.detach()[:8].mean(0)
     expected = torch.stack([_alone(plain, ids, item_token, form) for ids in tokens])
     del plain

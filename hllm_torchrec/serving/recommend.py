@@ -16,6 +16,11 @@ from torch.nn.functional import normalize
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
+<<<<<<< HEAD
+=======
+from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
+from hllm_torchrec.data.collate import Collator
+>>>>>>> x
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
@@ -69,10 +74,16 @@ def recommend(
 
     Raises:
         ValueError: the run, checkpoint or user does not exist; the context is invalid (`Scorer.score`); the user has no
+<<<<<<< HEAD
             events that the request may see; or `top` is below 1.
+=======
+            events before `time`; `time` is outside 1970..2099; or `top` is below 1.
+>>>>>>> x
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")
+    if time is not None and not 0 <= time <= MAX_SECOND:
+        raise ValueError(f"{describe_time(str(time), time)}; give seconds UTC, 1970 to 2099")
     config = run_config(run, dataset)
     opened = Dataset.open(config.data.dataset, config.data.version)
     moment = int(clock.time()) if time is None else time

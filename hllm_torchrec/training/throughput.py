@@ -1,6 +1,7 @@
 """Throughput, model FLOPs utilization and weight changes of training, for the log."""
 
 import functools
+import re
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -164,7 +165,10 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
     """
     matrices = {}
     for part in model.named_backbones():
-        layers = [p for n, p in part.module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)]
+        every = [(n, p) for n, p in part.module.named_parameters() if p.ndim == 2]
+        # GPT-2, BLOOM, XLM and others number their layers under another name.
+        layers = [p for n, p in every if "layers." in n or "layer." in n]
+        layers = layers or [p for n, p in every if re.search(r"\b\d+\.", n)] or [p for _, p in every]
         shown = next((p for p in layers if p.requires_grad), layers[0])
         matrices[part.name] = getattr(shown, "_local_tensor", shown).detach().float().clone()
     if item_encoder is not None and model.item_llm is not None:

@@ -133,6 +133,7 @@ class Trainer:
             self.checkpoints.wait_for_pending_save_on_error(),
         ):
             self._log_start()
+            first = self.step
             try:
                 self._train_segments()
             except Preempted:
@@ -147,7 +148,8 @@ class Trainer:
             )
         if self.rank == 0:
             say(summary_line(self.step, self._item_llm_steps(), moved))
-            for line in untrained_tasks(self.config, [task.name for task in self.hllm.tasks], self.labelled):
+            names = [task.name for task in self.hllm.tasks] if self.step > first else []  # a finished run was resumed
+            for line in untrained_tasks(self.config, names, self.labelled):
                 say(line)
         return self.metrics | {"weights_moved": moved}
 

@@ -98,6 +98,14 @@ def test_files_that_were_joined_with_their_headers_are_refused(tmp_path):
     assert "item" in prepared(shop(tmp_path, catalogue=renamed)).items["raw_item_id"].to_pylist()
 
 
+def test_a_byte_order_mark_within_a_file_is_refused(tmp_path):
+    mapping = shop(tmp_path)
+    lines = (tmp_path / "e.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "e.csv").write_text("".join(["\ufeff", *lines[:20], "\ufeff", *lines[20:]]))
+    with pytest.raises(ValueError, match=r"e\.csv, row 21: a byte order mark within the file, .*; remove it"):
+        prepared(mapping)
+
+
 def test_users_whose_ids_became_floats_in_one_file_are_refused(tmp_path):
     events = [(str(int(event[0][1])), *event[1:]) for event in EVENTS]
     mapping = shop(tmp_path, events[:20], events={"path": "e*.csv"})
@@ -354,6 +362,40 @@ def test_many_bad_rows_of_a_kind_are_an_error_with_the_likely_cause(tmp_path, ki
         prepared(mapping, policy=policy)
     assert cause in str(error.value) and f"bad_rows: {{{reason}: drop}}" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+SPELLED = {
+    "blanks": (lambda i: f" {i}", r"ids have blanks around them: ' i0' in the events, 'i0' in the items"),
+    "case": (str.upper, r"ids are in another case: 'I0' in the events, 'i0' in the items"),
+    "Unicode": (lambda i: i.replace("i", "\uff49"), r"ids are in another Unicode form: "),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_the_likely_cause_of_the_first_unknown_item_is_named(tmp_path, kind):
+    change, cause = SPELLED[kind]
+    with pytest.raises(ValueError, match=rf"e\.csv, row 2: item .* is not in the item file \({cause}.*Correct the row"):
+        prepared(shop(tmp_path, *changed(lambda n, u, i, t, y: (u, change(i), t, y))))
+    # the other way round: the items' ids are the odd ones
+    with pytest.raises(ValueError, match=r"row 2: item 'i0' is not in the item file \(ids "):
+        prepared(shop(tmp_path, catalogue=[(change(item), title, genre) for item, title, genre in ITEMS]))
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path):
+    mapping = shop(tmp_path, events={"path": "e[1].csv"})
+    (tmp_path / "e.csv").rename(tmp_path / "e[1].csv")
+    assert prepared(mapping).manifest["counts"]["events"] == len(EVENTS)
+
+
+def test_words_that_yaml_reads_as_booleans_or_numbers_need_quotes(tmp_path):
+    mapping = shop(tmp_path, events={"action": "label"})
+    text = json.dumps(json.loads(mapping.read_text()))
+    mapping.write_text(text.replace('"action": "label"', '"action": "label", "actions": [off, 01]'))
+    with pytest.raises(ValueError, match=r"label='0' is not in events\.actions \(False, 1\); add it there, in quotes"):
+        prepared(mapping)
+    mapping.write_text(text.replace('"action": "label"', '"weight": no'))
+    with pytest.raises(ValueError, match=r"events\.weight is False, it must be text: in YAML the words on, off, yes"):
+        prepared(mapping)
 
 
 def test_a_share_is_allowed_by_the_mapping_or_the_command(tmp_path, capsys):

@@ -3,6 +3,7 @@
 
 ELSEWHERE: dict[str, str] = {
     # part of the message -> the test that follows the remedy
+    "new values are other spellings of one value": "tests/data/test_feature_spellings.py::test_a_column_of_another_type_is_refused_in_an_append",
     "un: bash scripts/install.sh --cpu (or --cuda": "tests/scripts/test_scripts.py",
     "not written, the disk is full": "tests/checkpoint/test_manager.py::test_a_run_may_go_on_without_a_checkpoint_but_not_without_the_last",
     "the run's configuration names code, which would be executed": "tests/config/test_extensions.py::test_the_code_of_a_run_is_imported_if_it_is_listed",
@@ -61,6 +62,7 @@ ELSEWHERE: dict[str, str] = {
 }  # fmt: skip
 
 NOT_RUN: dict[str, str] = {
+    "download one (`hllm fetch --help` has two)": "the message around it has a case: no config.json",
     # part of the message -> why there is nothing to run
     "ease: the catalogue has □ items": "takes a catalogue of more items than EASE can invert",
     "a run keeps only the evaluation.keep_last newest checkpoints and the best": "names what removed the checkpoint",

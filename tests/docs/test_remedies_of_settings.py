@@ -152,7 +152,7 @@ MODELS: list[tuple[str, Settings, Settings]] = [
     ("data.dataset: □: split by □; evaluation.protocol □ needs one prepared with --split □",
      {"evaluation__protocol": "leave_one_out", "objective__positive_targets_only": False},
      {"data__dataset": "LEAVE_ONE_OUT"}),
-    ("□.pretrained: □: not a Hugging Face directory (no config.json); download one",
+    ("□.pretrained: □: not a Hugging Face directory (no config.json); □",
      {"user__pretrained": "nowhere", "user__shape": None}, {"user__pretrained": None, "user__shape": USER_LLAMA}),
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
 import csv
+import decimal
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -180,6 +181,21 @@ def test_whole_scores_of_64_bits_keep_their_order(low: int, is_csv: bool, tmp_pa
     np.testing.assert_array_equal(np.argsort(read), np.argsort(order))
 
 
+def test_decimals_keep_their_order_or_are_refused(tmp_path: Path) -> None:
+    digits = [1, 3, 2, -5]
+    scores = [decimal.Decimal(f"0.{10**17 + digit:018}") for digit in digits]  # equal as float64
+    for number, (part, kind) in enumerate([(scores[:2], pa.decimal128(38, 18)), (scores[2:], pa.decimal128(20, 19))]):
+        rows = {"label": [0.0, 1.0], "score": pa.array(part, kind)}
+        pq.write_table(pa.table(rows), tmp_path / f"{number}.parquet")
+    (batch,) = all_batches(opened(tmp_path, tmp_path, ColumnLayout(), ("score", None)))
+    assert np.argsort(batch.scores["a"]).tolist() == np.argsort(digits).tolist()
+    pq.write_table(
+        pa.table({"label": [0.0, 1.0], "score": pa.array([1, 10], pa.decimal128(38, 18))}), tmp_path / "1.parquet"
+    )
+    with pytest.raises(ValueError, match=r"column 'score' .* beyond 64 bits.*write it as float64"):
+        all_batches(opened(tmp_path, tmp_path, ColumnLayout(), ("score", None)))
+
+
 def test_whole_scores_that_fractions_round_are_named(tmp_path: Path) -> None:
     values = columns()
     values["score"] = np.array(["0.5"] * ROWS, object)
@@ -217,6 +233,11 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         all_batches(PredictionRows([PredictionModel("a", (folder,), "country")], ColumnLayout(), tmp_path))
     with pytest.raises(ValueError, match="nowhere is not a file or a directory with .parquet, .csv"):
         find_files([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"those in its subfolders are read by a pattern: '.*/\*/\*\.parquet'"):
+        find_files([tmp_path])
+    (tmp_path / "rows[1]").mkdir()  # no pattern: it exists
+    odd = write_parquet(columns(10), tmp_path / "rows[1]")
+    assert find_files([odd]) == sorted(odd.iterdir())
     with pytest.raises(ValueError, match="matches no file"):
         find_files([tmp_path / "*.csv"])
     (tmp_path / "notes.txt").write_text("x")
@@ -236,7 +257,7 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         (
             "timestamp",
             np.full(40, 1_700_000_000_000),
-            r"row 0: column 'timestamp' is 1\.7e\+12; .*looks like milliseconds",
+            r"row 0: column 'timestamp' is 1\.7e\+12; .*looks like milliseconds; give seconds",
         ),
         ("timestamp", np.full(40, -5), r"row 0: column 'timestamp' is -5; .*outside 1970.*--timestamp NONE"),
         ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),

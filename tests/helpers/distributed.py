@@ -98,6 +98,7 @@ def _run_rank(rank: int, world_size: int, folder: str, timeout: float, work: byt
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
+        dist.barrier()  # a rank that returns at once would close connections that others are still making
         function, args = pickle.loads(work)
         result = pickle.dumps(function(*args))
         (Path(folder) / f"result-{rank}").write_bytes(result)

@@ -58,6 +58,17 @@ def as_bin(model: Path, name: str = "pytorch_model.bin") -> None:
     (model / "model.safetensors").unlink()
 
 
+def rename_weights(model: Path, change: Callable[[str], str]) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file({change(name): value for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def change_weights(model: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights = {name: change(name, value) for name, value in weights.items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut weights": (
         lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
@@ -100,6 +111,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard that is not there": (
         lambda m: shards(m, "gone.safetensors"),
         r"gone\.safetensors: no such file, though the index names it; ",
+    ),
+    "a wrapped model": (
+        lambda m: rename_weights(m, lambda name: f"module.{name}"),
+        r"20 weights are missing, e\.g\. .*: the file's names begin with 'module\.', as of a wrapped model; write",
+    ),
+    "an adapter": (
+        lambda m: (m / "adapter_config.json").write_text("{}"),
+        r"model: has a LoRA adapter \(adapter_config\.json\), which is not read: merge it",
+    ),
+    "an adapter alone": (
+        lambda m: (m / "config.json").rename(m / "adapter_config.json"),
+        r"model: has a LoRA adapter",
+    ),
+    "a quantized model": (
+        lambda m: edit(m / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"model: .*it is quantized \(quantization_config\): use the model from which it was made",
+    ),
+    "a weight that is NaN": (
+        lambda m: change_weights(m, lambda name, value: value * (float("nan") if name == "norm.weight" else 1)),
+        r"model: the weight norm\.weight has values that are not finite; fetch the directory again",
     ),
     "a pickle alone": (
         as_bin,
@@ -184,3 +215,17 @@ def test_an_error_of_the_machine_is_no_damage(model: Path, monkeypatch: pytest.M
         for file in opened:
             file.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_weights_that_the_config_does_not_provide_for_are_said(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(model / "model.safetensors")
+    others = {"lm_head.weight": 1, "layers.7.mlp.up_proj.weight": 1, "layers.0.self_attn.rotary_emb.inv_freq": 1}
+    whole = weights | {name: torch.ones(1) for name in others}
+    save_file(whole, model / "model.safetensors", {"format": "pt"})
+    build_backbone(str(model))
+    assert not caplog.records  # a head, a layer beyond the config's number and a constant
+    save_file(
+        weights | {"layers.0.self_attn.q_proj.bias": torch.ones(1)}, model / "model.safetensors", {"format": "pt"}
+    )
+    build_backbone(str(model))
+    assert "1 weights are not used, e.g. layers.0.self_attn.q_proj.bias: config.json describes" in caplog.text

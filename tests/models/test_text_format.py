@@ -211,5 +211,8 @@ def test_check_model_prints_how_a_model_is_read(tmp_path: Path, capsys: pytest.C
     assert "bert: 2 layers, 24 wide" in said and "reads in both directions; texts packed" in said
     assert "pooling cls, scaled to length 1; prompt ''; special tokens after a text: kept" in said
     assert "10 texts encoded together and by plain transformers one at a time differ by" in said
+    AutoModel.from_config(AutoConfig.for_model(**BERT | {"max_position_embeddings": 6})).save_pretrained(path)
+    assert check_model.main(["--model", str(path)]) == 0  # its texts are cut to the positions that the model has
+    capsys.readouterr()
     assert check_model.main(["--model", str(tmp_path)]) == 2
     assert f"check-model: error: {tmp_path}/config.json: FileNotFoundError" in capsys.readouterr().err

@@ -87,6 +87,8 @@ def test_mistakes_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "user 'U7': not in" in (message := capsys.readouterr().err) and "did you mean 'u7'" in message
     assert command.main(["--run", run, "--user", "u7", "--time", "5"]) == 2
     assert "user 'u7': no event before 5" in capsys.readouterr().err
+    assert command.main(["--run", run, "--user", "u7", "--time", "1700000000000"]) == 2
+    assert "'1700000000000' is beyond 2099 in its unit; it looks like milliseconds; give" in capsys.readouterr().err
     assert command.main(["--run", run, "--user", "u7", "--top", "0"]) == 2
     assert "top is 0: must be at least 1" in capsys.readouterr().err
 

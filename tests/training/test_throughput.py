@@ -259,6 +259,15 @@ def test_the_smallest_change_is_seen() -> None:
     assert snapshot_weights(model).relative_change_since(before)["item_llm"] > 0
 
 
+def test_layers_of_any_name_are_seen() -> None:
+    shape = {"model_type": "gpt2", "n_embd": 24, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    model = fixtures.model(fixtures.config(item_llm={"shape": shape}))
+    before = snapshot_weights(model)
+    with torch.no_grad():
+        model.item_llm.backbone.h[0].attn.c_attn.weight.mul_(1.25)
+    assert snapshot_weights(model).relative_change_since(before)["item_llm"] == pytest.approx(0.25, rel=1e-5)
+
+
 def test_a_model_of_ids_shows_its_user_encoder_only(tmp_path: Path) -> None:
     model = fixtures.model(replace(config(tmp_path, item_llm__enabled=False)))
     assert snapshot_weights(model).matrices.keys() == {"user"}

@@ -149,8 +149,15 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
 
 
 def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
-    """Raise ValueError for a row that repeats the names of several columns: files joined with their headers."""
+    """Raise ValueError for a row that repeats the names of several columns or begins with a byte order mark, as in files
+    that were joined.
+    """
     names = batch.schema.names
+    marked = pc.fill_null(pc.starts_with(batch.column(0), "\ufeff"), False) if names else pa.array([], pa.bool_())
+    if (at := pc.index(marked, True).as_py()) >= 0:
+        raise ValueError(
+            f"{path}, row {rows[at]}: a byte order mark within the file, as in files that were joined; remove it"
+        )
     if len(names) < 2:
         return  # a single cell can be equal to the name of its column
     for at in np.flatnonzero(pc.fill_null(pc.equal(batch.column(0), names[0]), False).to_numpy(zero_copy_only=False)):

@@ -161,7 +161,8 @@ def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
         kinds, what = _KINDS.get(known[name].type, (object, ""))
         # bool is a subclass of int: without the second condition `min_events: true` would pass.
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool and kinds is not object):
-            raise ValueError(f"{path}: {prefix}{name} is {abbreviate(value)}, it must be {what}")
+            quotes = ": in YAML the words on, off, yes and no need quotes" if isinstance(value, bool) else ""
+            raise ValueError(f"{path}: {prefix}{name} is {abbreviate(value)}, it must be {what}{quotes}")
     return given
 
 
@@ -239,7 +240,9 @@ def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool =
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
     try:
-        found = sorted(root.glob(relative), key=natural_key)
+        # A path that exists is no pattern: browsers and copies make names like `events[1].csv`.
+        literal = root / relative
+        found = [literal] if literal.exists() else sorted(root.glob(relative), key=natural_key)
         files = [file for path in found for file in _files_of(path, is_named=path.name == given.name)]
     except (ValueError, NotImplementedError, IndexError, RecursionError) as error:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is not a path ({error}); correct it") from error

@@ -122,7 +122,7 @@ def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray
         first = int(np.flatnonzero(unlisted)[0])
         raise ValueError(
             f"{path}, row {rows[first]}: {columns.action}={abbreviate(raw[first].as_py())} is not in events.actions "
-            f"({', '.join(map(str, columns.actions))}); add it there"
+            f"({', '.join(map(str, columns.actions))}); add it there, in quotes"
         )
     return ids
 
