@@ -13,12 +13,7 @@ SAMPLED_ITEMS = 10_000
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
     """Measure a dataset: sizes, labels, texts and features."""
-<<<<<<< HEAD
-    manifest = dataset.manifest
-    train = manifest["parts"].get("train") or _training_facts(dataset)
-=======
     manifest, train = dataset.manifest, dataset.manifest["parts"].get("train") or _train_part(dataset)
->>>>>>> x
     positives = int(train.get("positives", 0))
     exposures = int(train.get("exposures", train.get("events", 0)))
     values = dataset.action_values
@@ -35,23 +30,12 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
     )
 
 
-<<<<<<< HEAD
-def _training_facts(dataset: Dataset) -> dict[str, int]:
-    """Counts of the training part, for a dataset with appends: its manifest has no counts of the parts."""
-    users = exposures = positives = 0
-    for group in dataset.row_groups("train"):
-        rows = dataset.sequences([group], ["labels"])
-        users += rows.user_ids.size
-        exposures += np.count_nonzero(~np.isnan(rows.labels))
-        positives += np.count_nonzero(rows.labels > 0.5)
-=======
 def _train_part(dataset: Dataset) -> dict[str, int]:
     """Counts of the training part of a version with appends, whose manifest has none: read from the events."""
     labels = [events.labels for events in dataset.recent("train", 0, ["labels"])]
     exposures = sum(int(np.count_nonzero(~np.isnan(each))) for each in labels)
     positives = sum(int(np.count_nonzero(each > 0)) for each in labels)
     users = sum(group.rows for group in dataset.row_groups("train"))
->>>>>>> x
     return {"users": users, "exposures": exposures, "positives": positives}
 
 

@@ -137,17 +137,12 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-<<<<<<< HEAD
-        """A type that keeps the order of scores: int64 for whole numbers, float32 for short floats, else float64."""
-        kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
-=======
         """A type that keeps the order of scores: int64 for whole numbers and decimals (`_scaled`), float32 for 32-bit
         floats, else float64.
         """
         kinds = self._score_kinds(model)
         if all(map(pa.types.is_decimal, kinds)):
             return np.dtype(np.int64)
->>>>>>> x
         if all(pa.types.is_integer(kind) for kind in kinds) and len({kind == pa.uint64() for kind in kinds}) == 1:
             return np.dtype(np.int64)
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)

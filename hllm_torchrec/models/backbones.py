@@ -1,5 +1,6 @@
 """Builds the Hugging Face backbones of the LLMs: from a directory or a shape, checked against plain transformers."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.errors import ArgumentError
@@ -47,13 +48,15 @@ def build_backbone(
         elif attention is None:
             causal, attention = True, PACKED_ATTENTION
             check_user_backbone(config)
-        config = directed(config, causal)
+        turned = directed(config, causal)
+        is_turned = getattr(turned, "is_causal", None) != getattr(config, "is_causal", None)
+        config = turned
     register_packed_attention()
     if attention is not None:
         config._attn_implementation = attention
     model = _random(config) if pretrained is None else load_weights(pretrained, config)
     if reading is not None:
-        model.hllm_reading = reading
+        model.hllm_reading = replace(reading, is_turned=is_turned)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's pooler is for sentence pairs; as unused parameters its weights would stall DDP
     if not word_embeddings:

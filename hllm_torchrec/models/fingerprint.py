@@ -14,7 +14,7 @@ from hllm_torchrec.models.experiment import Experiment
 def item_facts(experiment: Experiment) -> dict[str, Any]:
     """Collect inputs of item embeddings: weights, pooling, normalization, int8, tokeniser, text layout. Collective.
 
-    The texts and the direction of the attention (`item_llm.causal`) are not among them.
+    The texts are not among them. The direction of the attention (`item_llm.causal`) is, if it is not the model's own.
 
     Raises:
         ConfigError: the model has no Item LLM.
@@ -29,6 +29,7 @@ def item_facts(experiment: Experiment) -> dict[str, Any]:
         "pooling": item_llm.pooling,
         **({"normalize": True} if item_llm.normalize else {}),
         **({"quantization": "int8"} if encoder.quantizes else {}),
+        **({"causal": item_llm.causal} if item_llm.is_turned else {}),
         **{name: encoder.tokens.facts[name] for name in layout},
     }
 

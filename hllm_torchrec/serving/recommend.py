@@ -16,11 +16,7 @@ from torch.nn.functional import normalize
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
-<<<<<<< HEAD
-=======
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
-from hllm_torchrec.data.collate import Collator
->>>>>>> x
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
@@ -74,11 +70,7 @@ def recommend(
 
     Raises:
         ValueError: the run, checkpoint or user does not exist; the context is invalid (`Scorer.score`); the user has no
-<<<<<<< HEAD
-            events that the request may see; or `top` is below 1.
-=======
-            events before `time`; `time` is outside 1970..2099; or `top` is below 1.
->>>>>>> x
+            events that the request may see; `time` is outside 1970..2099; or `top` is below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")

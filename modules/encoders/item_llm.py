@@ -89,6 +89,7 @@ class ItemLLM(BackboneModule, nn.Module):
         reading: TextReading = getattr(backbone, "hllm_reading", TextReading())
         self.arrangement = reading.arrangement
         self.causal = reading.causal if causal is None else causal
+        self.is_turned = reading.is_turned or self.causal != reading.causal
         if self.causal != reading.causal and self.arrangement != "packed":
             raise ArgumentError(
                 f"causal: {causal}: {backbone.config.model_type} cannot be packed, and the unpatched model has causal: "

@@ -1,21 +1,3 @@
-<<<<<<< HEAD
-"""Facts of a dataset for recipes."""
-
-from dataclasses import replace
-
-from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.recipe_facts import dataset_facts
-from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
-
-
-def test_a_dataset_with_appends_has_the_training_facts_of_its_base(tmp_path):
-    before = dataset_facts(Dataset.open(prepare_shop(tmp_path)))
-    after = dataset_facts(append_day(tmp_path))
-    assert after.items == before.items + NEW_ITEMS
-    kept = {name: getattr(after, name) for name in ("items", "words", "item_features", "user_features")}
-    assert after == replace(before, **kept), "the appended day is after the training part"
-    assert min(after.users, after.exposures, *after.labels) > 0
-=======
 """Facts of a dataset for recipes: also of versions with appends, whose manifests have no counts of the parts."""
 
 from pathlib import Path
@@ -34,4 +16,3 @@ def test_facts_of_a_dataset_with_appends_are_counted(tmp_path: Path) -> None:
     facts = dataset_facts(grown)  # the events are of days after the split: the training part is as before
     assert (facts.users, facts.exposures, facts.labels[1]) == tuple(counted.values())
     assert facts.items == grown.num_items - 1 > first.num_items - 1
->>>>>>> x

@@ -182,6 +182,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(first: Path, tmp_path: Path) 
 def test_a_store_of_another_model_or_without_some_items_is_refused(first: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"item_llm\.store: .*made by another model \(weights differ\).*start_from"):
         train(second(first, tmp_path / "two", start_from="null"))
+    with pytest.raises(ConfigError, match=r"made by another model \(causal differ\)"):
+        train(second(first, tmp_path / "two", item_llm__causal=False))
     loaded = load_run(first / "one", "best", init_distributed())
     with loaded.weights:
         embed_items(loaded.experiment, tmp_path / "items")
