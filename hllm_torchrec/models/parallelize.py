@@ -30,7 +30,6 @@ from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
-from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
 from hllm_torchrec.modules.encoders.fused_products import compiled_elementwise
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
@@ -58,12 +57,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         for part in model.named_backbones():
             part.module.recompute_activations()
     if config.parallel.compile:
-        in_bf16 = device.type == "cpu" and compute_dtype(config) is torch.bfloat16
-        for layer in llm_layers(model):
-            if in_bf16 and isinstance(layer, FusedLlamaLayer) and layer.is_plain():
-                layer.elementwise = compiled_elementwise()
-            else:
-                layer.compile(dynamic=True)
+        _compile_layers(model, config, device)
     # Before sharding: TorchRec fuses the optimizer into the sharded tables' backward pass.
     tables = model.features.tables
     if tables is not None:
@@ -127,6 +121,19 @@ def user_attention(user: UserEncoder, device: torch.device) -> str | None:
 def llm_layers(model: HLLM) -> list[nn.Module]:
     """The layers of the LLMs and the user encoder, first to last."""
     return [layer for part in model.named_backbones() for layer in part.module.blocks()]
+
+
+def _compile_layers(model: HLLM, config: Config, device: torch.device) -> None:
+    """Compile the layers of the LLMs; of layers that run fused (bfloat16 on a CPU), the elementwise functions."""
+    # Imported here, because it imports transformers, which runs without an LLM do not need.
+    from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
+
+    in_bf16 = device.type == "cpu" and compute_dtype(config) is torch.bfloat16
+    for layer in llm_layers(model):
+        if in_bf16 and isinstance(layer, FusedLlamaLayer) and layer.is_plain():
+            layer.elementwise = compiled_elementwise()
+        else:
+            layer.compile(dynamic=True)
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
