@@ -149,8 +149,8 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
 
 
 def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
-    """Raise ValueError for a row that repeats the names of several columns or begins with a byte order mark, as in files
-    that were joined.
+    """Raise ValueError for a row that repeats the names of several columns, or begins with a byte order mark:
+    joined files.
     """
     names = batch.schema.names
     marked = pc.fill_null(pc.starts_with(batch.column(0), "\ufeff"), False) if names else pa.array([], pa.bool_())
