@@ -239,8 +239,8 @@ def _missing_models(config: Config) -> Iterator[str]:
         yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
     for part, section in backbone_sections(config):
         directory = section.pretrained
-        files = () if directory is None else [Path(directory) / name for name in ("config.json", ADAPTER)]
-        if files and not any(file.is_file() for file in files):  # an adapter is refused when the model is read
+        # An adapter is refused when the model is read.
+        if directory is not None and not any((Path(directory) / name).is_file() for name in ("config.json", ADAPTER)):
             yield (
                 f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); "
                 f"{_other_directory(Path(directory))}"

@@ -149,8 +149,8 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
 
 
 def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
-    """Raise ValueError for a row that repeats the names of several columns, or begins with a byte order mark:
-    joined files.
+    """Raise ValueError for a row that repeats several column names or begins with a byte order mark, as in joined
+    files.
     """
     names = batch.schema.names
     marked = pc.fill_null(pc.starts_with(batch.column(0), "\ufeff"), False) if names else pa.array([], pa.bool_())
@@ -225,7 +225,7 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]
     """Stream `columns` of a file with one JSON object or Python dict per line; a key that a line lacks is null.
 
     Raises ValueError naming file and row for a line that is neither, for a column that no line of the first batch has,
-    or for values of several types in one column.
+    or for values of several types in one column (but integers may be mixed with floats, or with texts).
     """
     wanted, done, seen = list(dict.fromkeys(columns)), 0, False
     with Utf8File(path) as file:
