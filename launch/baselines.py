@@ -23,7 +23,7 @@ NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 def build_parser() -> CommandParser:
     """Build the command line parser, without the settings of the baselines."""
     parser = CommandParser(prog="hllm baselines", description=__doc__, allow_abbrev=False)
-    parser.add_baselines("directory written by hllm prepare", Path("runs/baselines"), NAMES)
+    parser.add_baselines(Path("runs/baselines"), NAMES, help="directory written by hllm prepare")
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
     return parser
 

@@ -99,9 +99,9 @@ class CommandParser(argparse.ArgumentParser):
             dataset_help = "dataset whose ids include the run's (default: the newest version of the run's dataset)"
             self.add_argument("--dataset", type=Path, metavar="DIR", help=dataset_help)
 
-    def add_baselines(self, dataset_help: str, output: Path, names: Sequence[str]) -> None:
-        """Add `--dataset`, `--output` and `--only`, for a job that runs the baselines `names`."""
-        self.add_argument("--dataset", required=True, type=Path, help=dataset_help)
+    def add_baselines(self, output: Path, names: Sequence[str], help: str) -> None:
+        """Add `--dataset` with this help, `--output` and `--only`, for a job that runs the baselines `names`."""
+        self.add_argument("--dataset", required=True, type=Path, help=help)
         output_help = f"directory with a folder per baseline (default: {output})"
         self.add_argument("--output", type=Path, default=output, help=output_help)
         only_help = f"some of {', '.join(names)} (default: all)"

@@ -24,7 +24,7 @@ def build_parser() -> CommandParser:
     from hllm_torchrec.baselines.settings import RETRIEVAL_NAMES
 
     parser = CommandParser(prog="hllm retrieval", description=__doc__, allow_abbrev=False)
-    parser.add_baselines("dataset prepared with --split leave_one_out", Path("runs/retrieval"), RETRIEVAL_NAMES)
+    parser.add_baselines(Path("runs/retrieval"), RETRIEVAL_NAMES, help="dataset prepared with --split leave_one_out")
     return parser
 
 

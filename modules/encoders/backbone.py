@@ -19,7 +19,7 @@ class TextReading:
     arrangement: "packed": all texts in one sequence, with the library's attention; "padded": the unpatched model on
     batches of texts of similar lengths, padded on the right; "equal_lengths": the unpatched model on batches of texts
     of equal lengths, without padding, which every model supports. causal: a token sees the text up to itself (True for
-    decoders). is_turned: the direction is not the checkpoint's own (`item_llm.causal`).
+    decoders). is_turned: the direction is not the one of the checkpoint.
     """
 
     arrangement: Literal["packed", "padded", "equal_lengths"] = "packed"

@@ -141,7 +141,7 @@ def test_a_port_in_use_is_one_line(
         assert main(arguments(tmp_path / "run", parallel__timeout=10)) == 2
     errors = capfd.readouterr().err
     assert f"train: error: rank 0 of 2 could not join the others at localhost:{port}: the port is in use" in errors
-    assert "--rdzv_port of torchx, --master_port of torchrun" in errors
+    assert "--rdzv_port (torchx) or --master_port (torchrun)" in errors
     assert "Traceback" not in errors
 
 
