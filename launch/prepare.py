@@ -86,8 +86,8 @@ def _add_bad_rows(parser: CommandParser) -> None:
         "--bad-share",
         type=float,
         metavar="SHARE",
-        help="a kind of bad rows that is more than this share of a table is an error even if it is dropped or kept, "
-        "unless the mapping chooses that handling (default: 0.2)",
+        help="largest share of a table's rows that may be bad in one way; above it, drop and keep are errors, too, "
+        "except for kinds whose handling the mapping chooses (default: 0.2)",
     )
 
 

@@ -28,10 +28,10 @@ def with_recipe(arguments: list[str]) -> list[str]:
 
     The choices come first, so that files and options of `arguments` override them. Without a recipe, `arguments` are
     returned unchanged. Prints each choice with its reason, and downloads the recipes' text encoder if the
-    configuration uses it and the folder does not exist.
+    configuration uses it and its folder has no model.
 
     Raises:
-        ValueError: the dataset cannot be read, or does not fit the task.
+        ValueError: the dataset cannot be read or does not fit the task, or the encoder cannot be downloaded.
     """
     given = _given(arguments)
     task = given.get("recipe")

@@ -82,7 +82,8 @@ def described(found: Mapping[str, Any]) -> Iterator[str]:
     if "users_among" in found:
         one = found["users_among"]
         yield (
-            f"right user among {one['candidates']} by {one['creatives']} texts: recall@1 {one['recall_1']:.3f}, "
+            f"rank of the right user among {one['candidates']}, over {one['creatives']} texts: recall@1 "
+            f"{one['recall_1']:.3f}, "
             f"MRR {one['mrr']:.3f}, mean rank {one['mean_rank']:.1f} (chance {one['expected_rank']:.1f})"
         )
     if "written" in found:
@@ -98,6 +99,6 @@ def described(found: Mapping[str, Any]) -> Iterator[str]:
         one = found["titles"]
         yield (
             f"{one['titles']:,} titles: {one['fallbacks']:.1%} the item's own, distinct-1 {one['distinct_1']:.3f}, "
-            f"distinct-2 {one['distinct_2']:.3f}, most frequent of an item {one['most_frequent']:.1%}, "
+            f"distinct-2 {one['distinct_2']:.3f}, {one['most_frequent']:.1%} equal to the item's most frequent title, "
             f"{one['equal_to_null']:.1%} equal to null"
         )

@@ -95,7 +95,7 @@ class Creatives:
         hashes = read_hashes(files / _HASHES, len(items["first"]), _REMEDY)
         self._index = RawIndex(hashes, items["raw_item_id"])
         self._first = np.append(items["first"].to_numpy(), len(self._cluster))
-        if self._first[0] != 0 or (np.diff(self._first) < (len(self._first) > 1)).any():
+        if self._first[0] != 0 or (np.diff(self._first) < 1).any():  # each item has at least its null title
             raise ValueError(f"{files / _ITEMS}: the rows of the items are not in order; {_REMEDY}")
 
     def __len__(self) -> int:

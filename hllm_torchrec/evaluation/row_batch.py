@@ -19,7 +19,8 @@ class RowBatch:
     probabilities: dict[str, np.ndarray]
     """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
-    """int64 [n]: the number itself, or a 64-bit hash of the text; `NO_USER` + row number for a row without user."""
+    """int64 [n], user of each row: a numeric user id itself, or a 64-bit hash of a text id; `NO_USER` + row number for
+    a row without user."""
     keys: np.ndarray
     """uint64 [n] (or [0] for a further task): hash of label and, if present, weight, user and item of each row."""
     slices: list[Slices] = field(default_factory=list)

@@ -78,7 +78,10 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     """
     check_table_type(dtype)
     if dist.get_world_size() > 1:
-        raise ValueError(f"{dist.get_world_size()} processes: quantized tables need one; the run may have had more")
+        raise ValueError(
+            f"{dist.get_world_size()} processes: quantized tables need exactly one; start one process (the training "
+            "run may have used more)"
+        )
     features = experiment.hllm.features
     if features.tables is None:
         return TableBytes({}, {})

@@ -115,9 +115,9 @@ def retrieval_metrics(
 
 
 def all_reduce_sum(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Return the sum of a tensor over the processes of the group; the tensor itself without a process group.
+    """Return the sum of a tensor over the processes of the group; without a group or other processes, the tensor.
 
-    With nccl the result is on the GPU. Collective.
+    With nccl and several processes the result is on the GPU. Collective.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return sums

@@ -1,10 +1,10 @@
 """Dynamic int8 quantization of the linear layers of a frozen Item LLM, by torch's kernels on a CPU.
 
-    y = s_w s_x (q_w q_x) + b
+    y = s_w s_x (q_w (q_x - z_x)) + b
 
-q_w: int8 weights, with a scale s_w for each output; q_x: inputs, quantized in each call with a scale s_x of their range
-(to 7 bits, so that sums of products fit in 16 bits on processors without VNNI). Word embeddings, norms and attention
-remain in float32.
+q_w: int8 weights, with a scale s_w for each output; q_x: inputs, quantized in each call with a scale s_x and a zero
+point z_x chosen from their range (to 7 bits, so that sums of products fit in 16 bits on processors without VNNI). Word
+embeddings, norms and the attention itself (scores and weighted sums) remain in float32; its projections are int8.
 """
 
 import copy

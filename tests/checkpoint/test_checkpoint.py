@@ -499,7 +499,7 @@ def save_until_killed(directory: Path) -> None:
 def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
     context = forks()
     rng, steps, inside = random.Random(0), [], 0
-    for _ in range(12):
+    while len(steps) < 12 or (inside < 3 and len(steps) < 100):  # how many kills meet a write depends on the machine
         process = context.Process(target=save_until_killed, args=(tmp_path,))
         before = {path.name for path in files.checkpoints_by_step(tmp_path)}
         process.start()
@@ -517,7 +517,7 @@ def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: P
         assert extra == {"step": int(path.name[5:])}
         steps.append(extra["step"])
     assert steps == sorted(steps) and steps[-1] >= 12
-    assert inside > 2  # kills within a write
+    assert inside > 2, "kills within a write"
 
 
 Saved = tuple[Path, list[tuple[Tensor, Tensor]]]

@@ -100,4 +100,6 @@ def test_a_run_is_evaluated_with_clusters_titles_users_and_texts(capsys: pytest.
     destroy_distributed()
     assert cli.main(line) == 0
     said = capsys.readouterr().out
-    assert "kept by cluster_3" in said and "right user among" in said and "ROUGE-L" in said and "distinct-2" in said
+    assert (
+        "kept by cluster_3" in said and "of the right user among" in said and "ROUGE-L" in said and "distinct-2" in said
+    )
