@@ -1,7 +1,8 @@
 """Statistics that need all rows of a user together: AUC within users, and user-clustered standard errors of the AUC.
 
-Rows are partitioned by user over the ranks and over buckets, which are stored on disk if they are large. This bounds
-the memory.
+Rows are partitioned by user over the ranks and over buckets, which are stored on disk if they are large. A bucket that
+is still too large, because some of its users have many rows, is partitioned again by these users, and a user whose rows
+alone are too many is sorted on disk. This bounds the memory for any distribution of the rows over users.
 
 Legend: n rows, M models, I users.
 """
@@ -9,14 +10,16 @@ Legend: n rows, M models, I users.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.distributed.array_collectives import all_to_all, gather_objects, world_size
-from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER, grouped_auc
+from hllm_torchrec.distributed.array_collectives import SINGLE_RANK, all_to_all, gather_objects, world_size
+from hllm_torchrec.metrics.exact_auc import rank_statistics
+from hllm_torchrec.metrics.group_auc import NO_USER, ROWS_WITHOUT_USER, AucPerGroup, grouped_auc
 from hllm_torchrec.metrics.registry import USER_METRICS
-from hllm_torchrec.metrics.score_chunks import MemoryPool
+from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
 from hllm_torchrec.metrics.user_metrics import GAUC
 
 GROUPING_BYTES = 12
@@ -119,42 +122,136 @@ class UserBuckets:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the records of each of this rank's buckets."""
+        for bucket in self._buckets():
+            yield bucket.records()
+
+    def _buckets(self) -> Iterator["_Bucket"]:
         for held, path in zip(self._held, self._paths):
-            stored = [np.fromfile(path, self._type)] if path.exists() else []
-            yield np.concatenate([*held, *stored, np.empty(0, self._type)])
+            yield _Bucket(path, self._type, held)
 
     def statistics(self, models: int) -> UserStatistics:
         """Compute the statistics of the users of all ranks; the result is the same on every rank. Collective."""
         ratios = {metric.key: np.zeros((2, models)) for metric in USER_METRICS}
         sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios, gauc_moments=np.zeros((2, 3, models)))
-        for records in self:
-            _add_bucket(sums, records, models)
+        for bucket in self._buckets():
+            self._add_bucket(sums, bucket)
         return _finish(gather_objects(sums))
 
+    def _add_bucket(self, sums: _Sums, bucket: "_Bucket") -> None:
+        """Add the users of a bucket to `sums`."""
+        most = max(self._pool.memory // (GROUPING_BYTES * self._type.itemsize), 1)
+        if bucket.rows <= 2 * most:  # random buckets are of unequal size
+            _add_users(sums, bucket.records())
+        elif bucket.users is not None and len(bucket.users) == 1:
+            self._add_one_user(sums, bucket, most)
+        else:
+            for part in bucket.divided(most):
+                self._add_bucket(sums, part)
+                part.path.unlink(missing_ok=True)
 
-def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
-    """Add the users of a bucket to `sums`."""
+    def _add_one_user(self, sums: _Sums, bucket: "_Bucket", most: int) -> None:
+        """Add the only user of a bucket to `sums`; its rows are sorted by score on disk."""
+        assert bucket.users is not None
+        models = len(sums.squares)
+        influences, weight, within = np.zeros((models, 1)), 0.0, []
+        for records in bucket.blocks(most):
+            influences[:, 0] += records["influence"].sum(axis=0)
+            weight += float(records["weight"].sum())
+        weighted = weight != bucket.rows or any((block["weight"] != 1).any() for block in bucket.blocks(most))
+        for model in range(models):
+            chunks = SortedChunks(MemoryPool(self._pool.memory, self._pool.folder), np.dtype(np.int64), weighted)
+            for records in bucket.blocks(most):
+                weights = records["weight"].copy() if weighted else None
+                chunks.add(records["score"][:, model].copy(), records["positive"] == 1, weights)
+            auc = rank_statistics(chunks, SINGLE_RANK)[0].interval.auc
+            self._pool.spilled += chunks.pool.spilled
+            counted = [] if math.isnan(auc) else [0]
+            aucs, weights = np.full(len(counted), auc), np.full(len(counted), weight)
+            within.append(AucPerGroup(np.array(counted, np.int64), aucs, weights, 1 - len(counted)))
+        _add_to_sums(sums, bucket.users, influences, within)
+
+
+class _Bucket:
+    """Rows of some users: arrays in memory, then a file.
+
+    Args:
+        users: unique users, ascending; None: not known.
+    """
+
+    def __init__(self, path: Path, kind: np.dtype, held: Sequence[np.ndarray] = (), users: np.ndarray | None = None):
+        self.path, self.users, self._type, self._held = path, users, kind, held
+        stored = path.stat().st_size // kind.itemsize if path.exists() else 0
+        self.rows = stored + sum(len(records) for records in held)
+
+    def records(self) -> np.ndarray:
+        """Return all rows."""
+        stored = [np.fromfile(self.path, self._type)] if self.path.exists() else []
+        return np.concatenate([*self._held, *stored, np.empty(0, self._type)])
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield all rows in blocks of at most `size` rows."""
+        for records in self._held:
+            for first in range(0, len(records), size):
+                yield records[first : first + size]
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                while len(records := np.fromfile(file, self._type, size)):
+                    yield records
+
+    def divided(self, most: int) -> list["_Bucket"]:
+        """Divide the rows into files: one for each user with more than `most` rows, others of at most 2 x `most`."""
+        users, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for records in self.blocks(most):
+            found, times = np.unique(records["user"], return_counts=True)
+            users, place = np.unique(np.concatenate([users, found]), return_inverse=True)
+            counts = np.bincount(place, np.concatenate([counts, times]), len(users)).astype(np.int64)
+        alone = counts > most
+        together = np.where(alone, 0, counts)
+        key = np.where(alone, -1 - np.arange(len(users)), (together.cumsum() - together) // most)
+        part = np.unique(key, return_inverse=True)[1]
+        paths = [self.path.with_name(f"{self.path.name}-{number}") for number in range(int(part.max()) + 1)]
+        for records in self.blocks(most):
+            of_row = part[np.searchsorted(users, records["user"])]
+            for number in np.unique(of_row):
+                with paths[number].open("ab") as file:
+                    records[of_row == number].tofile(file)
+        return [_Bucket(path, self._type, users=users[part == number]) for number, path in enumerate(paths)]
+
+
+def _add_users(sums: _Sums, records: np.ndarray) -> None:
+    """Add the users of records, which have all rows of these users, to `sums`."""
     if not len(records):
         return
+    models = len(sums.squares)
     unique, users = np.unique(records["user"], return_inverse=True)
     is_positive = records["positive"] == 1
-    sums.users += len(unique)
-    sums.rows_without_user += int((unique < NO_USER + ROWS_WITHOUT_USER).sum())
-    # The influence of a user is the sum over its rows: summing before squaring accounts for their correlation.
     influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
-    sums.squares += (influences**2).sum(axis=1)
-    sums.difference_squares += ((influences - influences[0]) ** 2).sum(axis=1)
     weights = None if (records["weight"] == 1).all() else records["weight"]
-    aucs = []
-    for model in range(models):
-        within = grouped_auc(users, is_positive, records["score"][:, model], weights)
-        aucs.append(within.aucs)
+    within = [grouped_auc(users, is_positive, records["score"][:, model], weights) for model in range(models)]
+    _add_to_sums(sums, unique, influences, within)
+
+
+def _add_to_sums(sums: _Sums, users: np.ndarray, influences_MI: np.ndarray, within: Sequence[AucPerGroup]) -> None:
+    """Add users to `sums`.
+
+    Args:
+        users: unique ids [I].
+        influences_MI: sum of the influences of each user's rows: summing before squaring accounts for their
+            correlation.
+        within: the AUC within each user, for each model.
+    """
+    sums.users += len(users)
+    sums.rows_without_user += int((users < NO_USER + ROWS_WITHOUT_USER).sum())
+    sums.squares += (influences_MI**2).sum(axis=1)
+    sums.difference_squares += ((influences_MI - influences_MI[0]) ** 2).sum(axis=1)
+    for model, of_model in enumerate(within):
         for metric in USER_METRICS:
-            sums.ratios[metric.key][:, model] += metric.ratio(within)
-    sums.counted += len(within.aucs)
-    sums.weight += float(within.weights.sum())
-    a_MI = np.stack(aucs)
-    powers = [[(within.weights**2 * a**power).sum(axis=1) for power in range(3)] for a in (a_MI, a_MI - a_MI[0])]
+            sums.ratios[metric.key][:, model] += metric.ratio(of_model)
+    weights = within[0].weights
+    sums.counted += len(weights)
+    sums.weight += float(weights.sum())
+    a_MI = np.stack([of_model.aucs for of_model in within])
+    powers = [[(weights**2 * a**power).sum(axis=1) for power in range(3)] for a in (a_MI, a_MI - a_MI[0])]
     sums.gauc_moments += np.array(powers)
 
 
