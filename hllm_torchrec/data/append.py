@@ -7,6 +7,8 @@ ones or into a new base (`data.folding`).
 """
 
 import logging
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ from hllm_torchrec.data.vocabulary import dataset_marks, mark_ids
 
 logger = logging.getLogger(__name__)
 _NAMED_FILES = 10
+_ODDS_RATIO, _LEAST_ODDS = 4, 0.005
+"""A share of positives is reported if its odds, raised by the second number, changed by the first factor or more."""
 """Maximum number of a source's files that the manifest names."""
 
 
@@ -97,7 +101,8 @@ def append_events(
             kept = {"appends": dataset.manifest.get("appends", []), "files": files_of_chain(dataset.manifest)}
             changes = {"notes": changes["notes"], **kept}
         else:
-            logger.info("%s: the source holds nothing new: no version is written", root)
+            found = ", ".join(f"{reason} {count:,}" for reason, count in added["dropped"].items())
+            logger.info("%s: the source holds nothing new%s: no version is written", root, found and f" ({found})")
             return None
         commit_version(root, version, _manifest(dataset, added, changes, sources, split))
     logger.info("%s: version %d: %d events of %d users", root, version, added["events"], added["users"])
@@ -280,7 +285,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     marks["actions"] = mark_ids([names[str(number)] for number in new_actions], marks["actions"])
     changes["vocabulary"] = {name: mark.to_json() for name, mark in marks.items()}
     changes["event_files"] = added.pop("event_files")
-    changes["notes"] = [*staged.log.notes(), *notes]
+    changes["notes"] = [*staged.log.notes(), *notes, *_positives_note(dataset.manifest["counts"], added)]
     changes["rows"] = TableRows(
         dataset.num_items + len(new_items),
         dataset.num_users + len(new_users),
@@ -347,6 +352,22 @@ def _keys(user_ids: Ints, events: Events) -> np.ndarray:
     """[n] (user, second, item) as records, so that `np.isin` compares all three values together."""
     columns = np.stack([user_ids, events.timestamps, events.item_ids], axis=1)
     return np.ascontiguousarray(columns).view([("", np.int64)] * 3).ravel()
+
+
+def _positives_note(before: Mapping[str, int], added: Mapping[str, int]) -> Iterator[str]:
+    """Yield a caution if the share of positive labels is far from that of the dataset: the rule may have changed."""
+    counts = [(one["positives"], one["exposures"]) for one in (before, added)]
+    if not all(exposures for _, exposures in counts):
+        return
+    share, new = (positives / exposures for positives, exposures in counts)
+    by_chance = 4 * math.sqrt(share * (1 - share) / added["exposures"])
+    # Odds, because .02 and .1 differ as much as .98 and .9.
+    odds, new_odds = ((p + _LEAST_ODDS) / (1 - p + _LEAST_ODDS) for p in (share, new))
+    if abs(new - share) > by_chance and abs(math.log(new_odds / odds)) >= math.log(_ODDS_RATIO):
+        yield (
+            f"caution: {new:.1%} of the {added['exposures']:,} appended labels are positive, of the earlier ones "
+            f"{share:.1%}; are they labels of the same rule?"
+        )
 
 
 def _report_known(staged: Staged, table: pa.Table, known: np.ndarray) -> None:

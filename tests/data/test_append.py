@@ -164,7 +164,7 @@ def test_the_same_files_again_are_a_no_op_and_so_are_known_events(tmp_path, capl
     assert "version 2 was made from the same files: nothing to append" in caplog.text
     (tmp_path / "renamed").mkdir()
     assert append(root, tmp_path / "renamed", day[::-1]) is None  # other bytes, the same events
-    assert "the source holds nothing new: no version is written" in caplog.text
+    assert "the source holds nothing new (known_event 2): no version is written" in caplog.text
     assert append_events(memory_source(tmp_path / "base", random_events(100), ITEMS), root) is None
     assert (root / "manifest.json").read_bytes() == before
     assert [p.name for p in (root / "appends").iterdir()] == ["00002"]
@@ -181,6 +181,18 @@ def test_an_event_of_an_earlier_version_is_left_out_and_counted(tmp_path):
             memory_source(tmp_path / "3", [("u3", "i1", 5, 60), ("u9", "i1", 5, 50)], []), root, policy=strict
         )
     assert Dataset.open(root).version == 3
+
+
+@pytest.mark.parametrize(("rating", "is_said"), [("5", True), ("as before", False)])
+def test_labels_of_another_rule_are_said(rating, is_said, tmp_path):
+    root = shop(tmp_path)
+    ratings = [event[2] for event in random_events(100)]
+    day = [(f"u{n % 9}", "i1", ratings[n] if rating == "as before" else 5, 10_000 + n) for n in range(100)]
+    append(root, tmp_path / "1", day)
+    notes = [note for note in Dataset.open(root).manifest["notes"] if "labels are positive" in note]
+    assert bool(notes) == is_said
+    if is_said:
+        assert "caution: 100.0% of the 100 appended labels are positive, of the earlier ones " in notes[0]
 
 
 def test_changed_texts_and_features_are_new_rows_of_their_items_alone(tmp_path):

@@ -251,6 +251,14 @@ def test_amazon_metadata_is_never_evaluated(tmp_path):
         parse_record(b"['asin']", tmp_path / "meta.json", 3)
     with pytest.raises(ValueError, match=r"row 1: neither JSON"):
         parse_record(b"(" * 100_000, tmp_path / "meta.json", 1)
+    with pytest.raises(ValueError, match=r"row 1: neither JSON"):
+        parse_record(b"{['asin']: 1}", tmp_path / "meta.json", 1)
+
+
+@pytest.mark.parametrize("line", [b'{"label": 1, "label": 0}', b'{"a": {"b": 1, "b": 1}}', b"{'label': 1, 'label': 0}"])
+def test_a_key_twice_is_refused_because_parsers_differ_in_which_value_they_keep(line, tmp_path):
+    with pytest.raises(ValueError, match=r"meta\.json, row 7: .*there twice"):
+        parse_record(line, tmp_path / "meta.json", 7)
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):

@@ -267,18 +267,39 @@ def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[
         yield rows, records
 
 
+class _RepeatedKey(Exception):
+    """A JSON object has a key twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        raise _RepeatedKey(f"key {twice[:100]!r} is there twice; write each key once")
+    return record
+
+
 def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
-    """Parse one line, JSON or a Python literal, as a dict. Raises ValueError naming file and row if it is neither."""
+    """Parse one line, JSON or a Python literal, as a dict.
+
+    Raises:
+        ValueError: naming file and row; the line is neither, or has a key twice.
+    """
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_repeats)
+    except _RepeatedKey as error:
+        raise ValueError(f"{path}, row {row}: {error}") from error
     except (ValueError, RecursionError):
         try:
-            record = ast.literal_eval(line.decode("utf-8").strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            literal = ast.parse(line.decode("utf-8").strip(), mode="eval")
+            record = ast.literal_eval(literal)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             raise ValueError(
                 f"{path}, row {row}: neither JSON nor a Python literal ({error}); fetch it again, or write one object "
                 "per line"
             ) from error
+        if isinstance(literal.body, ast.Dict) and len(literal.body.keys) > len(record):
+            raise ValueError(f"{path}, row {row}: a key is there twice; write each key once") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}, row {row}: a {type(record).__name__}, expected a dict; write one object per line")
     return record
