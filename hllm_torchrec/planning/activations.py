@@ -133,7 +133,7 @@ def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
 def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
     """Estimate the memory of a built-in user encoder from forward passes of 1 and 2 layers over a short sequence."""
     shape, measured = dict(config.user.shape or {}), []
-    short = min(length, 64)
+    short = min(length, 64, int(shape.get("max_positions", 64)))
     for layers in (1, 2):
         encoder = build_user_encoder(dataclasses.replace(config.user, shape={**shape, "layers": layers}))
         x = torch.zeros(short, encoder.width, requires_grad=True)

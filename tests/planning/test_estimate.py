@@ -163,6 +163,17 @@ def test_fake_and_real_forward_passes_keep_the_same() -> None:
     assert sum(kept.values()) == pytest.approx(estimated.total(3, False) - 3 * estimated.transient, rel=0.1)
 
 
+def test_a_table_of_positions_for_the_longest_history_is_planned_though_queries_follow_each_event() -> None:
+    """A step has up to two rows for each event of a history, but a query takes the position of its event."""
+    shape, fits = {"width": 16, "layers": 2, "heads": 1}, {"max_history": 16}
+    small, large = (
+        on(1, config(user={"encoder": "sasrec", "shape": {**shape, "max_positions": most}}, data=fits), history=15.0)
+        for most in (16, 64)
+    )
+    # The estimate of the activations scales with the rows, whatever the table's size.
+    assert small.memory["user activations"] == pytest.approx(large.memory["user activations"], rel=0.1)
+
+
 def test_a_prepared_datasets_sizes_are_read() -> None:
     parsed = command.build_parser().parse_args(["--config", "x"])
     made = config()
