@@ -46,9 +46,10 @@ from hllm_torchrec.data.vocabulary import dataset_marks, mark_ids
 
 logger = logging.getLogger(__name__)
 _NAMED_FILES = 10
+"""Maximum number of a source's files that the manifest names."""
+
 _ODDS_RATIO, _LEAST_ODDS = 4, 0.005
 """A share of positives is reported if its odds, raised by the second number, changed by the first factor or more."""
-"""Maximum number of a source's files that the manifest names."""
 
 
 def append_events(
