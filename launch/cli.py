@@ -24,7 +24,7 @@ COMMANDS = {
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "creatives": "make and show tables of personalized texts of items, evaluate a run on them",
-    "cluster": "group the users of a store into kinds of users, for personalized titles",
+    "cluster": "group the users of a store into clusters, for personalized titles",
     "create": "write the titles of items for clusters of users, which a service looks up",
     "forget": "remove users and items from a dataset, and from the runs and stores made from it",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",

@@ -4,7 +4,7 @@
     train         train a configuration, on one or more ranks
     evaluate      evaluate a checkpoint or prediction files
     embed         write new and changed item and user embeddings into stores
-    cluster       group the users of a store into kinds of users, in one process
+    cluster       group the users of a store into clusters, in one process
     create        write the titles of items for clusters of users
     nightly       append a day, train on it, evaluate, embed and publish
     serve         answer requests for scores, in one process per replica

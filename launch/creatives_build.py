@@ -71,7 +71,9 @@ def add_build_options(build: CommandParser) -> None:
     filters = build.add_argument_group("filters of texts by a model")
     filters.add_argument("--longest", type=positive, help="maximum number of characters of a text (default: 300)")
     filters.add_argument("--added-words", type=natural, help="maximum number of words not in the title (default: 10)")
-    filters.add_argument("--support", type=float, help="minimum share of words that the facts contain (default: 1)")
+    filters.add_argument(
+        "--support", type=float, help="minimum share of content words that the facts contain (default: 1)"
+    )
     filters.add_argument(
         "--allowed", type=Path, metavar="FILE", help="further words that a text may contain, one per line"
     )
@@ -80,7 +82,7 @@ def add_build_options(build: CommandParser) -> None:
     filters.add_argument(
         "--alike",
         type=float,
-        help="share of common words from which texts of an item are nearly equal (default: 0.9)",
+        help="share of common words from which texts of an item are nearly equal (default: 0.9; 0: never)",
     )
 
 

@@ -74,7 +74,7 @@ dataset=data/ml-100k
 models=.cache/models
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > processes ? cores / processes : 1))
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warning of DDP that stage II does not use the Item LLM
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # hides DDP's warning that cached stages do not use the Item LLM
 # Without these settings glibc returns large buffers to the system at every step, which takes a third of the step's time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
