@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 ACTIONS = {
     "info": "print the versions (their events, and the runs that pin them) and the parts of the newest version",
     "compact": "write a version in which all events, also the appended ones, are in one base",
-    "prune": "remove all versions except the newest and those that runs pin, and old files that contain forgotten ids",
+    "prune": "remove old files that contain forgotten ids, and all versions except the newest and those that runs pin",
 }
 
 

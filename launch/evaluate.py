@@ -12,7 +12,7 @@ parts other than test), report.html (test part only) and TensorBoard scalars int
 with neither a run nor --output it only prints the metrics). All other models are compared with the run or, without a
 run, with the first model. docs/evaluation.md defines the metrics.
 
-exit status: 0; 2 after a user error; with --baseline 3 if a judged metric (AUC, unless more are requested) dropped by
+exit status: 0; 2 after a user error; with --baseline 3 if a judged metric (AUC; GAUC and tasks on request) dropped by
 more than allowed, 4 if it dropped by more but chance may explain it.
 """
 

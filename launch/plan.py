@@ -68,7 +68,7 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace, options: list[str]) -> int:
-    """Estimate and print; return 0 if the model fits into memory, else 1.
+    """Estimate and print; return 0 if the model fits into nine tenths of the memory (`FILLED`), else 1.
 
     Raises:
         ValueError: the configuration is invalid, the shape of a model is unknown; or see `workload`.
