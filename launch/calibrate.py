@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     """Score the validation part, fit the calibration and write it.
 
     Raises:
-        ValueError: the run or checkpoint does not exist, the run has no ranking head, or all labels are of one class.
+        ValueError: the run or checkpoint does not exist, the run has no ranking head, the labels of its first task
+            are of one class, or scikit-learn is not installed.
     """
     from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
     from hllm_torchrec.common.urls import url_of

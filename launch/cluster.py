@@ -32,7 +32,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--center",
         choices=("mean", "medoid"),
-        help="vector of a cluster: the mean of its users (default), or that of the user nearest to its center",
+        help="vector that represents a cluster in prompts: mean of its users' vectors (default), or medoid, the vector "
+        "of the user nearest to the fitted center",
     )
     parser.add_argument(
         "--least",
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Fit clusters or assign users, and print a summary.
 
     Raises:
-        ValueError: the store has no users, or the existing clusters do not fit and `--refit` is not given.
+        ValueError: see `cluster_users`.
     """
     from hllm_torchrec.creative.cluster_fit import cluster_users, settings_with
 

@@ -4,19 +4,19 @@
     train         train a configuration, on one or more ranks
     evaluate      evaluate a checkpoint or prediction files
     embed         write new and changed item and user embeddings into stores
-    cluster       group the users of a store into kinds of users, in one process
+    cluster       group the users of a store into clusters, in one process
     create        write the titles of items for clusters of users
     nightly       append a day, train on it, evaluate, embed and publish
     serve         answer requests for scores, in one process per replica
     three_stages  train, embed, train from the store, embed: the paper's stages I and II, and vectors for III
     job           any other job of hllm that runs as ranks
 
-Each component has its options and those of `_machine` (for one process without j, restarts and rdzv_port). Every job
-can be restarted: `train` continues from its last checkpoint, `embed` and `create` compute what is missing in their
-stores.
+Each component has its own options and those of `_machine`; components of one process lack j, restarts and rdzv_port.
+Every job can be restarted: `train` continues from its last checkpoint, `embed` and `create` compute what their outputs
+lack.
 
-TorchX executes this file inside the module `torchx.specs.finder`, so it imports nothing from this project, and its
-names must differ from those of that module.
+TorchX executes this file inside the module `torchx.specs.finder`, so the file imports nothing from this project, and no
+name defined here may be a name of that module.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def _machine(
         env: environment variables, NAME=VALUE separated by commas
         mounts: type=bind,src=/data,dst=/data[,readonly], for schedulers that support them
         max_retries: restarts of the complete job by the scheduler
-        restarts: restarts of a node's ranks by torchrun when one fails
+        restarts: how often torchrun restarts a node's ranks after one of them has failed
         rdzv_port: rendezvous port on the first node, for several nodes (three_stages: the first of four)
     """
 
@@ -90,10 +90,10 @@ def prepare(
 
     Args:
         arguments: further arguments of `hllm prepare`, after `--`
-        source: ml-100k, ml-1m, pixelrec, amazon or table
+        source: ml-100k, ml-1m, pixelrec, kuairec, amazon or table
         output: dataset directory to write
         path: the source's file or folder
-        split: time or leave_one_out
+        split: time, date, leave_one_out or leave_last
     """
     given = ["--source", source, "--output", output, "--split", split, *_option("--path", path), *arguments]
     return _one_process("prepare", given, **machine)
@@ -133,7 +133,7 @@ def train(*arguments: str, config: str, output: str = "", resume: bool = True, *
 
     Args:
         arguments: overrides of the configuration, after `--`, such as --optim.lr 0.001
-        config: a YAML of configs/
+        config: configuration file, such as configs/quickstart.yaml
         output: run directory, instead of the configuration's
         resume: continue from the last checkpoint of the run directory, if there is one
     """
@@ -188,7 +188,7 @@ def embed(
     checkpoint: str = "best",
     **machine: Any,
 ) -> specs.AppDef:
-    """Write new and changed embeddings into stores: `hllm embed`, divided among the ranks by tokens.
+    """Write new and changed embeddings into stores: `hllm embed`, divided among the ranks.
 
     Args:
         arguments: further arguments of `hllm embed`, after `--`
@@ -227,7 +227,7 @@ def create(
         run_dir: run directory of `hllm train`
         clusters: folder of `hllm cluster`
         output: folder of the titles
-        top: best clusters of an item; 0: all
+        top: number of best clusters for which an item gets a title; 0: all
         checkpoint: best, latest, or a directory
     """
     given = ["--run-dir", run_dir, "--clusters", clusters, "--output", output, "--top", str(top)]
@@ -256,8 +256,8 @@ def three_stages(
 ) -> specs.AppDef:
     """The paper's stages I and II: train, embed items, train from the store, embed items and users for stage III.
 
-    Four commands in sequence on the same nodes; a restarted job continues where it stopped. It writes `folder`/one
-    and two (run directories), items and users (stores); stage II starts from the weights of stage I.
+    Four commands in sequence on the same nodes; a restarted job continues where it stopped. In `folder` it
+    writes the run directories one and two and the stores items and users; stage II starts from the weights of stage I.
 
     Args:
         arguments: overrides of both configurations, after `--`, such as --data.dataset data/ml-100k

@@ -57,7 +57,13 @@ def build_parser() -> CommandParser:
     texts.add_argument(
         "--temperature", type=float, default=0.0, help="temperature of sampling; 0: greedy decoding (default)"
     )
-    texts.add_argument("--top-k", type=natural, default=50, help="sample from the K likeliest tokens (default: 50)")
+    texts.add_argument(
+        "--top-k",
+        type=natural,
+        default=50,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0: from all (default: 50)",
+    )
     texts.add_argument(
         "--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass (default: 0.95)"
     )
@@ -70,10 +76,15 @@ def build_parser() -> CommandParser:
     )
     texts.add_argument("--seed", type=natural, default=0, help="seed of sampled titles (default: 0)")
     texts.add_argument(
-        "--retries", type=natural, default=2, help="further samples of a title that breaks a rule (default: 2)"
+        "--retries",
+        type=natural,
+        default=2,
+        help="further samples of a title that breaks a rule, if --temperature is above 0 (default: 2)",
     )
     texts.add_argument(
-        "--source", metavar="COLUMN", help="text column that replaces a title that breaks a rule (default: title)"
+        "--source",
+        metavar="COLUMN",
+        help="text column that replaces a title that breaks a rule (default: title, else the first text column)",
     )
     texts.add_argument(
         "--support",

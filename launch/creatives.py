@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
     show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
     show.add_argument("--rows", type=natural, default=10, help="number of rows (default: 10)")
     evaluate = actions.add_parser(
-        "evaluate", help="likelihoods of texts by a run, given the right, no, or another user"
+        "evaluate", help="print the likelihoods of texts under a run, given their own user, no user, or another user"
     )
     evaluate.add_argument("--run", type=Path, required=True, metavar="DIR", help="run that was trained on a table")
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")

@@ -71,14 +71,18 @@ def add_build_options(build: CommandParser) -> None:
     filters = build.add_argument_group("filters of texts by a model")
     filters.add_argument("--longest", type=positive, help="maximum number of characters of a text (default: 300)")
     filters.add_argument("--added-words", type=natural, help="maximum number of words not in the title (default: 10)")
-    filters.add_argument("--support", type=float, help="minimum share of words that the facts contain (default: 1)")
-    filters.add_argument("--allowed", type=Path, metavar="FILE", help="words that a text may also contain")
+    filters.add_argument(
+        "--support", type=float, help="minimum share of content words that the facts contain (default: 1)"
+    )
+    filters.add_argument(
+        "--allowed", type=Path, metavar="FILE", help="further words that a text may contain, one per line"
+    )
     filters.add_argument("--encoder", metavar="DIR", help="sentence encoder (hllm fetch minilm) of --least-cosine")
     filters.add_argument("--least-cosine", type=float, help="minimum cosine of a text and the facts (default: 0.5)")
     filters.add_argument(
         "--alike",
         type=float,
-        help="share of common words from which texts of an item are nearly equal (default: 0.9)",
+        help="share of common words from which texts of an item are nearly equal (default: 0.9; 0: never)",
     )
 
 
@@ -143,7 +147,7 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     checks = Checks(judge, _encoder(args), **_given(args, ("least_cosine",)))
     wanted = list(wanted_texts(dataset, selection))
     if not wanted:
-        raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
+        raise ValueError(f"{dataset.root}: no like has {args.least} earlier likes and a title; lower --least")
     for one in {writer, judge} - {None}:
         if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})

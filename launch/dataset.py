@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 ACTIONS = {
     "info": "print the versions (their events, and the runs that pin them) and the parts of the newest version",
     "compact": "write a version in which all events, also the appended ones, are in one base",
-    "prune": "remove old files with forgotten ids and, except the newest, the versions that no run pins",
+    "prune": "remove old files that contain forgotten ids, and all versions except the newest and those that runs pin",
 }
 
 

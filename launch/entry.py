@@ -25,8 +25,8 @@ STATUSES = {
     1: "another rank failed or was lost; store: a damaged file, an id without a vector; forget: something is left; "
     "plan: the model does not fit",
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
-    3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
-    4: "evaluate --baseline: the AUC dropped by more than --max-drop, but chance may explain it",
+    3: "evaluate --baseline: a judged metric dropped by more than allowed; nightly: the gate refused the night's model",
+    4: "evaluate --baseline: a judged metric dropped by more than allowed, but chance may explain it",
     PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues; creatives build: a limit is "
     "reached, the same command continues",
     INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",

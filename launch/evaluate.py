@@ -7,13 +7,13 @@
     hllm evaluate --run-dir runs/yesterday --dataset data/today --output runs/yesterday/on-today
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
 
-The job writes the run's predictions/<split>/ into the run directory. It writes metrics.json (metrics-valid.json for the
-validation part), report.html (test part only) and TensorBoard scalars into --output (default: the run directory; with
-neither a run nor --output it only prints the metrics). All other models are compared with the run or, without a run,
-with the first model. docs/evaluation.md defines the metrics.
+The job writes the run's predictions/<split>/ into the run directory. It writes metrics.json (metrics-<split>.json for
+parts other than test), report.html (test part only) and TensorBoard scalars into --output (default: the run directory;
+with neither a run nor --output it only prints the metrics). All other models are compared with the run or, without a
+run, with the first model. docs/evaluation.md defines the metrics.
 
-exit status: 0; 2 after a user error; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if the AUC dropped
-by more but chance may explain it.
+exit status: 0; 2 after a user error; with --baseline 3 if a judged metric (AUC; GAUC and tasks on request) dropped by
+more than allowed, 4 if it dropped by more but chance may explain it.
 """
 
 import argparse

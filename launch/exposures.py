@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.exposures --run-dir runs/stages/2 --users stores/users
 
 --users DIR gets one store per mode. nearline: vectors from events of strictly earlier seconds; daily: vectors from
-events before the exposure's day (UTC). --items DIR gets item vectors as they are input to the user encoder (text, ID
-and item features), in the same vector space as late fusion's user vectors.
+events before the exposure's day (UTC). --items DIR gets the item vectors that the user encoder reads (text, ID
+and item features); the user vectors of late fusion are in the same vector space.
 """
 
 import argparse
@@ -26,7 +26,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--users", type=Path, metavar="DIR", help="folder of stores of user vectors by exposure: DIR/MODE"
     )
-    parser.add_argument("--items", type=Path, metavar="DIR", help="store of item vectors as inputs of the user encoder")
+    parser.add_argument(
+        "--items", type=Path, metavar="DIR", help="store of the item vectors that the user encoder reads"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the run's dataset; default: all"

@@ -7,8 +7,7 @@
 The events of these users and items are removed from every version of the dataset, and later appends skip them. Below
 the folders of --runs, --stores and --predictions, the command recognizes runs, nights, stores, predictions, indexes,
 journals, event logs of services, clusters of users and titles by their contents, and prints the number of entries that
-it found in each of them. Dense ids of other users and items do not change,
-and runs can still be loaded.
+it found in each of them. Dense ids of other users and items do not change, and runs can still be loaded.
 
 --erase also removes every byte: old files of the dataset, the rows of item tables and their optimizer state, and
 deleted vectors. Then it searches all files for the raw ids. Without --erase, `hllm dataset prune` removes the old files

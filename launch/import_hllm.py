@@ -19,11 +19,17 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm import-hllm", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="pytorch_model.bin")
-    base_help = "Hugging Face directory of the initial {} LLM of training: its config{}"
+    base_help = "Hugging Face directory of the {} LLM from which training started; only {} read"
     parser.add_argument(
-        "--item-llm", type=Path, required=True, metavar="DIR", help=base_help.format("Item", " and tokeniser")
+        "--item-llm",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=base_help.format("Item", "its config and tokenizer are"),
     )
-    parser.add_argument("--user-llm", type=Path, required=True, metavar="DIR", help=base_help.format("User", ""))
+    parser.add_argument(
+        "--user-llm", type=Path, required=True, metavar="DIR", help=base_help.format("User", "its config is")
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="prepared dataset: the output is then also a run")
     parser.add_argument("--prompt", help="prefix of every text (default: the published one)")

@@ -1,7 +1,9 @@
-"""`hllm index`: writes a FAISS index of a run's items, in the same vector space as its user vectors.
+"""`hllm index`: writes a FAISS index of a run's items, in the vector space of the generative loss.
 
 hllm index --run runs/retrieval/hstu --output exports/items
 hllm index --run runs/retrieval/hstu --output exports/items --kind ivf --cells 4096
+
+The user vectors of a run without late fusion (`hllm embed --users`) are in the same space.
 """
 
 import argparse
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     """Load the run's model, embed the catalogue and write the index.
 
     Raises:
-        ValueError: the run or checkpoint does not exist, faiss is not installed, or the output exists.
+        ValueError: the run or checkpoint does not exist, the run has no generative loss, faiss is not installed, or
+            the output exists.
     """
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device

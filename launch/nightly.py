@@ -4,11 +4,11 @@
     hllm nightly --config night.yaml --night 2023-11-22 --steps train evaluate
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.nightly --config night.yaml
 
-Steps, in order: append (write a new version of the dataset; the last of its new events by time are held out), train
-(start from the published run, train on the events since then), evaluate (both models on the same new exposures), gate
-(decide from the comparison), embed (write changed vectors into the stores), publish (move the alias FOLDER/current).
-Steps that are complete are not repeated, so a job that was killed is continued by the same command. `hllm rollback`
-makes an earlier release current again.
+Steps, in order: append (write a new version of the dataset, and hold out the latest of its new events), train (start
+from the published run, and train on the events that are new to it), evaluate (both models on the same new exposures),
+gate (decide from the comparison), embed (write changed vectors into the stores), publish (move the alias
+FOLDER/current). Steps that are complete are not repeated, so a job that was killed is continued by the same command.
+`hllm rollback` makes an earlier release current again.
 
 exit status: 0; 2 after a user error; 3 if the gate refused the night's model, which is then not published.
 """

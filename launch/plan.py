@@ -68,10 +68,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace, options: list[str]) -> int:
-    """Estimate and print; return 0 if the model fits into memory, else 1.
+    """Estimate and print; return 0 if the model fits into nine tenths of the memory (`FILLED`), else 1.
 
     Raises:
-        ValueError: the configuration is invalid, the shape of a model is unknown, or as `workload`.
+        ValueError: the configuration is invalid, the shape of a model is unknown; or see `workload`.
     """
     from hllm_torchrec.common.warning_filters import quiet_libraries
     from hllm_torchrec.config.loading import load_config
@@ -137,8 +137,8 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
     """Return, for the planned stage, (mean events per piece, events of an epoch's largest step / those of a mean step).
 
     A step of all ranks has n pieces; the standard deviation of their total events is sqrt(n) times that of one piece.
-    The largest of S such sums is about sqrt(2 ln S) standard deviations above the mean (Gaussian extremes), and at
-    most n times the longest piece.
+    The largest of an epoch's S such sums is about sqrt(2 ln S) standard deviations above the mean (Gaussian extremes),
+    and at most n times the longest piece.
     """
     import numpy as np
 

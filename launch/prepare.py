@@ -1,4 +1,4 @@
-"""`hllm prepare`: converts MovieLens, PixelRec, Amazon reviews or custom tables to a dataset directory."""
+"""`hllm prepare`: converts MovieLens, PixelRec, KuaiRec, Amazon reviews or custom tables to a dataset directory."""
 
 import argparse
 import json

@@ -19,7 +19,7 @@ def write(run: Path) -> None:
     """Write the report, and print its path.
 
     Raises:
-        ValueError: `run` is not a run directory.
+        ValueError: see `write_report`.
     """
     from hllm_torchrec.evaluation.report import write_report  # matplotlib and torch: not for --help
 

@@ -38,7 +38,8 @@ def build_parser() -> CommandParser:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="file with the bearer token that requests need; required for another --host, and to delete or reload",
+        help="file with the bearer token that requests need; required for a --host that other machines can reach, for "
+        "deletions and for reloads",
     )
     parser.add_argument("--quiet", action="store_true", help="print no line for each request")
     _add_model(parser)

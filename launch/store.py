@@ -25,11 +25,11 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="hllm store", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in (
-        ("info", "print its contents and the facts of its model"),
+        ("info", "print the contents of the store and the facts of the model that wrote it"),
         ("verify", "compare every file with its checksum"),
         ("compact", "rewrite all live vectors as one segment"),
         ("export", "write all live vectors for other programs"),
-        ("delete", "delete vectors permanently, including compaction"),
+        ("delete", "delete vectors, and compact the store, so that they are also gone from the disk"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("store", type=Path, help="folder of the store")

@@ -47,7 +47,7 @@ find_python() { # prints the Python to use
         "Install one (on Debian or Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
 }
 
-has_venv() { # whether .venv works and was made in this folder: its commands have the full path of their Python
+has_venv() { # whether .venv works and was made for this path, which its commands contain
     .venv/bin/python -c '' 2>/dev/null && grep -qF "$(pwd -P)/.venv" .venv/bin/activate
 }
 

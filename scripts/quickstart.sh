@@ -36,7 +36,7 @@ step() { # NAME COMMAND...: runs the command, shows its output and writes it to 
     echo "== $name: $*"
     if ! "$@" 2>&1 | tee "$log"; then
         echo
-        grep -i 'error: ' "$log" | head -n 3 >&2 || true # it may be far above the launcher's traceback
+        grep -i 'error: ' "$log" | head -n 3 >&2 || true # the error may be far above the launcher's traceback
         fail "step \"$name\" failed; log in $log"
     fi
     echo "== $name: $((SECONDS - start)) s"
@@ -74,8 +74,8 @@ dataset=data/ml-100k
 models=.cache/models
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > processes ? cores / processes : 1))
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warning of DDP that stage II does not use the Item LLM
-# Without these settings glibc returns large buffers to the system at every step, which takes a third of its time.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # hides DDP's warning that cached stages do not use the Item LLM
+# Without these settings glibc returns large buffers to the system at every step, which takes a third of the step's time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 step prepare hllm prepare --source ml-100k --output "$dataset" --cache-dir .cache

@@ -153,7 +153,7 @@ def test_histories_that_leave_the_machine_are_announced_first(
         (["--fractions", "0.5", "0.5", "0.5"], "three shares, none negative, that of train"),
         (["--name", "../../x"], "--name '../../x': must consist of letters, digits"),
         (["--title", "name"], "--title name: no text column of"),
-        (["--least", "1000"], "no like has 1000 earlier ones and a title; lower --least"),
+        (["--least", "1000"], "no like has 1000 earlier likes and a title; lower --least"),
         (["--allowed", "none.txt"], "none.txt"),
     ],
 )
