@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     facts = {name: getattr(args, name) for name in ("seconds", "candidates", "zipf", "seed")}
     facts |= {"users": len(users[: args.users]), "dataset": dataset.name, "machine": machine_info()}
     report = as_json(results, facts, args.p99)
-    say(f"capacity, at a p99 of {args.p99:g} ms: {report['capacity']['rate']} requests/s")
+    rate = report["capacity"]["rate"]
+    met = "no rate meets it" if rate is None else f"{rate:g} requests/s"
+    say(f"capacity, at a p99 of {args.p99:g} ms: {met}")
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "loadtest.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

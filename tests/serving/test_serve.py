@@ -75,6 +75,7 @@ def test_a_service_keeps_what_it_acknowledged_and_drains_on_sigterm(
     assert (
         "statuses {'422'" in printed and "the first refused request: 422" in printed and "context 'devise'" in printed
     )
+    assert "capacity, at a p99 of 50 ms: no rate meets it" in printed
     assert first.ask("/v1/events", user="u3", events=[event]) == {"kept": 1}
     after = first.ask("/v1/score", **BODY)
     assert after["events"] == before["events"] + 1 and after["scores"] != before["scores"]
