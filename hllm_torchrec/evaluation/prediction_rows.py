@@ -364,6 +364,8 @@ class PredictionRows:
             raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
 
     def _check_seconds(self, column: str, seconds: np.ndarray, rows: Rows) -> None:
+        # float16 would round the limit to infinity.
+        seconds = seconds.astype(np.float64) if seconds.dtype.kind == "f" else seconds
         good = (seconds >= 0) & (seconds <= MAX_SECOND)
         if not good.all():
             wrong = float(seconds[(~good).argmax()])

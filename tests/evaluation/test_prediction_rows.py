@@ -260,6 +260,7 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
             r"row 0: column 'timestamp' is 1\.7e\+12; .*looks like milliseconds; give seconds",
         ),
         ("timestamp", np.full(40, -5), r"row 0: column 'timestamp' is -5; .*outside 1970.*--timestamp NONE"),
+        ("timestamp", np.full(40, np.inf, np.float16), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
         ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
         ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; remove the row"),
         ("label", np.full(40, np.nan), r"row 0: column 'label' is nan; it must be a number"),
