@@ -42,7 +42,7 @@ def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group
         (scikit-learn warns and does the same).
 
     Raises:
-        ValueError: a NaN score, a label that is not 0 or 1, or an invalid weight; the message names the row and, of
+        ValueError: a NaN score, a label that is not 0 or 1, or an invalid weight; the message names the row and, with
             several ranks, the rank. All ranks raise if one does, so that no rank waits for another.
     """
     chunks, problem = None, None

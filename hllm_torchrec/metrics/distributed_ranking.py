@@ -3,7 +3,8 @@
 For the queries of all ranks, each rank counts the items of its shard that are ranked before the target. The sum of
 these counts over the ranks equals the result of one process. Queries are gathered; item vectors are not communicated.
 
-Legend: B rows of this rank, A rows of all ranks, n items of this rank's share, D width, S seen items of all rows.
+Legend: B rows of this rank, A rows of all ranks, n items of this rank's shard, N items of all shards, D width, S seen
+items of all rows.
 """
 
 from collections.abc import Iterator

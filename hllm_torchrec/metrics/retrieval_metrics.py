@@ -80,7 +80,7 @@ def retrieval_metrics(
     NDCG@K = 1 / log2(rank + 1) if rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank, without a cut-off.
 
     Args:
-        item_ranks: this process's target ranks, 1 = best, int64 [b]; may be empty on some processes.
+        item_ranks: this process's target ranks, 1 = best, int64 [B]; may be empty on some processes.
         ks: cut-offs.
         group: process group, by default all ranks; only this process if torch.distributed is not initialized.
 

@@ -3,7 +3,8 @@
 Each rank sorts its rows into runs, which are stored on disk if there are many. The runs of all ranks are cut into
 ranges of scores, and each rank merges some of the ranges.
 
-Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges per rank.
+Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), K ranges per rank, S samples of
+scores.
 """
 
 import tempfile
@@ -34,7 +35,7 @@ class ScoreMasses:
     scores: np.ndarray
     """[U], float32, float64 or int64."""
     masses: np.ndarray
-    """[C, U]: counts are integers without weights, float64 with them."""
+    """[C, U]: integers without weights, float64 with weights."""
 
 
 @dataclass

@@ -39,13 +39,13 @@ class UserStatistics:
     """Standard error of the AUC with users as the independent units; `nan` with fewer than two units (each row without
     a user counts as one)."""
     difference_error: list[float]
-    """Standard error of the AUC minus the AUC of the first model."""
+    """Standard error of the difference between a model's AUC and the first model's."""
     rows_without_user: int = 0
     gauc_error: list[float] = field(default_factory=list)
     """Standard error of the GAUC with users as the independent units; `nan` with fewer than two users with both
     classes."""
     gauc_difference_error: list[float] = field(default_factory=list)
-    """Standard error of the GAUC minus the GAUC of the first model."""
+    """Standard error of the difference between a model's GAUC and the first model's."""
 
 
 @dataclass
