@@ -1,4 +1,8 @@
-"""Full-catalogue retrieval with an experiment's model, used by training, the evaluation job and results scripts."""
+"""Full-catalogue retrieval with an experiment's model: vectors of the items, and the retrieval metrics of a split.
+
+Legend: N items including the unknown item 0, n requested items, D width of the user encoder's inputs, V width of the
+item vectors that are compared with users.
+"""
 
 from dataclasses import replace
 from pathlib import Path

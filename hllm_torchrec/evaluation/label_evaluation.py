@@ -57,7 +57,7 @@ class LabelEvaluation:
 
     Args:
         source: label, models and columns; the rows are passed to `add`.
-        spool: limits of memory. Sorting uses all of it, as if there were no other label.
+        spool: limits of memory. Sorting uses the whole memory, as if there were no other label.
         kept: the rows that will be added, if they are already stored; None: `add` stores them.
         draws, seed: resamples of the bootstrap over users, and their seed.
     """
@@ -214,7 +214,7 @@ class LabelEvaluation:
     def _influences(
         self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums
     ) -> UserBuckets:
-        """Pass two: every row's influence on each model's AUC, grouped by user and summed over pairs. Collective."""
+        """Pass two: group the rows' influences on each AUC by user, and add them to `pairs`. Collective."""
         buckets = UserBuckets(self.pool, len(self.names), self.source.rows)
         # `look_up` is collective and ranks have different numbers of batches: a rank that has finished takes part
         # with empty ones.

@@ -104,8 +104,7 @@ class PairedTables:
         if ranks > 1:
             arrived = _exchange(table, ranks)
         for part in arrived:
-            # The remainder of the hash chose the rank, so the bucket must use the quotient: the remainder is the same
-            # for all rows here.
+            # The bucket depends on the quotient of the hash, because all rows of a rank have the same remainder.
             bucket = _spread(part) // np.uint64(ranks) % np.uint64(self._count)
             for index, rows in _grouped(bucket.astype(np.int64), self._count):
                 self._keep(name, index, part if self._count == 1 else part.take(rows))

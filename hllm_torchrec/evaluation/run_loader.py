@@ -134,9 +134,9 @@ def load_run(
     """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
     Args:
-        config: configuration; None: that of the run. A configuration may differ from it in the parallelization.
+        config: configuration; None: the run's. It may differ from the run's configuration in the parallelization.
         dataset: dataset to read instead of the run's; its ids must be the run's ids, possibly followed by new ones.
-        use_items: for a run with stored item embeddings: fill the table of items; without it the model can only embed
+        use_items: for a run with stored item embeddings: fill the table of items. If False, the model can only embed
             items.
         encode: see `build_experiment`.
 

@@ -145,7 +145,7 @@ def file_overlap(
         ValueError: the layout or the files do not have columns of users and items.
     """
     if not (layout.user and layout.item):
-        raise ValueError("--train needs columns of users and items in both; name them with --user and --item")
+        raise ValueError("--train needs columns of users and items in all files; name them with --user and --item")
     columns, times = [layout.user, layout.item], layout.timestamp
     readers = [RowReader(find_files(files), columns, folder) for files in (test, train)]
     if times and all(reader.has(times) for reader in readers):
