@@ -1,4 +1,4 @@
-"""Reader of a user's table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
+"""Reader of an own table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
 
     raw_user_id, raw_item_id, response                              required columns
     timestamp, source, description, profile, weight, origin, part   optional columns
@@ -113,7 +113,7 @@ def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
 
 
 def unseen_rows(rows: pa.Table, dataset: Dataset) -> int:
-    """Count the rows that see no event, because their second is not after their user's first event."""
+    """Count the rows that see no event: their user has none, or their second is not after the user's first event."""
     if "timestamp" not in rows.column_names:
         return 0
     users = dense_ids(rows["raw_user_id"], dataset, "user", "--files")
