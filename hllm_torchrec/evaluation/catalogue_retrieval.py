@@ -36,7 +36,7 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Retrieval metrics of a split (`metrics_of_target_ranks`) with their protocol. Collective.
 
-    ranks_folder: directory to which every target is written with its rank (read by
+    ranks_folder: directory to which every ranked target is written with its rank (read by
     `evaluation.retrieval_comparison`), or None.
 
     In addition to the metrics, the result has `protocol` (or None), `filter_seen`, `targets` ("all" or "positive")

@@ -30,7 +30,7 @@ TextsOf = Callable[[Ints], PackedTexts]
 PER_BATCH = 64
 """Number of creatives per rank and step."""
 MEASURED = 4096
-"""Number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
+"""Approximate number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
 CONDITIONS = ("right", "null", "shuffled")
 
 

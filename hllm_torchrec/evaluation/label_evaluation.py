@@ -108,7 +108,9 @@ class LabelEvaluation:
                 runs.add(values, batch.is_positive, batch.weights)
         self._add_slices(ordered, batch)
         if self._keeps:
-            self._kept.add(start, _without_slices(batch))
+            # only the columns that pass two needs
+            needed = RowBatch(batch.is_positive, batch.weights, batch.scores, {}, batch.users, batch.keys)
+            self._kept.add(start, needed)
 
     def metrics(self) -> dict[str, Any]:
         """Return the label's part of `metrics.json` after all rows were added, and release their memory. Collective."""
@@ -267,11 +269,6 @@ class LabelEvaluation:
         scores = dict(zip(self.names, places, strict=True))
         labels = records["positive"]
         return user_bootstrap(labels, scores, records["user"], self.draws, self.seed)
-
-
-def _without_slices(batch: RowBatch) -> RowBatch:
-    """Return the columns of a batch that pass two needs."""
-    return RowBatch(batch.is_positive, batch.weights, batch.scores, {}, batch.users, batch.keys)
 
 
 def _records(batch: RowBatch, influences: np.ndarray) -> np.ndarray:

@@ -59,7 +59,8 @@ class RunScores:
     dataset: Dataset
     """Dataset of the scored exposures."""
     trained_on: Dataset
-    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed."""
+    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed, is not a
+    version of `dataset`, or would have to be fetched from a URL."""
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:

@@ -231,7 +231,7 @@ def training_config(night: Night) -> Config:
 
 
 def evaluate(night: Night) -> dict[str, Any]:
-    """Score the new test exposures with the night's model and with the run that it started from; compare the two."""
+    """Compare the night's model with the run that it started from, if any, on the new test exposures."""
     facts = night.state.facts("append")
     night.state.facts("train")
     runs = {"new": (night.run, "best")}

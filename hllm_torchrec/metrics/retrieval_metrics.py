@@ -61,13 +61,13 @@ def target_ranks(
     )
 
 
-def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
-    """Compute the lowest score of an item that ranks before the target: the target's score minus the tolerance.
+def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:
+    """Compute the lowest score of an item that ranks before the target: the target's score minus `TIE_TOLERANCE`.
 
     queries_BD, targets_BD: vectors of the queries and of their targets; the result is float32 [B].
     """
     targets_BD = targets_BD.float()
-    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
+    tolerance_B = TIE_TOLERANCE * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
     return (queries_BD * targets_BD).sum(1) - tolerance_B
 
 
