@@ -52,7 +52,7 @@ class PairRule:
             )
 
     def selected(self, match: Floats) -> Ints:
-        """Select clusters for an item with matches [K], in ascending order; of equal matches the first ones count."""
+        """Return the clusters selected for an item with matches [K], ascending; of equal matches the first ones win."""
         if self.match == "none":
             return np.arange(match.size)
         best = np.argsort(-match, kind="stable")[: self.top or None]

@@ -25,7 +25,7 @@ READ_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Overlap:
-    """Number of exposures of the test part that are also in the training part."""
+    """Number of evaluated exposures that are also in the training part."""
 
     exposures: int
     """Number of distinct exposures that were checked."""
@@ -176,7 +176,7 @@ def count_overlap(
     sample of one in `1 / share` keys is checked.
 
     Args:
-        test, train: this rank's keys (hashes, uint64) in parts.
+        test, train: this rank's keys (hashes, uint64) in chunks.
         rows: number of test keys of all ranks.
         memory: bytes per rank; sorting needs 32 bytes per key.
         names: names of the key's columns, for the result.

@@ -85,14 +85,14 @@ class _SortedChunk:
         return np.memmap(self.path, self.score_type, "r", shape=(self.length,))
 
     def slice(self, low: int, high: int) -> ScoreMasses:
-        """Return the rows low..high - 1."""
+        """Return the unique scores number low..high - 1, with their masses."""
         if self.path is None:
             assert self.rows is not None
             return ScoreMasses(self.rows.scores[low:high], self.rows.masses[:, low:high])
         return ScoreMasses(self._read_scores(low, high), self._read_masses(low, high))
 
     def mass(self, low: int, high: int) -> np.ndarray:
-        """Return the sum of the masses of the rows low..high - 1, [C]."""
+        """Return the sum of the masses of the unique scores number low..high - 1, [C]."""
         masses = self._read_masses(low, high) if self.rows is None else self.rows.masses[:, low:high]
         return masses.sum(axis=1)
 

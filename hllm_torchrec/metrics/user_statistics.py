@@ -140,7 +140,7 @@ class UserBuckets:
     def _add_bucket(self, sums: _Sums, bucket: "_Bucket") -> None:
         """Add the users of a bucket to `sums`."""
         most = max(self._pool.memory // (GROUPING_BYTES * self._type.itemsize), 1)
-        if bucket.rows <= 2 * most:  # random buckets are of unequal size
+        if bucket.rows <= 2 * most:  # twice, because buckets by hash are of unequal size
             _add_users(sums, bucket.records())
         elif bucket.users is not None and len(bucket.users) == 1:
             self._add_one_user(sums, bucket, most)

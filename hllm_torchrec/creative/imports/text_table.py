@@ -92,7 +92,7 @@ def reasons_of(rows: pa.Table, dataset: Dataset) -> list[str]:
 
 
 def check_rows(rows: pa.Table, reasons: Sequence[str], dataset: Dataset) -> None:
-    """Raise ValueError naming the first row with a reason."""
+    """Raise ValueError if a row has a reason; the message names the row."""
     for kind, reason in (("user", UNKNOWN_USER), ("item", UNKNOWN_ITEM)):
         if reason in reasons:
             dense_ids(rows[f"raw_{kind}_id"], dataset, kind, "--files")  # raises, with the row and the most similar id
