@@ -4,8 +4,8 @@
     temperature   p = sigmoid(z / T)
     isotonic      p is the isotonic regression of the label on z, linear between its steps
 
-The run's calibration.json has one function for each binary task, and the fingerprint of the weights to which they
-belong. Calibration does not change the scores, and so not the order of the rows.
+The run's calibration.json has one function for each binary task whose labels have both classes, and the fingerprint of
+the weights whose logits the functions map. Calibration does not change the scores, and so not the order of the rows.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Pairing of the rows of several models' prediction files, which may be in any order, by user and position.
 
-Every rank reads a share of each model's files and sends each row to the rank of its user. That rank stores it in one
-of a few buckets: in memory up to a share of the limit, above it on disk. Each bucket is then loaded and sorted.
+Every rank reads a share of each model's files and sends each row to the rank of its user. That rank puts the row into
+one of a few buckets, in memory up to a share of the limit and otherwise on disk. Each bucket is then loaded and sorted.
 
 Legend: n rows.
 """

@@ -162,7 +162,7 @@ def _verdict(
     else:
         status = "unsure"
         unknown = "the interval contains 0" if low <= 0 else "there is no interval"
-        remedy = "evaluate on more rows, or both models in one command"
+        remedy = "evaluate on more rows, or evaluate both models in one command"
         reason = f"more than the {max_drop:g} allowed, but {unknown}" + (f": {remedy}" if key != "xauc" else " of XAUC")
     bounds = "no interval" if math.isnan(low) else f"95% [{low:+.5f}, {high:+.5f}], {how}"
     text = (

@@ -196,9 +196,8 @@ def train(night: Night) -> dict[str, Any]:
 def _check_start(night: Night) -> None:
     """Raise ValueError if another release was made current since the night began, for example by a rollback."""
     begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
-    if (
-        current is None or current.name == night.state.night
-    ):  # this night is current if it was killed after the aliases had moved
+    # This night is current if it was killed after the aliases had moved.
+    if current is None or current.name == night.state.night:
         return
     if begun is None or Path(begun).name != Path(current.run).name:
         raise ValueError(

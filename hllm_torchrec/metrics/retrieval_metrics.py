@@ -62,7 +62,7 @@ def target_ranks(
 
 
 def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:
-    """Compute the lowest score of an item that ranks before the target: the target's score minus `TIE_TOLERANCE`.
+    """Compute the lowest score of an item that ranks before the target: the target's score minus the tolerance.
 
     queries_BD, targets_BD: vectors of the queries and of their targets; the result is float32 [B].
     """

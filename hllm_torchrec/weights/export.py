@@ -127,7 +127,8 @@ def _pretrained(section: Section, directory: str) -> Section:
         return dataclasses.replace(onward, tokenizer=None)
     if not isinstance(section, ItemLLMConfig) or not isinstance(onward, ItemLLMConfig):
         return onward
-    # Set explicitly what the original checkpoint's sentence-transformers files may define: they are not exported.
+    # Set explicitly what the original checkpoint's sentence-transformers files may define, because those files are not
+    # exported.
     form = text_format("item_llm", section)
     return dataclasses.replace(
         onward,

@@ -1,4 +1,4 @@
-"""Reader of an own table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
+"""Reader of a custom table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
 
     raw_user_id, raw_item_id, response                              required columns
     timestamp, source, description, profile, weight, origin, part   optional columns
