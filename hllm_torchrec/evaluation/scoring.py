@@ -161,7 +161,7 @@ def rank_catalogue_targets(
         items: this process's share of all items, in the space of the generative loss.
         filter_seen: the items of all events that the exposure may see (not only of those that the model reads) are
             not candidates.
-        positive_only: exposures with label 0 are not targets.
+        positive_only: exposures with label 0 are not targets; always so if the loader draws negatives.
 
     Returns:
         Columns `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number of skipped
