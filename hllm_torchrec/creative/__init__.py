@@ -1,1 +1,1 @@
-"""Personalized texts of items: writers of tables of them, and the summary of their evaluation."""
+"""Personalized texts of items: tables of texts for training, clusters of users, generated titles, and evaluation."""

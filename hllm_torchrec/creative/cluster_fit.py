@@ -130,9 +130,10 @@ def cluster_users(users: Path, output: Path, settings: ClusterSettings | None, r
             raise ValueError(f"--clusters: {output} holds no clusters yet: give their number")
         return _fit(stored, output, settings or ClusterSettings(**old.facts["settings"]), old)  # type: ignore[union-attr]
     if settings is not None and asdict(settings) != old.facts["settings"]:
+        shown = ", ".join(f"{name} {value}" for name, value in old.facts["settings"].items())
         raise ValueError(
-            f"{output}: its clusters were fitted with other settings ({_shown(old.facts['settings'])}): leave these "
-            "options out to assign users to the clusters, or fit again (--refit), which makes the titles invalid"
+            f"{output}: its clusters were fitted with other settings ({shown}): leave these options out to assign "
+            "users to the clusters, or fit again (--refit), which makes the titles invalid"
         )
     if hash_json(old.facts["source"]) != hash_json(stored.facts):
         raise ValueError(
@@ -150,10 +151,6 @@ def settings_with(output: Path, given: dict[str, Any]) -> ClusterSettings | None
     before = Clusters.open(output).facts["settings"] if given and (output / FILE).is_file() else {}
     settings = {**before, **given}
     return ClusterSettings(**settings) if "clusters" in settings else None
-
-
-def _shown(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clusters | None) -> ClusterReport:

@@ -52,8 +52,9 @@ class CreateReport:
 
     items: number of items with titles; too_long: number of items without titles, because their prompts are too long;
     titles: number of titles; generated: number of titles that the folder did not contain before; fallbacks: number of
-    titles that were replaced by the item's source text; reasons: number of replaced titles by reason; equal_to_null:
-    share of the titles for clusters, without replaced ones, that equal the item's null title; None without such titles.
+    titles that were replaced by the item's source text; reasons: broken rules, joined by "; " -> number of titles that
+    were replaced for them; equal_to_null: share of the titles for clusters, without replaced ones, that equal the
+    item's null title; None without such titles.
     """
 
     items: int

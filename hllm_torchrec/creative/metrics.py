@@ -18,7 +18,7 @@ def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: 
     """Assign the user vector of each creative to a cluster, and return the centers as conditions of an evaluation.
 
     Args:
-        vectors: user vectors [N, D] of the creatives, each as of the creative's second.
+        vectors: user vectors [N, D] of the creatives, see `creative_vectors`.
         clusters: clusters to evaluate.
         weights: fingerprint of the model that computed the vectors.
 
@@ -36,7 +36,7 @@ def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: 
                 "(hllm embed --users), and cluster them (hllm cluster)"
             )
         if (name := f"{CLUSTER}{len(one)}") in found:
-            raise ValueError(f"--clusters {one.path}: another folder has {len(one)} clusters as well: give one of them")
+            raise ValueError(f"--clusters {one.path}: another folder has {len(one)} clusters as well: give only one")
         place = one.centers.assign(vectors.vectors.numpy())[0]
         found[name] = torch.from_numpy(one.centers.centers)[torch.from_numpy(place)]
     return found
@@ -46,8 +46,8 @@ def summarize(scores: CreativeScores) -> dict[str, Any]:
     """Average the negative log-likelihoods of each condition, and compare each condition with the right user.
 
     Returns:
-        nll, nll_per_token: means of each condition in nats per creative and per token; differences: mean paired
-        difference of each condition and right, with a 95% interval by resampling users. null - right is the main
+        nll, nll_per_token: means of each condition in nats per creative and per token; differences: mean of each
+        condition minus right, paired by creative, with a 95% interval by resampling users. null - right is the main
         result; shuffled - right overstates it, because it also includes the cost of confident wrong predictions. kept:
         for each number of clusters (null - cluster) / (null - right), the share of the gain that remains if the center
         of the user's cluster replaces the user vector. It is unreliable if null - right is near 0.

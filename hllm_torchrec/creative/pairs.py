@@ -1,8 +1,9 @@
 """Selection of the clusters of users for which an item gets a title, by predicted probabilities.
 
 The match of an item and a cluster is the probability that a user whose vector is the cluster's center likes the item.
-It is predicted by the run's late-fusion head ("head") or by its Item-User Predictor ("predictor"). A run on texts does
-not train the head. If it trains the user encoder, the head gets other user vectors than those it was trained on.
+It is predicted by the run's late-fusion head ("head") or by its Item-User Predictor ("predictor"). A run that trains on
+texts does not train the head. If such a run trains the user encoder, the head reads other user vectors than in its own
+training.
 
 Legend: n items, K clusters, D width of users' vectors.
 """
@@ -25,8 +26,8 @@ Match = Literal["head", "predictor", "none"]
 class PairRule:
     """Rule of the selection.
 
-    match: predictor of the match, "none" for all clusters; top: number of clusters with the largest matches that are
-    selected for an item (0: all); above: minimum match.
+    match: what predicts the match, "none": all clusters are selected; top: number of clusters with the largest matches
+    that are selected for an item (0: all); above: minimum match.
     """
 
     match: Match = "head"
@@ -51,7 +52,7 @@ class PairRule:
             )
 
     def selected(self, match: Floats) -> Ints:
-        """Select clusters for an item with matches [K], in ascending order; of equal matches the first ones count."""
+        """Return the clusters selected for an item with matches [K], ascending; of equal matches the first ones win."""
         if self.match == "none":
             return np.arange(match.size)
         best = np.argsort(-match, kind="stable")[: self.top or None]

@@ -57,7 +57,7 @@ class TemplateRule:
 
 
 def write_by_template(dataset: Dataset, rule: TemplateRule) -> tuple[pa.Table, dict[str, int]]:
-    """Return rows for a table of texts (columns of `creative_table.SCHEMA`), and the likes without a text by reason.
+    """Return rows for a table of texts (`creative_table.SCHEMA`), and the number of likes without a text by reason.
 
     Raises:
         ValueError: a setting is wrong for the dataset, see `TemplateRule.problems`.

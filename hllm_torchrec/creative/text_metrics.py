@@ -2,8 +2,8 @@
 
     ROUGE-n = F1 of the n-grams that two texts share        ROUGE-L = F1 of their longest common subsequence of words
 
-Words are compared without case. (The package `rouge-score` is not used: it drops all letters outside of ASCII, and
-depends on nltk.)
+Words are compared without case and accents. (The package `rouge-score` is not used, because it drops all letters
+outside of ASCII, and depends on nltk.)
 """
 
 from collections import Counter, defaultdict

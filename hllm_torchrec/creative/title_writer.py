@@ -2,8 +2,8 @@
 
 A title depends only on the item, the center of the cluster, the weights and the options. It does not depend on the
 other titles of a batch, their order or the number of ranks, except that the rounding of floating-point sums may decide
-between two tokens of practically equal probability. If a title breaks a rule of `filters`, it is sampled again (only
-with a temperature above 0, and at most `retries` times), and then replaced by the item's source text.
+between two tokens of practically equal probability. With a temperature above 0, a title that breaks a rule of `filters`
+is sampled again, at most `retries` times. A title that still breaks a rule is replaced by the item's source text.
 
 Legend: B titles of a batch, K clusters, D width of users' vectors.
 """

@@ -55,8 +55,8 @@ WRITTEN = pa.schema(
     ]
 )
 """Columns of a generated title. key: hash of everything that the title depends on; log_prob: log-likelihood of the
-generated tokens; tokens: their number; fallback: the text is the item's source text, because the generated text broke
-the rules in reasons."""
+generated tokens and the end token; tokens: number of generated tokens without the end token; fallback: the text is the
+item's source text, because the generated text broke the rules in reasons."""
 SCHEMA = pa.schema(
     [
         pa.field("raw_item_id", pa.large_string()),
@@ -72,7 +72,7 @@ _OF_ITEMS = pa.schema([pa.field("raw_item_id", pa.large_string()), pa.field("fir
 
 @dataclass(frozen=True)
 class Title:
-    """A title of an item for the users of a cluster (-1: the null title). Other fields: see `WRITTEN`."""
+    """A title of an item (raw id) for the users of a cluster (-1: the null title). Other fields: see `WRITTEN`."""
 
     item: str
     cluster: int

@@ -80,7 +80,7 @@ def written_texts(
 
 
 def texts_of_part(experiment: Experiment, vectors: CreativeVectors) -> list[tuple[str, str]]:
-    """Generate a text greedily for each creative of the part; returns (raw item id, text) in its order. Collective."""
+    """Generate a text greedily for each creative of a part; returns their (raw item id, text) in order. Collective."""
     loader = vectors.loader
     experiment.hllm.eval()
     own = np.arange(rank(), len(loader), world_size())

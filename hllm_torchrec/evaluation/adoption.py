@@ -15,8 +15,8 @@ from hllm_torchrec.models.run_vocabulary import TABLES, VECTORS, maps_read, save
 def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
     """Write the marks of a dataset's id maps into a run that has no marks, and return them.
 
-    The dataset may have grown since the training: the marks are those of its first ids, as many as the run's tables
-    have. It cannot be checked that these are the run's ids, because the run has no record of them.
+    The dataset may have grown since the training: the marks are those of the dataset's first ids, as many as the run's
+    tables have. It cannot be checked that these are the run's ids, because the run has no record of its ids.
 
     Raises:
         ValueError: the run has no checkpoint, already has marks, or has more ids than the dataset.

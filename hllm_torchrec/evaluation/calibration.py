@@ -4,8 +4,8 @@
     temperature   p = sigmoid(z / T)
     isotonic      p is the isotonic regression of the label on z, linear between its steps
 
-The run's calibration.json has one function for each binary task, and the fingerprint of the weights to which they
-belong. Calibration does not change scores and their order.
+The run's calibration.json has one function for each binary task whose labels have both classes, and the fingerprint of
+the weights whose logits the functions map. Calibration does not change the scores, and so not the order of the rows.
 """
 
 import json
@@ -74,7 +74,7 @@ class RunCalibration:
                 for name, one in content["tasks"].items()
             }
             if any(one.method not in METHODS or not one.x or len(one.x) != len(one.y) for one in tasks.values()):
-                raise ValueError("unknown method, or numbers of another length")
+                raise ValueError("unknown method, or x and y have different lengths")
             return cls(str(content["weights"]), tasks)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); run `hllm calibrate` again, or remove it") from error

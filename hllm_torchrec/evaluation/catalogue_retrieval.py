@@ -1,4 +1,8 @@
-"""Full-catalogue retrieval with an experiment's model, used by training, the evaluation job and results scripts."""
+"""Full-catalogue retrieval with an experiment's model: vectors of the items, and the retrieval metrics of a split.
+
+Legend: N items including the unknown item 0, n requested items, D width of the user encoder's inputs, V width of the
+item vectors that are compared with users.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +36,7 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Retrieval metrics of a split (`metrics_of_target_ranks`) with their protocol. Collective.
 
-    ranks_folder: directory to which every target is written with its rank (read by
+    ranks_folder: directory to which every ranked target is written with its rank (read by
     `evaluation.retrieval_comparison`), or None.
 
     In addition to the metrics, the result has `protocol` (or None), `filter_seen`, `targets` ("all" or "positive")

@@ -5,7 +5,7 @@
 right: the creative's own user vector; null: the learned tokens for unknown users; shuffled: another user's vector.
 nll(shuffled) - nll(right) overstates the gain, because it also includes the cost of confident wrong predictions.
 
-Legend: N creatives of a part, D width of a user vector.
+Legend: N creatives of a part, n creatives that are scored, D width of a user vector, A actions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ TextsOf = Callable[[Ints], PackedTexts]
 PER_BATCH = 64
 """Number of creatives per rank and step."""
 MEASURED = 4096
-"""Number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
+"""Approximate number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
 CONDITIONS = ("right", "null", "shuffled")
 
 
@@ -53,8 +53,8 @@ class CreativeVectors:
 class CreativeScores:
     """Scores of creatives of a part, the same on every rank.
 
-    rows: int64 [N] rows of the part; user_ids: int64 [N]; tokens: int64 [N] number of tokens of the response; nll:
-    condition -> float64 [N] negative log-likelihoods in nats.
+    rows: int64 [n] rows of the part; user_ids: int64 [n]; tokens: int64 [n] number of tokens of the response; nll:
+    condition -> float64 [n] negative log-likelihoods in nats.
     """
 
     rows: Ints
@@ -75,7 +75,10 @@ def _evaluating(experiment: Experiment) -> Iterator[None]:
 
 
 def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
-    """Compute the user vectors of the creatives of a part, each from events of strictly earlier seconds. Collective."""
+    """Compute the user vector of each creative of a part, from events of strictly earlier seconds. Collective.
+
+    For a creative without a timestamp, the vector is computed from all events of the user.
+    """
     loader, hllm = experiment.creative_loader(split, PER_BATCH), experiment.hllm
     found, steps = [], []
     # place: row of the part -> index of the creative. Each rank computes other creatives, in the loader's order. The

@@ -57,7 +57,7 @@ class LabelEvaluation:
 
     Args:
         source: label, models and columns; the rows are passed to `add`.
-        spool: limits of memory. Sorting uses all of it, as if there were no other label.
+        spool: limits of memory. Sorting uses the whole memory, as if there were no other label.
         kept: the rows that will be added, if they are already stored; None: `add` stores them.
         draws, seed: resamples of the bootstrap over users, and their seed.
     """
@@ -108,7 +108,9 @@ class LabelEvaluation:
                 runs.add(values, batch.is_positive, batch.weights)
         self._add_slices(ordered, batch)
         if self._keeps:
-            self._kept.add(start, _without_slices(batch))
+            # only the columns that pass two needs
+            needed = RowBatch(batch.is_positive, batch.weights, batch.scores, {}, batch.users, batch.keys)
+            self._kept.add(start, needed)
 
     def metrics(self) -> dict[str, Any]:
         """Return the label's part of `metrics.json` after all rows were added, and release their memory. Collective."""
@@ -214,7 +216,7 @@ class LabelEvaluation:
     def _influences(
         self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums
     ) -> UserBuckets:
-        """Pass two: every row's influence on each model's AUC, grouped by user and summed over pairs. Collective."""
+        """Pass two: group the rows' influences on each AUC by user, and add them to `pairs`. Collective."""
         buckets = UserBuckets(self.pool, len(self.names), self.source.rows)
         # `look_up` is collective and ranks have different numbers of batches: a rank that has finished takes part
         # with empty ones.
@@ -267,11 +269,6 @@ class LabelEvaluation:
         scores = dict(zip(self.names, places, strict=True))
         labels = records["positive"]
         return user_bootstrap(labels, scores, records["user"], self.draws, self.seed)
-
-
-def _without_slices(batch: RowBatch) -> RowBatch:
-    """Return the columns of a batch that pass two needs."""
-    return RowBatch(batch.is_positive, batch.weights, batch.scores, {}, batch.users, batch.keys)
 
 
 def _records(batch: RowBatch, influences: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from hllm_torchrec.metrics.user_metrics import GAUC
 from hllm_torchrec.metrics.user_statistics import UserStatistics
 
 SCHEMA_VERSION = 2
-"""Version 1 did not have PR-AUC, recall at precision, intervals over users by formula, and weights."""
+"""Version 1 did not have PR-AUC, recall at precision, intervals over users by formula, or weights."""
 
 READABLE = (1, 2)
 """Versions that the report and the gate can read."""

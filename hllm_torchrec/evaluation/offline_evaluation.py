@@ -56,7 +56,7 @@ def evaluate_predictions(source: PredictionRows, settings: EvaluationSettings) -
 
 
 def _read(source: PredictionRows, first: LabelEvaluation, tasks: Mapping[str, TaskEvaluation], size: int) -> None:
-    """Read the rank's share of the rows, the only time. An error on one rank is raised on all ranks. Collective."""
+    """Read the rank's share of the rows once. An error on one rank is raised on all ranks. Collective."""
     problem = None
     try:
         for rows in source.read(group_rank(), world_size(), size):

@@ -101,7 +101,7 @@ def _require_unchanged(paths: Sequence[str | Path], before: _Versions, cause: Ex
 
 
 def _versions(paths: Sequence[str | Path]) -> _Versions:
-    """File -> (inode, size, modification time); empty if a path matches no file, which is the reader's error."""
+    """File -> (inode, size, modification time); empty if a path matches no file, which the reader reports."""
     try:
         stats = {str(file): file.stat() for file in find_files(paths)}
     except (ValueError, FileNotFoundError):

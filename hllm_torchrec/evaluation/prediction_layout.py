@@ -95,7 +95,8 @@ def describe_predictions(
 
     Args:
         paths: model → its files; the first model's contain the columns that models share.
-        scores, probabilities: model → column, if it is not the standard one, or `NONE`.
+        scores: model → column, if it is not `score`.
+        probabilities: model → column, if it is not `probability`, or `NONE`.
         columns: field of `ColumnLayout` → column, or `NONE`.
         slices: additional columns; each of their values is a slice.
 

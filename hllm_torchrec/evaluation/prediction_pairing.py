@@ -1,7 +1,7 @@
 """Pairing of the rows of several models' prediction files, which may be in any order, by user and position.
 
-Every rank reads a share of each model's files and sends each row to the rank of its user. That rank stores it in one
-of a few buckets: in memory up to a share of the limit, above it on disk. Each bucket is then loaded and sorted.
+Every rank reads a share of each model's files and sends each row to the rank of its user. That rank puts the row into
+one of a few buckets, in memory up to a share of the limit and otherwise on disk. Each bucket is then loaded and sorted.
 
 Legend: n rows.
 """
@@ -104,8 +104,7 @@ class PairedTables:
         if ranks > 1:
             arrived = _exchange(table, ranks)
         for part in arrived:
-            # The remainder of the hash chose the rank, so the bucket must use the quotient: the remainder is the same
-            # for all rows here.
+            # The bucket depends on the quotient of the hash, because all rows of a rank have the same remainder.
             bucket = _spread(part) // np.uint64(ranks) % np.uint64(self._count)
             for index, rows in _grouped(bucket.astype(np.int64), self._count):
                 self._keep(name, index, part if self._count == 1 else part.take(rows))

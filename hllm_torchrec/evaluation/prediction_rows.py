@@ -63,16 +63,16 @@ class PredictionRows:
         """Open the files; CSV files are rewritten into `folder`.
 
         Args:
-            known_items: items of the training part (`known_items`); all others are cold, unless `layout.item_is_cold`
-                says which items are.
-            paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
-                call of `read` is then collective, because it pairs them.
+            known_items: items of the training part, from the function `known_items`; all others are cold, unless
+                `layout.item_is_cold` says which items are.
+            paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their position in the files. The
+                first call of `read` is then collective, because it pairs the rows.
             memory: bytes per rank for pairing.
             item_events: [N] number of training events by item id, if the items are dense ids of a dataset.
 
         Raises:
-            ValueError: a file is missing, does not have a column, or has another number of rows than the first
-                model's.
+            ValueError: a file is missing or does not have a column, or a model has another number of rows than the
+                first model and the rows are not paired.
         """
         self.models, self.layout, self._known_items = list(models), layout, known_items
         self._item_events = item_events
@@ -118,7 +118,7 @@ class PredictionRows:
         return (score, prediction) if has else None
 
     def of_task(self, task: str) -> "PredictionRows":
-        """A copy with the label of a further task and the models that predict it. It shares the open files."""
+        """A copy with the label of a further task and the models that predict it; the copy shares the open files."""
         own, binary = copy(self), self.layout.tasks[task] == "binary"
         own.layout = replace(self.layout, label=label_of(task), tasks={})
         own.models = [
@@ -137,8 +137,8 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """A type that keeps the order of scores: int64 for whole numbers and decimals (`_scaled`), float32 for 32-bit
-        floats, else float64.
+        """A type that keeps the order of scores: int64 for whole numbers and decimals (`_scaled`), float32 for floats
+        of 16 or 32 bits, else float64.
         """
         kinds = self._score_kinds(model)
         if all(map(pa.types.is_decimal, kinds)):
@@ -205,7 +205,7 @@ class PredictionRows:
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
         self._check_ids(tables, {layout.user: users, layout.item: items}, rows)
-        # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
+        # Keys come from the shared columns, not from the scores, so runs on the same exposures have one fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
         if users is not None and (null := are_absent(table[layout.user])).any():
@@ -307,8 +307,8 @@ class PredictionRows:
         if kind == np.int64:
             # Unsigned numbers beyond int64: flipping the first bit keeps their order.
             return scores.view(np.int64) ^ np.int64(-(1 << 63)) if scores.dtype == np.uint64 else scores.astype(kind)
-        # As float64, whole numbers above MOST_EXACT become equal to their neighbors, and lose their order. CSV files
-        # have been read as float64 already; numbers above any 64-bit integer can only be floats.
+        # As float64, whole numbers above MOST_EXACT become equal to their neighbors, and lose their order. In CSV
+        # files, whose column was read as float64, numbers beyond 64-bit integers are floats, so they are accepted.
         is_text = any(file.suffix != ".parquet" for file in self.files[model.name])
         if scores.dtype.kind in "iu" or is_text:
             size = np.abs(scores.astype(np.float64))
@@ -320,7 +320,7 @@ class PredictionRows:
     def _scaled(self, model: PredictionModel, scores: pa.ChunkedArray, scale: int) -> np.ndarray:
         """Decimals, which SQL engines write, times 10^scale as int64: float64 would make some of them equal."""
         place = f"column {model.score!r} of {self.files[model.name][0]}"
-        with error_location(place, "write it as float64: as decimals, scores of more than 18 digits are not exact"):
+        with error_location(place, "write it as float64, because decimals of more than 18 digits cannot be compared"):
             halves = pc.cast(scores, pa.decimal128(38, scale)).combine_chunks()
             low, high = np.frombuffer(halves.buffers()[1], np.int64).reshape(-1, 2)[halves.offset :][: len(halves)].T
             if (high != low >> 63).any():
@@ -415,7 +415,7 @@ class PredictionRows:
 def row_keys(
     is_positive: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None, items: np.ndarray | None
 ) -> np.ndarray:
-    """Hash of each row's label and of its other columns that are given, uint64 [n]."""
+    """Hash of each row's label and of its weight, user and item, except those that are None: uint64 [n]."""
     columns = (None if weights is None else weights.view(np.int64), users, items)
     there = [column for column in columns if column is not None]
     if not there:

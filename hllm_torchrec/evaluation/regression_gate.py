@@ -1,4 +1,4 @@
-"""Regression gate for a model repository: tests whether AUC or GAUC is lower than a baseline's by more than chance."""
+"""Regression gate for a model repository: tests whether AUC, GAUC or XAUC is lower than a baseline's."""
 
 import math
 from collections.abc import Mapping
@@ -162,7 +162,8 @@ def _verdict(
     else:
         status = "unsure"
         unknown = "the interval contains 0" if low <= 0 else "there is no interval"
-        reason = f"more than the {max_drop:g} allowed, but {unknown}: evaluate on more rows, or pair them"
+        remedy = "evaluate on more rows, or evaluate both models in one command"
+        reason = f"more than the {max_drop:g} allowed, but {unknown}" + (f": {remedy}" if key != "xauc" else " of XAUC")
     bounds = "no interval" if math.isnan(low) else f"95% [{low:+.5f}, {high:+.5f}], {how}"
     text = (
         f"{status.upper()}: {_NAMES[key]} of {judged[0]} {judged[1]:.5f}, of {baseline[0]} {baseline[1]:.5f}; the drop "

@@ -22,7 +22,8 @@ class RowBatch:
     """int64 [n], user of each row: a numeric user id itself, or a 64-bit hash of a text id; `NO_USER` + row number for
     a row without user."""
     keys: np.ndarray
-    """uint64 [n] (or [0] for a further task): hash of label and, if present, weight, user and item of each row."""
+    """uint64 [n]: hash of label and, if present, weight, user and item of each row; [0] for a further task and for
+    stored rows."""
     slices: list[Slices] = field(default_factory=list)
     """Slices by each column."""
 

@@ -59,7 +59,8 @@ class RunScores:
     dataset: Dataset
     """Dataset of the scored exposures."""
     trained_on: Dataset
-    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed."""
+    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed, is not a
+    version of `dataset`, or would have to be fetched from a URL."""
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:
@@ -134,9 +135,9 @@ def load_run(
     """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
     Args:
-        config: configuration; None: that of the run. A configuration may differ from it in the parallelization.
+        config: configuration; None: the run's. It may differ from the run's configuration in the parallelization.
         dataset: dataset to read instead of the run's; its ids must be the run's ids, possibly followed by new ones.
-        use_items: for a run with stored item embeddings: fill the table of items; without it the model can only embed
+        use_items: for a run with stored item embeddings: fill the table of items. If False, the model can only embed
             items.
         encode: see `build_experiment`.
 

@@ -25,7 +25,7 @@ READ_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Overlap:
-    """Number of exposures of the test part that are also in the training part."""
+    """Number of evaluated exposures that are also in the training part."""
 
     exposures: int
     """Number of distinct exposures that were checked."""
@@ -145,7 +145,7 @@ def file_overlap(
         ValueError: the layout or the files do not have columns of users and items.
     """
     if not (layout.user and layout.item):
-        raise ValueError("--train needs columns of users and items in both; name them with --user and --item")
+        raise ValueError("--train needs columns of users and items in all files; name them with --user and --item")
     columns, times = [layout.user, layout.item], layout.timestamp
     readers = [RowReader(find_files(files), columns, folder) for files in (test, train)]
     if times and all(reader.has(times) for reader in readers):
@@ -176,7 +176,7 @@ def count_overlap(
     sample of one in `1 / share` keys is checked.
 
     Args:
-        test, train: this rank's keys (hashes, uint64) in parts.
+        test, train: this rank's keys (hashes, uint64) in chunks.
         rows: number of test keys of all ranks.
         memory: bytes per rank; sorting needs 32 bytes per key.
         names: names of the key's columns, for the result.

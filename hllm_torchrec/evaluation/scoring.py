@@ -83,7 +83,8 @@ def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, out
 
     The names of the columns end with the name of the task. Predicted numbers are in the label's unit.
 
-    task_labels: [X, K], NaN where not defined; outputs: [X, O]; scales: [K, 2] center and scale of each task.
+    For X exposures, K tasks and O outputs of all tasks: task_labels: [X, K], NaN where not defined; outputs: [X, O];
+    scales: [K, 2] center and scale of each task.
     """
     found: PredictionColumns = {}
     parts = outputs.split([task.outputs for task in tasks], dim=1)
@@ -97,10 +98,10 @@ def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, out
 
 
 def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
-    """AUC, GAUC and log loss of a split over all ranks during training. Collective.
+    """AUC, GAUC and log loss of a split during training, its number of rows, and `quick_task_metrics`. Collective.
 
-    auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
-    maximum error. All metrics are weighted if the rows have weights.
+    auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, the
+    maximum error of the AUC. All metrics are weighted if the rows have weights.
     """
     labels, scores = columns["label"], columns["score"]
     # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
@@ -158,9 +159,9 @@ def rank_catalogue_targets(
 
     Args:
         items: this process's share of all items, in the space of the generative loss.
-        filter_seen: the items of the user's complete history (not only of the part that the model reads) are not
-            candidates.
-        positive_only: exposures with label 0 are not targets.
+        filter_seen: the items of all events that the exposure may see (not only of those that the model reads) are
+            not candidates.
+        positive_only: exposures with label 0 are not targets; always so if the loader draws negatives.
 
     Returns:
         Columns `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number of skipped
@@ -215,7 +216,7 @@ def _piece_of_query(batch: HybridBatch) -> Tensor:
 
 
 class CompleteHistories:
-    """Items of the users' complete sequences; the pieces of a loader have only up to `max_history` events of them.
+    """Items of the users' complete sequences, of which the pieces of a loader may have only a part.
 
     The items that a user has seen do not depend on the model's inputs: neither on the length of pieces, nor on
     `data.history`, which may leave out disliked items.

@@ -22,7 +22,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a `metrics.json` by name: `model/auc`, `model/slices/item_cold/auc`, `paired/other/difference`.
 
-    They are those of the models on the first label, their differences, and retrieval.
+    The numbers are those of the models on the first label, of the paired differences, and of retrieval.
     """
     parts = {name: metrics.get(name) or {} for name in ("models", "paired", "retrieval")}
     flat = dict(_flatten(parts["models"], "")) | dict(_flatten(parts["paired"], "paired/"))

@@ -24,7 +24,7 @@ class Spool:
     folder: Path
     held: int = 0
     spilled: int = 0
-    """Bytes written to disk, including those of other users of the memory, such as sorting."""
+    """Bytes written to disk, including those written by sorting and by the grouping by user."""
 
     @property
     def read_rows(self) -> int:

@@ -23,7 +23,7 @@ OTHERS = 99
 def user_ranks(
     experiment: Experiment, vectors: CreativeVectors, most: int, others: int = OTHERS
 ) -> tuple[Doubles, int]:
-    """Rank the right users of at most `most` creatives, spread evenly over those of users with events. Collective.
+    """Rank the right users of at most `most` creatives, spread evenly over those that see an event. Collective.
 
     The vector of another user is that of one of the other user's creatives, drawn at random.
 

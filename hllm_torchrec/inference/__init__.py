@@ -1,1 +1,1 @@
-"""Embedding jobs, vectors of exposures, item index, quantized tables."""
+"""Embedding jobs, vectors of exposures, new items, item index, quantized tables."""

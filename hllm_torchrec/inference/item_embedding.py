@@ -60,8 +60,8 @@ def item_content_hashes(tokens: TokenStore) -> Hashes:
 def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: KeyKind | None = None) -> EmbedReport:
     """Update the item store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw item ids. keys: "string" or "int64", type of the keys; None: that of the store. Work is divided among
-    the ranks by tokens; each rank writes its rows, and rank 0 commits them.
+    Keys are raw item ids. keys: type of the keys, "string" or "int64"; None: the store's type, "string" for a new one.
+    Work is divided among the ranks by tokens; each rank writes its rows, and rank 0 commits them.
 
     Raises:
         ConfigError: the model has no Item LLM.
@@ -172,6 +172,8 @@ def open_or_create_store(
 
 def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hashes) -> NDArray[np.int64]:
     """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from different content.
+
+    Forgotten items, whose raw ids are erased, are left out.
 
     raw_ids: [N - 1] keys of the store (`raw_keys`) for ids from 1; content_hashes: [N] uint64 of the current content,
     for ids from 0.

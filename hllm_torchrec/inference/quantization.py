@@ -101,8 +101,8 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     """Replace the model's source of item embeddings by a quantized table of the complete catalogue.
 
-    The embeddings are computed by the Item LLM with the current weights or, if the run uses stored ones, read from the
-    store. An ID-only model is not changed.
+    The embeddings are computed by the Item LLM with the current weights or, if the run uses stored ones, looked up in
+    the model's table of stored embeddings. An ID-only model is not changed.
 
     Raises:
         ValueError: the type is unknown.

@@ -78,7 +78,8 @@ def embed_users(
 
     Args:
         since: second UTC; users without an event at or after it are not updated.
-        keys: type of the keys, which are raw user ids: "string" or "int64"; None: that of the store.
+        keys: type of the keys, which are raw user ids: "string" or "int64"; None: that of the store ("string" for a
+            new one).
 
     Raises:
         ValueError: the store was made by a different checkpoint, another process is writing to it, or `keys` is "int64"
@@ -123,7 +124,7 @@ def user_content_hashes(last_seconds: Ints, lengths: Ints) -> Hashes:
 
 
 def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
-    """Index each user once, in the latest part that has the user, because its row has the complete history."""
+    """Index each user once, in the latest part with the user, because the row there has the complete history."""
     seen, snapshot = np.zeros(dataset.num_users, bool), store.snapshot()
     found = []
     for part in ("test", "valid", "train"):  # latest first: later sequences include the events of earlier parts

@@ -1,4 +1,6 @@
-"""Erasing of ids from a run: rows of its item tables with their optimizer state, and rows of its fitted statistics."""
+"""Erasing of ids from a run: records of bad batches, rows of item tables with their optimizer state, and rows of fitted
+statistics.
+"""
 
 import json
 from collections.abc import Callable
@@ -28,8 +30,8 @@ BAD_BATCHES = "bad_batches"
 def forget_in_run(place: Place, target: Target) -> Trace:
     """Remove records of bad batches that contain the ids; with `erase`, also the items' rows of tables and statistics.
 
-    A row of a table becomes 0; a row of fitted factors or transitions becomes that of the unknown item. Other rows do
-    not change.
+    A row of a table becomes 0; a row of fitted factors, evidence or transitions becomes that of the unknown item. Other
+    rows do not change.
 
     Raises:
         ValueError: with `erase`, a process is training into the run, or a checkpoint is damaged.

@@ -72,7 +72,7 @@ def forget_everywhere(
 
     Raises:
         ValueError: an error of `data.forgetting.forget` or of a `forget_in_*`; a folder does not exist; or a night is
-            running in one, which would write embeddings and predictions from the events that it has already read.
+            running in a folder (it would write embeddings and predictions from events that it has already read).
     """
     for folder in (*folders, *predictions):
         if url_of(folder) is not None:

@@ -76,6 +76,8 @@ def read_alias(folder: Path, alias: str) -> Release | None:
 def publish(folder: Path, release: Release) -> bool:
     """Make a release `current` and the current one `previous`; returns False if `release` is already current.
 
+    The first release becomes both.
+
     Raises:
         ValueError: another process is moving the aliases, or the current release is damaged.
     """

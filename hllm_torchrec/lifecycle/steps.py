@@ -196,9 +196,8 @@ def train(night: Night) -> dict[str, Any]:
 def _check_start(night: Night) -> None:
     """Raise ValueError if another release was made current since the night began, for example by a rollback."""
     begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
-    if (
-        current is None or current.name == night.state.night
-    ):  # this night is current if it was killed after the aliases had moved
+    # This night is current if it was killed after the aliases had moved.
+    if current is None or current.name == night.state.night:
         return
     if begun is None or Path(begun).name != Path(current.run).name:
         raise ValueError(
@@ -231,7 +230,7 @@ def training_config(night: Night) -> Config:
 
 
 def evaluate(night: Night) -> dict[str, Any]:
-    """Score the new test exposures with the night's model and with the run that it started from; compare the two."""
+    """Compare the night's model with the run that it started from, if any, on the new test exposures."""
     facts = night.state.facts("append")
     night.state.facts("train")
     runs = {"new": (night.run, "best")}

@@ -1,1 +1,1 @@
-"""Exact offline metrics: ranking (AUC and its intervals) and retrieval."""
+"""Metrics: AUC and its intervals, metrics of probabilities and of predicted numbers, and retrieval metrics."""

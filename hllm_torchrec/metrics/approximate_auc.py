@@ -60,7 +60,7 @@ class ScoreHistogram:
             ValueError: a label is not 0 or 1, or a score is NaN.
         """
         if torch.isnan(scores).any() or not ((labels == 0) | (labels == 1)).all():
-            raise ValueError("the histogram takes labels 0 or 1 and scores that are numbers; there is another, or nan")
+            raise ValueError("the histogram takes labels 0 or 1 and scores that are numbers; leave out other rows")
         # The shift is arithmetic: negative scores give negative values, so half the number of bins is added.
         ordered = _ordered(scores.detach())
         bins = ((ordered >> (32 - self.bits)) + (1 << (self.bits - 1))).to(torch.int64)

@@ -34,7 +34,7 @@ def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group
     Args:
         labels: 0 or 1, [n]; ranks may have different numbers of rows, or none.
         scores: any real numbers, higher = more likely positive, infinities allowed, [n]. Compared as float64.
-        weights: sample weights >= 0, [n], on all ranks or on none; the weight of a pair is the product of its rows'.
+        weights: sample weights >= 0, [n], on all ranks or on none; a pair weighs the product of its rows' weights.
         group: the process group, by default all ranks; only this process if torch.distributed is not initialized.
 
     Returns:
@@ -42,7 +42,7 @@ def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group
         (scikit-learn warns and does the same).
 
     Raises:
-        ValueError: a NaN score, a label that is not 0 or 1, or an invalid weight; the message names the row and, of
+        ValueError: a NaN score, a label that is not 0 or 1, or an invalid weight; the message names the row and, with
             several ranks, the rank. All ranks raise if one does, so that no rank waits for another.
     """
     chunks, problem = None, None

@@ -59,7 +59,7 @@ def user_bootstrap(
 
 
 def user_mean_interval(values: np.ndarray, user_ids: UserIds) -> tuple[float, float]:
-    """Bounds of the mean of `values` [n] over samples of users, each drawn with all of its rows.
+    """Bounds of the 95% interval of the mean of `values` [n] over samples of users, each drawn with all of its rows.
 
     Differences of two models on the same rows are paired: give the differences as values.
 
@@ -70,7 +70,7 @@ def user_mean_interval(values: np.ndarray, user_ids: UserIds) -> tuple[float, fl
 
 
 def user_ratio_interval(values: np.ndarray, bases: np.ndarray, user_ids: UserIds) -> tuple[float, float]:
-    """Bounds of sum(values) / sum(bases), both [n], over samples of users, each drawn with all of its rows.
+    """Bounds of the 95% interval of sum(values) / sum(bases), both [n], over samples of users with all of their rows.
 
     Raises:
         ValueError: no rows.

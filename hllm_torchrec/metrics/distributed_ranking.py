@@ -3,7 +3,8 @@
 For the queries of all ranks, each rank counts the items of its shard that are ranked before the target. The sum of
 these counts over the ranks equals the result of one process. Queries are gathered; item vectors are not communicated.
 
-Legend: B rows of this rank, A rows of all ranks, n items of this rank's share, D width, S seen items of all rows.
+Legend: B rows of this rank, A rows of all ranks, n items of this rank's shard, N items of all shards, D width, S seen
+items of all rows.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from torch import distributed as dist
 from hllm_torchrec.distributed.collectives import all_gather_variable, global_sum, world_size
 from hllm_torchrec.metrics.retrieval_metrics import (
     BLOCK_SIZE,
-    TIE_TOLERANCE,
     check_targets,
     count_ahead,
     scores_to_beat,
@@ -78,7 +78,6 @@ def distributed_target_ranks(
     seen_items_S: Tensor | None = None,
     seen_offsets: Tensor | None = None,
     block_size: int = BLOCK_SIZE,
-    tie_tolerance: float = TIE_TOLERANCE,
 ) -> Tensor:
     """Compute the position of each row's target in the ranking over all shards, as `target_ranks`. Collective.
 
@@ -102,7 +101,7 @@ def distributed_target_ranks(
     # The unknown item 0 is not ranked.
     ahead_A = count_ahead(
         lambda start, stop: _scores(queries_AD, items, start, stop),
-        _scores_to_beat(queries_AD, items, target_A, tie_tolerance),
+        _scores_to_beat(queries_AD, items, target_A),
         target_A,
         (max(items.first, 1), items.end),
         seen,
@@ -120,9 +119,9 @@ def _scores(queries_AD: Tensor, items: CatalogueShard, start: int, stop: int) ->
     return scores
 
 
-def _scores_to_beat(queries_AD: Tensor, items: CatalogueShard, target_A: Tensor, tie_tolerance: float) -> Tensor:
+def _scores_to_beat(queries_AD: Tensor, items: CatalogueShard, target_A: Tensor) -> Tensor:
     """Compute the scores to beat [A]: the rank whose shard has the target computes it, the others add 0. Collective."""
     here = torch.nonzero((target_A >= items.first) & (target_A < items.end)).flatten()
     least_A = queries_AD.new_zeros(len(target_A))
-    least_A[here] = scores_to_beat(queries_AD[here], items.vectors[target_A[here] - items.first], tie_tolerance)
+    least_A[here] = scores_to_beat(queries_AD[here], items.vectors[target_A[here] - items.first])
     return global_sum(least_A)

@@ -64,7 +64,7 @@ class _Sums:
         default_factory=lambda: {metric.key: np.array(metric.start) for metric in RANK_METRICS}
     )
     corners: list[np.ndarray] = field(default_factory=list)
-    """Points of the ROC curve, as `RankStatistics.curve`, of each range."""
+    """Points of the ROC curve of each range, as in `RankStatistics.curve`, but in order of ascending score."""
 
 
 class Placements:
@@ -180,8 +180,7 @@ def _add_range(
         upto += start[:, None]
         under = upto - mass
         start = upto[:, -1].copy()
-        # Twice the pairs of a positive: 2 for each negative with a lower score, 1 for each with the same score, which
-        # is under + upto.
+        # A positive adds 2 for each negative with a lower score and 1 for each with the same score: under + upto.
         sums.concordant += (mass[0] * (under[1] + upto[1])).sum().item()
         if has_pairs:
             placements = np.stack([(under[1] + upto[1]) / (2 * negatives), 1 - (under[0] + upto[0]) / (2 * positives)])
@@ -195,8 +194,9 @@ def _add_range(
 
 
 def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> None:
-    """Add to the sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 of both classes; squares: w^2 [2, U]."""
-    # Around 1/2, because the AUC is not known yet; this gives less cancellation in `_standard_error` than around 0.
+    """Add to the sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 of both classes; squares: sums of w^2, [2, U]."""
+    # The moments are around 1/2, because the AUC is not known yet. With moments around 0, the subtraction in
+    # `_standard_error` would lose more digits.
     centred = placements - 0.5
     sums.moments[:, 0] += squares.sum(axis=1)
     weighed = squares * centred
@@ -215,9 +215,9 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
     for metric in RANK_METRICS:
         sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
     true_rate, false_rate = over[0] / total[0], over[1] / total[1]
-    # The block stores points for the grid positions between those of the rows above it and of its lowest score. The
-    # interval begins at the rows above, not at the block's highest score: otherwise the division into blocks, which
-    # depends on the number of ranks and on memory, would change the curve. The topmost block begins at its first point.
+    # The block stores points for the grid positions after `above`, the curve's position just above the block, up to the
+    # position of the block's lowest score. If it began at the position of its highest score, the division into blocks,
+    # which depends on the number of ranks and on memory, would change the curve. Only the topmost block begins there.
     above = ((over[:, -1] - mass[:, -1]) / np.array(total)).sum()
     low = np.searchsorted(GRID, above, "right") if above > 0 else np.searchsorted(GRID, true_rate[-1] + false_rate[-1])
     inside = GRID[low : np.searchsorted(GRID, true_rate[0] + false_rate[0], "right")]
@@ -225,7 +225,7 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
 
 
 def _corners(curve_3U: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Return the points of a block at or next after each of the grid positions `inside`, ascending in score."""
+    """Return, in order of ascending score, the block's points at or next after each grid position in `inside`."""
     along = (curve_3U[0] + curve_3U[1])[::-1]  # reversed: the rates fall as the score rises
     points = np.unique(np.searchsorted(along, inside))
     return curve_3U[:, ::-1][:, points[::-1]]

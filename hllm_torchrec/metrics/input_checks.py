@@ -46,7 +46,7 @@ def as_scores(scores: Values, rows: int) -> np.ndarray:
     """The scores as float64 [n]; infinities are allowed.
 
     Raises:
-        ValueError: a score is NaN, or the number of scores differs from that of labels.
+        ValueError: a score is NaN, or the number of scores is not `rows`.
     """
     array = _same_rows(as_floats(scores, "scores"), "scores", rows)
     bad = np.isnan(array)
@@ -58,14 +58,12 @@ def as_scores(scores: Values, rows: int) -> np.ndarray:
     return array
 
 
-def as_weights(weights: Values | None, rows: int) -> np.ndarray:
-    """The weights as float64 [n]; ones if there are none.
+def as_weights(weights: Values, rows: int) -> np.ndarray:
+    """The weights as float64 [n].
 
     Raises:
-        ValueError: a weight is neither 0 nor in `WEIGHT_RANGE`, or the number of weights differs from that of labels.
+        ValueError: a weight is neither 0 nor in `WEIGHT_RANGE`, or the number of weights is not `rows`.
     """
-    if weights is None:
-        return np.ones(rows)
     array = _same_rows(as_floats(weights, "weights"), "weights", rows)
     low, high = WEIGHT_RANGE
     bad = ~((array == 0) | ((array >= low) & (array <= high)))
@@ -81,7 +79,7 @@ def as_groups(user_ids: UserIds, rows: int) -> np.ndarray:
     """Each row's user as a dense int64 index [n] in 0..users-1; the ids may have any sortable type.
 
     Raises:
-        ValueError: the number of ids differs from that of labels.
+        ValueError: the number of ids is not `rows`.
     """
     if isinstance(user_ids, torch.Tensor):
         user_ids = user_ids.detach().cpu().numpy()

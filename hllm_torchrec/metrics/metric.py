@@ -1,6 +1,6 @@
 """Types of the metrics of `hllm evaluate`, which differ in their inputs; `registry.METRICS` lists the metrics.
 
-A metric consists of sums, which are additive over rows, batches and ranks, and of a function of these sums.
+A metric is a function of sums over rows, batches and ranks (or of maxima: see `RankMetric.combine`).
 
 Legend: U unique scores, n rows.
 """

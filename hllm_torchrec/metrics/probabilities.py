@@ -1,4 +1,4 @@
-"""Metrics of predicted probabilities, additive over batches and ranks, and the reliability curve."""
+"""Metrics of predicted probabilities, computed from sums over batches and ranks, and the reliability curve."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ BINS = 10
 
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
 """Log loss clips probabilities to [floor, 1 - floor], as scikit-learn does for float32. Predictions are stored as
-float32, in which the sigmoid of 17 is rounded to 1."""
+float32, in which the sigmoid of 18 is rounded to 1."""
 
 
 def row_log_loss(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -123,11 +123,7 @@ def reliability(chunks: SortedChunks) -> tuple[ReliabilityCurve, float]:
         counts = tied.masses[0] + tied.masses[1]
         # All rows of a score are in the bin of its last row, which is row (upto - 1) of 0..rows - 1.
         upto = below[:2].sum() + np.cumsum(counts)
-        bin_indices = (
-            np.minimum((upto - 1) * BINS // max(rows - 1, 1), BINS - 1).astype(np.int64)
-            if rows > 1
-            else (np.full(len(counts), BINS - 1))
-        )
+        bin_indices = np.minimum((upto - 1) * BINS // max(rows - 1, 1), BINS - 1).astype(np.int64)
         positives = tied.masses[2] if chunks.weighted else tied.masses[0]
         weights = tied.masses[2] + tied.masses[3] if chunks.weighted else counts
         for row, values in enumerate((counts, weights, weights * tied.scores.astype(np.float64), positives)):

@@ -1,4 +1,4 @@
-"""All metrics of `hllm evaluate` except AUC and its intervals, in the order of `metrics.json` and of the report.
+"""All metrics of a binary label in `hllm evaluate` except AUC and its intervals, in the order of `metrics.json`.
 
 To add a metric, define a `RankMetric`, a `ProbabilityMetric` or a `UserMetric` and add it here: the job computes it,
 and it appears in metrics.json, the report, TensorBoard and the tracker.

@@ -61,13 +61,13 @@ def target_ranks(
     )
 
 
-def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
+def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:
     """Compute the lowest score of an item that ranks before the target: the target's score minus the tolerance.
 
     queries_BD, targets_BD: vectors of the queries and of their targets; the result is float32 [B].
     """
     targets_BD = targets_BD.float()
-    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
+    tolerance_B = TIE_TOLERANCE * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
     return (queries_BD * targets_BD).sum(1) - tolerance_B
 
 
@@ -80,7 +80,7 @@ def retrieval_metrics(
     NDCG@K = 1 / log2(rank + 1) if rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank, without a cut-off.
 
     Args:
-        item_ranks: this process's target ranks, 1 = best, int64 [b]; may be empty on some processes.
+        item_ranks: this process's target ranks, 1 = best, int64 [B]; may be empty on some processes.
         ks: cut-offs.
         group: process group, by default all ranks; only this process if torch.distributed is not initialized.
 

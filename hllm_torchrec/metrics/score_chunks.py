@@ -3,7 +3,8 @@
 Each rank sorts its rows into runs, which are stored on disk if there are many. The runs of all ranks are cut into
 ranges of scores, and each rank merges some of the ranges.
 
-Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges per rank.
+Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), K ranges per rank, S samples of
+scores.
 """
 
 import tempfile
@@ -34,7 +35,7 @@ class ScoreMasses:
     scores: np.ndarray
     """[U], float32, float64 or int64."""
     masses: np.ndarray
-    """[C, U]: counts are integers without weights, float64 with them."""
+    """[C, U]: integers without weights, float64 with weights."""
 
 
 @dataclass
@@ -84,14 +85,14 @@ class _SortedChunk:
         return np.memmap(self.path, self.score_type, "r", shape=(self.length,))
 
     def slice(self, low: int, high: int) -> ScoreMasses:
-        """Return the rows low..high - 1."""
+        """Return the unique scores number low..high - 1, with their masses."""
         if self.path is None:
             assert self.rows is not None
             return ScoreMasses(self.rows.scores[low:high], self.rows.masses[:, low:high])
         return ScoreMasses(self._read_scores(low, high), self._read_masses(low, high))
 
     def mass(self, low: int, high: int) -> np.ndarray:
-        """Return the sum of the masses of the rows low..high - 1, [C]."""
+        """Return the sum of the masses of the unique scores number low..high - 1, [C]."""
         masses = self._read_masses(low, high) if self.rows is None else self.rows.masses[:, low:high]
         return masses.sum(axis=1)
 

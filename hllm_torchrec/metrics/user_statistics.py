@@ -39,13 +39,13 @@ class UserStatistics:
     """Standard error of the AUC with users as the independent units; `nan` with fewer than two units (each row without
     a user counts as one)."""
     difference_error: list[float]
-    """Standard error of the AUC minus the AUC of the first model."""
+    """Standard error of the difference between a model's AUC and the first model's."""
     rows_without_user: int = 0
     gauc_error: list[float] = field(default_factory=list)
     """Standard error of the GAUC with users as the independent units; `nan` with fewer than two users with both
     classes."""
     gauc_difference_error: list[float] = field(default_factory=list)
-    """Standard error of the GAUC minus the GAUC of the first model."""
+    """Standard error of the difference between a model's GAUC and the first model's."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ class UserBuckets:
     def _add_bucket(self, sums: _Sums, bucket: "_Bucket") -> None:
         """Add the users of a bucket to `sums`."""
         most = max(self._pool.memory // (GROUPING_BYTES * self._type.itemsize), 1)
-        if bucket.rows <= 2 * most:  # random buckets are of unequal size
+        if bucket.rows <= 2 * most:  # twice, because buckets by hash are of unequal size
             _add_users(sums, bucket.records())
         elif bucket.users is not None and len(bucket.users) == 1:
             self._add_one_user(sums, bucket, most)

@@ -46,7 +46,7 @@ FOLDERS = {"user": "user_llm", "creative": "creative_llm"}
 def export_huggingface(
     run: Path, which: str, output: Path, device: torch.device, dataset: Path | None = None
 ) -> str | None:
-    """Write the model of a run into `output`, from its checkpoint `which`: "best", "latest" or a name.
+    """Write the model of a run into `output`, from its checkpoint `which`: "best", "latest" or a directory.
 
     Uses averaged weights (`optim.ema`) if the run has them. Only for a single process; any number of ranks may have
     saved the checkpoint.
@@ -127,7 +127,8 @@ def _pretrained(section: Section, directory: str) -> Section:
         return dataclasses.replace(onward, tokenizer=None)
     if not isinstance(section, ItemLLMConfig) or not isinstance(onward, ItemLLMConfig):
         return onward
-    # Set explicitly what the original checkpoint's sentence-transformers files may define: they are not exported.
+    # Set explicitly what the original checkpoint's sentence-transformers files may define, because those files are not
+    # exported.
     form = text_format("item_llm", section)
     return dataclasses.replace(
         onward,
@@ -245,5 +246,5 @@ encoder encodes a history of item embeddings as an interest vector.
 
 {plain}
 `user_llm`, if there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
-heads and tables are in `parts.safetensors`. The licenses of its base models and training data continue to apply.
+heads and tables are in `parts.safetensors`. The licenses of the base models and of the training data continue to apply.
 """

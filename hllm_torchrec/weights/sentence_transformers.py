@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.config.encoders import ItemLLMConfig
-from hllm_torchrec.data.token_store import TokenStore, item_texts, read_tokenizer
+from hllm_torchrec.data.token_store import TokenStore, item_texts, read_tokenizer, special_tokens
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.text_format import TextFormat, text_format
 
@@ -96,22 +96,16 @@ def _append_item_token(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedM
 
 
 def _close_texts(tokenizer: "PreTrainedTokenizerBase", after: Sequence[str]) -> None:
-    """Make the tokenizer append the tokens `after` to every text, instead of the special tokens that it appends."""
+    """Make the tokenizer append the tokens `after` to every text, instead of its own end tokens."""
     from tokenizers.processors import TemplateProcessing
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ArgumentError("the tokenizer is not a fast one (tokenizer.json), whose template could be changed")
-    before = _tokens_before(tokenizer)
+    before = list(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
     single = " ".join([*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)])
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])]
     backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=special)
-
-
-def _tokens_before(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    from hllm_torchrec.data.token_store import special_tokens
-
-    return list(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
 
 
 def _write_modules(target: Path, form: TextFormat, width: int, longest: int) -> None:

@@ -115,7 +115,7 @@ COMMANDS: list[tuple[str, str, str]] = [
      EVALUATE.replace("rows.parquet", "timed.parquet") + " --timestamp NONE"),
     ("□ has □ rows, □ □; models are compared row by row: write both in one order, or put both scores into one file",
      f"{EVALUATE} b={{root}}/fewer.parquet", f"{EVALUATE} b={{root}}/rows.parquet --score b=other"),
-    ("--train needs columns of users and items in both; name them with --user and --item",
+    ("--train needs columns of users and items in all files; name them with --user and --item",
      EVALUATE.replace("rows.parquet", "bare.parquet") + " --train {root}/rows.parquet",
      f"{EVALUATE} --train {{root}}/rows.parquet --user user_id --item item_id"),
     ("name a store: --items, --users or both", "embed --run {run} --checkpoint latest",

@@ -92,6 +92,12 @@ def test_gauc_is_judged_on_demand_and_the_worst_verdict_counts(tmp_path: Path) -
     assert "but there is no interval: evaluate on more rows" in verdict.text
 
 
+def test_a_drop_of_xauc_that_has_no_interval_is_unsure() -> None:
+    metrics = {"reference": "new", "models": {"new": {"xauc": 0.6}, "old": {"xauc": 0.7}}, "paired": {}}
+    verdict = compare_with_baseline(metrics, "old", 0.01, "xauc")
+    assert verdict.status == "unsure" and verdict.text.endswith("but there is no interval of XAUC")
+
+
 def test_gauc_that_is_undefined_or_a_limit_below_0_is_refused(tmp_path: Path) -> None:
     metrics = measured(tmp_path, 0.0)
     metrics["models"]["old"]["gauc"] = None

@@ -236,7 +236,7 @@ def test_every_task_has_a_section(tmp_path: Path) -> None:
     tasks = write_metrics(tmp_path, ["hllm", "b"], tasks=True)["tasks"]
     text, page = report(tmp_path)
     assert {"Task like", "Task watch"} <= set(page.texts["h2"])
-    assert f"{tasks['like']['rows']:,} exposures, those where its label is defined." in page.texts["p"]
+    assert f"{tasks['like']['rows']:,} exposures, those where the label of the task is defined." in page.texts["p"]
     like, watch = text.partition("Task like")[2].split("Task watch")
     watch = watch.partition("<h2>")[0]
     for model in tasks["like"]["models"].values():

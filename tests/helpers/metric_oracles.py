@@ -16,7 +16,6 @@ from hllm_torchrec.metrics.input_checks import UserIds, Values, as_floats, as_gr
 from hllm_torchrec.metrics.probabilities import PROBABILITY_FLOOR, ReliabilityCurve
 from hllm_torchrec.metrics.retrieval_metrics import (
     BLOCK_SIZE,
-    TIE_TOLERANCE,
     check_targets,
     count_ahead,
     scores_to_beat,
@@ -282,12 +281,11 @@ def catalogue_ranks(
     seen_items_S: torch.Tensor | None = None,
     seen_offsets: torch.Tensor | None = None,
     block_size: int = BLOCK_SIZE,
-    tie_tolerance: float = TIE_TOLERANCE,
 ) -> torch.Tensor:
     """`target_ranks` of the dot products of queries and items, with [B, block] scores in memory at a time.
 
     Normalise both sides first for cosine similarity. Products are computed in float32, items converted block
-    by block. Items within `tie_tolerance` x |query| |target| of the target's score count as tied.
+    by block. Items within `TIE_TOLERANCE` x |query| |target| of the target's score count as tied.
 
     Args:
         queries_BD, items_ID: embeddings of any float type, on the same device; row i of `items_ID` is item i.
@@ -303,7 +301,7 @@ def catalogue_ranks(
     queries_BD = queries_BD.float()
     return 1 + count_ahead(
         lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
-        scores_to_beat(queries_BD, items_ID[target_B], tie_tolerance),
+        scores_to_beat(queries_BD, items_ID[target_B]),
         target_B,
         (1, len(items_ID)),
         seen_pairs(seen_items_S, seen_offsets, target_B),

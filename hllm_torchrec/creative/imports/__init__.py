@@ -1,1 +1,1 @@
-"""Import of tables of personalized texts: HLLM-Creator's format, LaMP, and tables of users."""
+"""Import of tables of personalized texts: HLLM-Creator's format, LaMP, and custom tables."""

@@ -1,4 +1,4 @@
-"""Reader of a user's table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
+"""Reader of a custom table of personalized texts (Parquet, JSON lines, or text with a header) for a dataset.
 
     raw_user_id, raw_item_id, response                              required columns
     timestamp, source, description, profile, weight, origin, part   optional columns
@@ -92,7 +92,7 @@ def reasons_of(rows: pa.Table, dataset: Dataset) -> list[str]:
 
 
 def check_rows(rows: pa.Table, reasons: Sequence[str], dataset: Dataset) -> None:
-    """Raise ValueError naming the first row with a reason."""
+    """Raise ValueError if a row has a reason; the message names the row."""
     for kind, reason in (("user", UNKNOWN_USER), ("item", UNKNOWN_ITEM)):
         if reason in reasons:
             dense_ids(rows[f"raw_{kind}_id"], dataset, kind, "--files")  # raises, with the row and the most similar id
@@ -113,7 +113,7 @@ def parts_of(rows: pa.Table, drawn: Sequence[str]) -> list[str]:
 
 
 def unseen_rows(rows: pa.Table, dataset: Dataset) -> int:
-    """Count the rows that see no event, because their second is not after their user's first event."""
+    """Count the rows that see no event: their user has none, or their second is not after the user's first event."""
     if "timestamp" not in rows.column_names:
         return 0
     users = dense_ids(rows["raw_user_id"], dataset, "user", "--files")

@@ -58,7 +58,7 @@ class LocalWriter:
         self._positions = getattr(backbone.config, "max_position_embeddings", None)
 
     def write(self, asks: Sequence[Ask]) -> Iterator[Answer]:
-        """Yield the answers, those of short prompts first."""
+        """Yield the failures of prompts that are too long, then the answers, those to short prompts first."""
         ids = [self.prompt_ids(ask) for ask in asks]
         fitting = []
         for index, ask in enumerate(asks):

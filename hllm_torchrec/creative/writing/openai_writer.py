@@ -3,7 +3,7 @@
     POST {base_url}/chat/completions    {"model", "messages", "max_tokens", "temperature", "seed"}
 
 The key is read from an environment variable and is not written to any file or message. A request is repeated, after
-increasing pauses, if the status is 408, 425, 429 or 5xx, if no answer arrives in time, or if the answer is not a
+increasing pauses, if the status is 408, 425, 429 or 5xx, if no complete answer arrives, or if the answer is not a
 completion. After another error the request is not repeated; redirections and status 401, 403 and 404 end the build.
 """
 
@@ -99,7 +99,7 @@ class Endpoint:
         elif url.username or url.password or url.query or url.fragment:
             yield "--base-url: must not hold a name, a password or a query; give the key by --key-from"
         elif url.scheme == "http" and url.hostname not in LOCAL_HOSTS:
-            yield f"--base-url {self.base_url}: must begin with https: histories and the key would be sent in the clear"
+            yield f"--base-url {self.base_url}: must begin with https: http sends histories and the key in the clear"
         if not self.model:
             yield "--model is missing: the server's name for the model"
         if self.key_from and not _is_key(os.environ.get(self.key_from, "")):

@@ -34,9 +34,9 @@ NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by 
 class Parameters:
     """Parameters of answers, which are part of the answers' keys, and the number of attempts.
 
-    max_tokens: maximum number of tokens of an answer; temperature: of sampling, 0 for greedy decoding; seed: random
-    seed of sampling; attempts: maximum number of answers to sample until one has the JSON object that the prompt asks
-    for.
+    max_tokens: maximum number of tokens of an answer; temperature: sampling temperature, 0 for greedy decoding; seed:
+    random seed of sampling; attempts: maximum number of answers to sample until one has the JSON object that the prompt
+    asks for.
     """
 
     max_tokens: int = 512

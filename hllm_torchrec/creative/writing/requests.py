@@ -15,9 +15,9 @@ class Selection:
     """Choice of the likes that get a text.
 
     title: text column with the titles of items; facts: text columns with facts that a writer may use (None: all except
-    title); history: maximum number of earlier likes in a prompt; least: a like gets a text only if it has this number
-    of earlier likes; per_user: number of latest likes of each user that are considered (0: all); users: number of
-    users, drawn by a hash of their ids and `seed` (0: all).
+    title); history: maximum number of earlier likes in a prompt; least: a like gets a text only if it has at least
+    this many earlier likes; per_user: number of latest likes of each user that are considered (0: all); users: number
+    of users, drawn by a hash of their ids and `seed` (0: all).
     """
 
     title: str = "title"
@@ -80,7 +80,7 @@ def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
                 second,
                 tuple(title for title in (titles[one] for one in seen) if title.strip()),
                 titles[item],
-                # The prompt names the title "title"; another column of this name would replace it.
+                # In the prompt the title is named "title", so a fact from a column of this name gets another name.
                 {name if name != "title" else "title (column)": texts[name][item] for name in names},
             )
 

@@ -154,7 +154,7 @@ def test_tries_count_as_requests() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base_url": "http://example.com/v1"}, "must begin with https: histories and the key would be sent in the"),
+        ({"base_url": "http://example.com/v1"}, "must begin with https: http sends histories and the key in the clear"),
         ({"base_url": "ftp://example.com/v1"}, r"must be http\(s\)://HOST"),
         ({"base_url": ""}, r"must be http\(s\)://HOST"),
         ({"base_url": "https://a\nb/v1"}, r"must be http\(s\)://HOST"),
