@@ -44,7 +44,7 @@ class PlainFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`. Raises ValueError for a damaged archive, or an archive of several files."""
+        """Open `path`. Raises ValueError for a damaged file, or a zip archive that does not hold exactly one file."""
         self.path = path
         self._raw: BinaryIO = path.open("rb")
         head = self._raw.read(8)
@@ -117,7 +117,8 @@ class PlainFile:
 class Utf8File:
     """Stream of the text of a file as UTF-8 bytes without a byte order mark; a context manager.
 
-    Files in UTF-8 are not validated here: the table readers do it, and their errors name the row and the column.
+    UTF-8 without a byte order mark is not validated here: the table readers do it, and their errors name the row and
+    the column.
     """
 
     def __init__(self, path: Path, encoding: str | None = None) -> None:
