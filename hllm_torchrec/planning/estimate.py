@@ -398,7 +398,7 @@ def _text_parts(model: HLLM) -> list[NamedBackbone]:
 
 
 def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
-    """Suggest options that reduce memory; empty if the estimate fits into FILLED of the memory."""
+    """Suggest options that reduce memory; empty if the estimate fits into the share FILLED of the memory."""
     if estimate.peak <= FILLED * machine.memory:
         return []
     memory, said = estimate.memory, []
