@@ -54,7 +54,7 @@ class ItemLLMConfig:
     max_text_length: int = 256
     """Maximum number of tokens of an item's text, including the prompt."""
     trained_share: float = 1.0
-    """Share of a step's items that receive gradients; the embeddings of the others come from a cache."""
+    """Share of a micro-batch's items that receive gradients; the embeddings of the others come from a cache."""
     refresh_after: int = 20
     """Maximum age of a cached embedding, in training micro-batches, after which it is recomputed. Only used if
     trained_share is below 1."""
@@ -62,9 +62,9 @@ class ItemLLMConfig:
     """Above 0: a rank stores the activations of at most this many items at a time, and recomputes them group by group
     in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
-    """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
-    the same values and gradients with less computation. Only for causal models with packed texts and another pooling
-    than last."""
+    """Encode the common first tokens of most texts (the prompt) once instead of in each text, and let the items attend
+    to them: gives the same values and gradients with less computation. Only for causal models with packed texts and
+    another pooling than last; has no effect on other models."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts. auto selects the first that can run of varlen (torch's kernel) and flash (the flash-attn
     package), both on CUDA with `parallel.precision: bf16`, and buckets: SDPA in padded length-sorted buckets, on any
