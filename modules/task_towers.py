@@ -3,7 +3,7 @@
     f = LN(query) (early fusion), or [u, e, u * e] (late fusion), as in `PredictionHead`
     shared bottom:  s_k = MLP(f) for every task k
     MMoE:           s_k = sum_e softmax(G_k f)_e * MLP_e(f)           (Ma et al., KDD 2018)
-    outputs of task k:  W_k SiLU(V_k s_k) + b_k + scale_k * mean(u * e)
+    outputs of task k:  W_k SiLU(V_k s_k + c_k) + b_k + scale_k * mean(u * e)
 
 All tasks share one pass of the user encoder and one matrix product per layer. mean(u * e) is in late fusion only.
 

@@ -162,7 +162,7 @@ class BucketPlan:
 
     @property
     def attends_in_blocks(self) -> bool:
-        """True if all texts are short enough for the blocks of a training pass (`dense_attention`), without limits."""
+        """True in a pass with gradients, without limits, over texts that are all short enough for `text_blocks`."""
         short = self.longest <= dense_attention.LONGEST
         return short and torch.is_grad_enabled() and self.limits == ScoreLimits()
 

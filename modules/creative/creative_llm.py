@@ -54,7 +54,7 @@ class PackedTexts:
         return lengths_from_offsets(self.cu_seqlens) - self.response_from
 
     def responses(self) -> "PackedTexts":
-        """Return texts that consist of the responses only, followed by soft tokens, with empty responses."""
+        """Return new texts: each consists of a response and then soft tokens, and its own response is empty."""
         count = self.response_tokens
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         shift = self.cu_seqlens[:-1] + self.response_from - offsets[:-1]

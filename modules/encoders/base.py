@@ -96,7 +96,8 @@ def pack_rows(
 
 
 class UserEncoder(nn.Module, ABC):
-    """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and implement `encode` and `flops`.
+    """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` (the User LLM a `backbone`) and
+    implement `encode` and `flops`.
 
     A configuration selects a custom encoder by `module:Name`. It is built as `Name(shape, dropout)`, where `shape` is
     an instance of the class's `Shape` with the configured fields.

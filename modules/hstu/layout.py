@@ -123,7 +123,7 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def own_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-    """Compute each query's contribution of its own key: [S, H, V], zero at history rows.
+    """Compute the contribution of each query's own key to its output: [S, H, V], zero at history rows.
 
     History rows are keys of their own sequence and see themselves in their block.
     """
