@@ -111,7 +111,8 @@ class DataConfig:
     factors, items, users, neighbors, tastes, crosses. neighbors needs a frozen Item LLM; tastes needs a frozen one if
     there is an Item LLM."""
     id_dropout: float = 0.0
-    """Probability, in training, that an item's ID is replaced by the unknown ID 0, whose row cold items use."""
+    """Probability, in training, that the ID of a history item or of a target is replaced by the unknown ID 0. So the
+    row of ID 0 is trained, which represents items that the tables do not have."""
     cold_dropout: float = 0.0
     """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
     item of a batch is treated the same way with this probability, so the model learns to rely on text and item
