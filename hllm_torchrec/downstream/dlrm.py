@@ -27,7 +27,7 @@ from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed import coordination
-from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.distributed.collectives import any_rank, global_sum
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, VectorPlacement
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
@@ -297,6 +297,6 @@ def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        if not bool(global_sum(torch.tensor(int(batch is not None)))):
+        if not any_rank(batch is not None, torch.device("cpu")):
             return
         yield filler if batch is None else batch
