@@ -106,7 +106,7 @@ class CreativeConfig:
     shape: dict[str, Any] | None = None
     """Hugging Face config of a decoder with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Number of first layers that are kept; null: all layers."""
+    """Number of layers to keep, from the first on; null: all."""
     trainable: bool = True
     """False: the Creative LLM is frozen; all other parts, such as the soft prompt, are trained as usual."""
     freeze_words: bool = False

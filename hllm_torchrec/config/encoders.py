@@ -19,7 +19,7 @@ class ItemLLMConfig:
     shape: dict[str, Any] | None = None
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Number of first layers to keep; null: all."""
+    """Number of layers to keep, from the first on; null: all."""
     pooling: Literal["item", "mean", "cls", "last"] | None = None
     """Item embedding: the output at the learned [ITEM] vector, the mean of the outputs at the text's tokens (the
     paper's Table 10), or the output at the first or last token. null: as defined by the checkpoint's
@@ -38,8 +38,8 @@ class ItemLLMConfig:
     """Above 0: width of a trained residual bottleneck applied to stored embeddings; initialized to the identity."""
     standardise: bool = False
     """Center and scale each dimension of the item embedding E before its projection to the user encoder's width, with
-    mean and standard deviation of 1,024 items, measured before the first step. Embeddings in stores, and a loss in the
-    item space `text`, are not standardized."""
+    mean and standard deviation of up to 1,024 items, measured before the first step. Embeddings in stores, and a loss
+    in the item space `text`, are not standardized."""
     whiten: bool = False
     """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have nearly equal
     variance and little correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
@@ -96,7 +96,7 @@ class UserEncoderConfig:
     """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
     fields of HSTUShape, SASRecShape or LiGRShape, or of the custom encoder's `Shape`."""
     layers: int | None = None
-    """Number of first layers of the decoder to keep; null: all."""
+    """Number of layers of the decoder to keep, from the first on; null: all."""
     trainable: bool = True
     """False freezes the user encoder (the paper's Table 4)."""
     dropout: float = 0.0

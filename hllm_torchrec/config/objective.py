@@ -38,8 +38,8 @@ class ObjectiveConfig:
     """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}. The first label of the
     dataset must be among them. Empty: only the first label."""
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """uncertainty: the loss of each task, with its weight, is multiplied by a learned factor exp(-s), and s is added
-    (Kendall et al. 2018)."""
+    """uncertainty: exp(-s) L + s with a learned s replaces the loss L of each task, and is multiplied by the task's
+    weight (Kendall et al. 2018)."""
     position_bias: tuple[str, ...] = ()
     """Categorical context features, such as [position], whose effect on binary labels is learned as a separate term of
     the logit. In evaluation and serving, a constant replaces this term."""
