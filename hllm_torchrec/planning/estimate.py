@@ -1,6 +1,7 @@
 """Estimates memory of a rank, traffic and time of a step for a configuration on hypothetical hardware.
 
-    memory = weights + gradients + optimizer + averages + tables and their outputs + activations + loss + rows
+    memory = weights (with those that FSDP2 gathers) + gradients + optimizer + averages + tables and their outputs
+             + activations + feature rows + item embeddings + loss
 
 Nothing of the model's size is allocated. Weights are counted on a model on the meta device; tables are placed by
 TorchRec's planner for hypothetical ranks; activations are the tensors that autograd would save (`activations.py`).
@@ -316,7 +317,8 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 def _text_lengths(creative: CreativeConfig) -> list[int]:
     """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative.
 
-    The first text is the prompt with its response; `losses.recon` and `losses.align` read one text each.
+    The first text is the prompt with its response; `losses.recon` and `losses.align` read one profile each, which is
+    counted without the prompt of `losses.recon`.
     """
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
