@@ -20,7 +20,7 @@ class PaddedPlan:
     Args:
         lengths: [B] int64.
         padded: T.
-        longest: upper bound of the rows that one row sees, compared with a layer's sliding window.
+        longest: upper bound of the number of keys that a row sees, compared with a layer's sliding window.
     """
 
     def __init__(self, lengths: Tensor, padded: int, longest: int) -> None:

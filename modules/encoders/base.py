@@ -5,7 +5,7 @@
 A history position sees its sequence up to itself. A query sees the first `visible` positions and itself. No other row
 sees a query.
 
-Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width, H heads.
+Legend: B users, T history positions, Q queries, S = T + Q packed rows, N events of one user, n new ones, D width.
 """
 
 from abc import ABC, abstractmethod

@@ -29,7 +29,7 @@ from hllm_torchrec.modules.hstu.blocks import (
 from hllm_torchrec.modules.hstu.layout import Layout, RelativeBias, look_up, own_keys
 
 CACHED_SCORES = 2**24
-"""Most scores of a layer (all heads) that are saved for the backward pass: 64 MiB in float32."""
+"""Maximum number of scores of a layer (all heads) that are saved for the backward pass: 64 MiB in float32."""
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
