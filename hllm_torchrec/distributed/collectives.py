@@ -1,7 +1,7 @@
 """Differentiable collectives on rows: gathering of negatives, and encoding of each unique item on one rank only.
 
 All functions work with gloo (CPU) and nccl (CUDA). With one rank, or if torch.distributed is not initialized, they do
-not communicate. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
+not communicate. Legend: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), n ids, D width.
 
 The exchanging functions are collective: all ranks must call them in the same order, also ranks without rows. If rows
 have gradients, the backward pass communicates as well, so every rank must run it *through the returned tensor*: a rank

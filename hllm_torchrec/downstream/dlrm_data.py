@@ -1,7 +1,7 @@
 """Batches of the DLRM baseline: one row per exposure, with the history as two bags of item ids.
 
-Legend: B rows of a batch, X exposures of a window, F numeric features, C columns of numeric context, K tasks, P
-contexts of the position bias.
+Legend: B rows of a batch, X exposures and T events of a window, F numeric features, C columns of numeric context, K
+tasks, P contexts of the position bias.
 """
 
 from collections.abc import Iterator, Sequence

@@ -10,7 +10,7 @@ Sizes are in bytes, times in seconds, rates per second.
 Prompts and responses of creatives are taken at their largest lengths, and their passes are added to those of the
 batch of `data.batch_users` pieces.
 
-Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
+Legend: W ranks, N events of a piece, L tokens of an item.
 """
 
 import math
