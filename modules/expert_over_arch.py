@@ -3,7 +3,7 @@
     s_k = sum_e softmax(G_k x)_e * MLP_e(x)                  (Ma et al., KDD 2018)
     outputs of task k:  W_k ReLU(V_k s_k + c_k) + b_k
 
-Legend: B rows, I width of the interactions x, H width of an expert's last layer, E experts, K tasks, O outputs.
+Legend: B rows, I width of the interactions x, H width of an expert's last layer, E experts, O outputs.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@
 
 All tasks share one pass of the user encoder and one matrix product per layer. mean(u * e) is in late fusion only.
 
-Legend: X exposures, D width, H hidden width, E experts, K tasks, T tower width, O outputs of all tasks.
+Legend: X exposures, D width, H hidden width, F columns of evidence, E experts, K tasks, O outputs of all tasks.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Softmax attention with a cached history: plans for encoding events, and for scoring candidates of requests.
 
-Legend: R requests, N history positions, n new ones, m candidates of a micro-batch, H heads, G key-value heads, E and V
-widths of a head's keys and values.
+Legend: R requests, N history positions, n new ones, m candidates of a micro-batch, G key-value heads, E and V widths of
+a head's keys and values.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Softmax attention over padded histories, each followed by one query. No branch depends on values, so torch.export can
 trace it.
 
-Legend: B users, T padded history positions, H heads, G key-value heads, E width of a head.
+Legend: B users, T padded history positions.
 """
 
 import torch

@@ -7,9 +7,9 @@ bucket have the same positions, so the rotary embedding of q and k is a product 
 
     rotated = x cos + (x's halves exchanged, the first negated) sin = x R,  R [d, d]
 
-Legend: S packed rows, P prefix rows, U texts; of a bucket: b texts, N and M queries and keys of each; H heads, G
-key-value heads, d width of a head. A block has the queries of the heads of a text that share a key-value head, so that
-its keys are read once: b * G blocks of R = H / G * N rows.
+Legend: S packed rows, C heads of a row of the product, U texts; of a bucket: b texts, N and M queries and keys of each;
+H heads, G key-value heads, d width of a head. A block has the queries of the heads of a text that share a key-value
+head, so that its keys are read once: b * G blocks of R = H / G * N rows.
 """
 
 from collections.abc import Iterator

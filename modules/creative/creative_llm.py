@@ -5,8 +5,7 @@
 Texts are packed into one sequence without padding. A prefix that all texts share (an instruction) is encoded once. The
 vocabulary head is applied only to the rows that predict response tokens, in chunks.
 
-Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, Y response
-tokens, C width, V words.
+Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, C width, V words.
 """
 
 from collections.abc import Callable

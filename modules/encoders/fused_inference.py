@@ -8,7 +8,7 @@ residual sums inside the products (by the operators that torch.compile uses). Th
 multiplied into the weights. The residual stream has the dtype of the products. The outputs equal those of the plain
 layers up to rounding. The layers of Llama (decoders) and BERT (sentence encoders) are supported.
 
-Legend: S packed rows, D width, O outputs, H heads, G key-value heads, d width of a head.
+Legend: D width, O outputs.
 """
 
 from collections.abc import Callable, Iterator

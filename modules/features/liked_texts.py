@@ -8,7 +8,7 @@ dislikes, but contain little information about the topics of the likes: on Movie
 genre which a user favors has a cross-entropy of .82 nats with these vectors, and of .42 nats with c
 (docs/experiments.md).
 
-Legend: T history positions, Q queries, S slots, U unique items, E width of a text embedding, A actions.
+Legend: T history positions, Q queries, E width of a text embedding, A actions.
 """
 
 import torch

@@ -9,7 +9,7 @@ h and x may already be joined with those of another similarity, such as that of 
 norm, so the cosine and the product give the same ranking. This term has no trained parameters and is not used in
 training.
 
-Legend: P history positions of all users, n rows, N items at the time of the fit, R rank.
+Legend: P history positions of B users, n rows, N items at the time of the fit, R rank.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Cuts a batch into padded blocks for `modules/hstu/eager.py`: buckets of sequences, and chunks of their rows.
 
-Legend: B sequences, S packed rows (T history positions, then the queries), b sequences of a bucket, L its longest
-history, Q the most queries of one of them, M asking rows of a chunk, N keys.
+Legend: S packed rows (history positions, then queries), b sequences of a bucket, L its longest history, Q the most
+queries of one of them, n rows without padding, M asking rows of a chunk, N keys.
 """
 
 from collections.abc import Iterator

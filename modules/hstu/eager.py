@@ -5,9 +5,9 @@ rows can see, so most pairs in the future (or before the window) are never compu
 saves the inputs and the first `CACHED_SCORES` scores, and recomputes the other scores. Memory therefore does not grow
 with the square of the length: at any time the scores of one chunk and the saved ones exist.
 
-Legend: B sequences, S packed rows (T history positions, then the queries), b sequences of a bucket, L its longest
-history, Q the most queries of one of them, M asking rows of a chunk, N keys, H heads, D and V widths of a head's keys
-and values.
+Legend: S packed rows (history positions, then queries), b sequences of a bucket, L its longest history, Q the most
+queries of one of them, n rows without padding, M asking rows of a chunk, N keys, H heads, D and V widths of a head's
+keys and values.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,8 @@
 
 See `modules/hstu/attention.py` for the equation and the mask.
 
-Legend: S packed rows (T history positions, then Q queries), H heads, D and V widths of a head's keys and values.
+Legend: S packed rows (history positions, then queries), b sequences, M rows, N keys, H heads, V width of a head's
+values.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Cross-entropy of tokens over a vocabulary, computed in chunks of rows: the logits of all rows never exist at once.
 
-Legend: Y rows, C width, V words.
+Legend: Y rows, y rows of a chunk, C width, V words.
 """
 
 from typing import Any
