@@ -1,9 +1,9 @@
 """MMoE in the place of a DLRM's top network: experts that all tasks share, and a gate and a tower for each task.
 
     s_k = sum_e softmax(G_k x)_e * MLP_e(x)                  (Ma et al., KDD 2018)
-    outputs of task k:  W_k ReLU(V_k s_k) + b_k
+    outputs of task k:  W_k ReLU(V_k s_k + c_k) + b_k
 
-Legend: B rows, I width of the interactions x, H width of an expert's last layer, E experts, K tasks, O outputs.
+Legend: B rows, I width of the interactions x, H width of an expert's last layer, E experts, O outputs.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class ExpertOverArch(nn.Module):
 
     @torch.no_grad()
     def initialize_bias(self, start: Sequence[float]) -> None:
-        """Set the last biases [O]: those of a constant prediction."""
+        """Set the last biases to `start` [O], those of a constant prediction."""
         ends = [list(tower.children())[-1] for tower in self.towers]
         last = [layer for layer in ends if isinstance(layer, nn.Linear)]
         for layer, values in zip(last, torch.tensor(start).split([layer.out_features for layer in last]), strict=True):

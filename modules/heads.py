@@ -1,6 +1,6 @@
 """Prediction head: maps the User LLM's output to one logit per exposure (figure 2 of the HLLM paper).
 
-Shapes: Q exposures (queries), D width.
+Legend: Q exposures (queries), D width, F columns of evidence.
 """
 
 import math

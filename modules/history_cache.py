@@ -12,7 +12,7 @@ are the candidates; with late fusion there is one query, the [USER] vector.
 Supported are HSTU (`hstu.cached_pointwise`) and all softmax encoders (`attention.cached_softmax`): the User LLM
 (Hugging Face decoders, through the registered attention), SASRec and LiGR. Inference only: no autograd graph is built.
 
-Legend: N history positions, Q candidates, m of a micro-batch, D width.
+Legend: N history positions, Q candidates, D width.
 """
 
 from collections.abc import Sequence

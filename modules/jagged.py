@@ -2,7 +2,7 @@
 
 Offsets are int64, length B+1, start at 0 and end at T (`seq_offsets` for users, `cu_seqlens` for text).
 
-Legend: B sequences, T packed positions, N padded length.
+Legend: B sequences, b sequences of a bucket, T packed positions, N padded length.
 """
 
 from collections.abc import Iterator

@@ -3,11 +3,11 @@
     f = LN(query) (early fusion), or [u, e, u * e] (late fusion), as in `PredictionHead`
     shared bottom:  s_k = MLP(f) for every task k
     MMoE:           s_k = sum_e softmax(G_k f)_e * MLP_e(f)           (Ma et al., KDD 2018)
-    outputs of task k:  W_k SiLU(V_k s_k) + b_k + scale_k * mean(u * e)
+    outputs of task k:  W_k SiLU(V_k s_k + c_k) + b_k + scale_k * mean(u * e)
 
 All tasks share one pass of the user encoder and one matrix product per layer. mean(u * e) is in late fusion only.
 
-Legend: X exposures, D width, H hidden width, E experts, K tasks, T tower width, O outputs of all tasks.
+Legend: X exposures, D width, H hidden width, F columns of evidence, E experts, K tasks, O outputs of all tasks.
 """
 
 import math

@@ -3,8 +3,8 @@
 With mu the mean label of the training part, and for each item i the n_i training labels y:
 
     b_i  = sum(y - mu) / (n_i + item shrinkage)                          0 for an item without training label
-    b_ut = sum over e of (y_e - mu - b_e) / (m_ut + user shrinkage)      e: the m_ut exposures of user u that
-                                                                         precede the exposure at time t
+    b_ut = sum over e of (y_e - mu - b_e) / (m_ut + user shrinkage)      e: the m_ut labeled events of user u that the
+                                                                         exposure at time t may see; b_e: b of e's item
     item_mean:     mu + b_i
     running_bias:  mu + b_i + b_ut
 

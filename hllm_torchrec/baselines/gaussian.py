@@ -9,6 +9,8 @@ the expected value (rating) of the item; the probability of a positive label is
 
 The hybrid model can use the same item vectors (`data.item_vectors: [factors]`); this baseline measures their value
 without the model.
+
+Legend: X exposures, T events.
 """
 
 from typing import Any

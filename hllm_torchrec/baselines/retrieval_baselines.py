@@ -5,8 +5,9 @@ Each scores the catalogue for a user by a sum over the history, s = sum_k w_k M[
     popularity  w = 0, backoff = the item's number of training events
     ease        w = 1, M = I - P / diag(P) (column j divided by P_jj) with P = (A'A + l2 I)^-1, A [R, N] the binary
                 matrix of the items of each training user (EASE, arXiv 1905.03375)
-    markov      w_k = decay^(age of event k), M[i, j] = (how often j followed i, a gap of g events counting
-                gap_decay^(g - 1), up to `window`) / (events of i + shrinkage) / (events of j)^damping
+    markov      w_k = decay^(age of event k), M[i, j] = F[i, j] / (events of i + shrinkage) / (events of j)^damping,
+                F[i, j] = sum over g of gap_decay^(g - 1) * (how often j came g events after i), for g up to `window`
+                and weights of at least 1e-3; backoff = 1e-3 * the item's share of the training events
 
 Settings are selected from small grids by NDCG@10 on the validation part; the test part is scored once, with the
 selected settings. Only training events are fitted; the history of a request contains all earlier events of any part.

@@ -13,7 +13,7 @@ class ItemMeanConfig:
     """Mean training label of the item."""
 
     shrinkage: float = 5.0
-    """Pseudo-count: number of labels with the overall mean added to each item's labels."""
+    """Pseudo-count: number of labels equal to the overall mean that are added to each item's labels."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RunningBiasConfig:
     """Item bias and the user's running residual mean."""
 
     item_shrinkage: float = 5.0
-    """Pseudo-count: number of labels with the overall mean added to each item's labels."""
+    """Pseudo-count: number of labels equal to the overall mean that are added to each item's labels."""
     user_shrinkage: float = 5.0
     """Pseudo-count: number of zero residuals added to each user's residuals."""
 
@@ -50,8 +50,8 @@ class BaselinesConfig:
     """
 
     feedback_delay: int = 0
-    """Seconds from an event until a baseline may see it, like a model's `data.feedback_delay`. Also applies to `dlrm`.
-    """
+    """Seconds from an event until a baseline may see it, like a model's `data.feedback_delay`. Replaces
+    `dlrm.feedback_delay`."""
     item_mean: ItemMeanConfig = field(default_factory=ItemMeanConfig)
     """Mean training label of the item."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)

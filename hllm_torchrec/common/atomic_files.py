@@ -37,7 +37,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
         marker: name of a file that every complete `target` has; a `target` without it is replaced in any case.
 
     Raises:
-        OSError: `target` is a file, the disk is full, ...; the message names a path.
+        OSError: `target` is a file (with `replace` it is replaced), the disk is full, ...; the message names a path.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)

@@ -67,7 +67,7 @@ def without_credentials(text: str) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string if none is.
+    """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string if none is similar.
 
     Case is ignored. The hint starts with a space, so that it can be appended to a message.
     """

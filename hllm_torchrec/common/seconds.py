@@ -7,10 +7,11 @@ def second_of(moment: str | int) -> int:
     """Convert a date, a date-time or a number to seconds since 1970 (UTC).
 
     A date such as "2023-11-22" gives its first second; a date-time such as "2023-11-22T18:00" is in UTC unless it has
-    an offset; a whole number, as int or text, is returned unchanged, except that eight digits are a date (20231122).
+    an offset; a whole number >= 0, as int or text, is returned unchanged, except that eight digits are a date
+    (20231122).
 
     Raises:
-        ValueError: `moment` is neither a date, a date-time nor a whole number of seconds.
+        ValueError: `moment` is neither a date, a date-time nor a whole number >= 0.
     """
     text = str(moment).strip()
     if text.isdecimal() and len(text) != 8:  # eight digits are an ISO date without hyphens: 20231122

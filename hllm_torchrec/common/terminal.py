@@ -27,7 +27,7 @@ def shown(text: str) -> str:
 
 
 def say(text: object, stream: TextIO | None = None) -> None:
-    """Print `shown(text)` to standard output, or to `stream`. All jobs print with this function."""
+    """Print `shown(text)` to standard output, or to `stream`. Jobs print all but `--print_config` by this function."""
     print(shown(str(text)), file=stream or sys.stdout, flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 LARGEST_LIST = 1 << 28
-"""Maximum size of a list of ids, in bytes."""
+"""Maximum size of a list, decompressed and as UTF-8, in bytes."""
 
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -44,7 +44,7 @@ class PlainFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`. Raises ValueError for a damaged archive, or an archive of several files."""
+        """Open `path`. Raises ValueError for a damaged file, or a zip archive that does not hold exactly one file."""
         self.path = path
         self._raw: BinaryIO = path.open("rb")
         head = self._raw.read(8)
@@ -117,7 +117,8 @@ class PlainFile:
 class Utf8File:
     """Stream of the text of a file as UTF-8 bytes without a byte order mark; a context manager.
 
-    Files in UTF-8 are not validated here: the table readers do it, and their errors name the row and the column.
+    UTF-8 without a byte order mark is not validated here: the table readers do it, and their errors name the row and
+    the column.
     """
 
     def __init__(self, path: Path, encoding: str | None = None) -> None:
@@ -189,13 +190,13 @@ def _encoding(head: bytes) -> str:
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the non-blank lines of a small text file, without line ends: one id per line.
+    """Return the non-blank lines of a small text file, without line ends: one entry (an id or a word) per line.
 
-    Leading, trailing and inner blanks of a line are part of the id. The file may be compressed, and in UTF-8, UTF-16 or
-    UTF-32.
+    Leading, trailing and inner blanks of a line are part of the entry. The file may be compressed, and in UTF-8, UTF-16
+    or UTF-32.
 
     Raises:
-        ValueError: the file is not text, has only blank lines, or is larger than `LARGEST_LIST`.
+        ValueError: the file is damaged or not text, has only blank lines, or is larger than `LARGEST_LIST`.
     """
     with Utf8File(path) as file:
         blocks, size = [], 0
@@ -203,15 +204,15 @@ def read_list(path: Path) -> list[str]:
             blocks.append(block)
             size += len(block)
             if size > LARGEST_LIST:
-                raise ValueError(f"{path} is larger than {LARGEST_LIST:,} bytes; give a text file of ids, one per line")
+                raise ValueError(f"{path} is larger than {LARGEST_LIST:,} bytes; give a list with an entry per line")
     try:
         text = b"".join(blocks).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one per line") from None
+        raise ValueError(f"{path}: {error}: write UTF-8 text, one entry per line") from None
     if "\0" in text:
-        raise ValueError(f"{path} is not text; write the ids as UTF-8 text, one per line")
+        raise ValueError(f"{path} is not text; write UTF-8 text, one entry per line")
     # Not str.splitlines, which also splits at characters that an id may contain (U+0085, U+2028).
     lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"{path} has no lines; write the ids as UTF-8 text, one per line")
+        raise ValueError(f"{path} has no lines; write UTF-8 text, one entry per line")
     return lines

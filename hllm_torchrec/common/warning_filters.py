@@ -1,4 +1,4 @@
-"""Filters for harmless third-party warnings at the start of training."""
+"""Filters for harmless warnings of other packages: for `hllm plan`, and for jobs that start a process group."""
 
 import logging
 import os

@@ -23,7 +23,7 @@ set_loader("yaml", limited(get_loader("yaml")), (yaml.YAMLError,))
 def file_problems(path: str, cls: type) -> list[str]:
     """Return the problems of a YAML file and of its bases: keys and values that do not fit the dataclass `cls`.
 
-    Each has the form 'file: a.b: ...'.
+    Each has the form 'file: a.b: ...'. If a file cannot be read, this is the only problem.
     """
     if not Path(path).is_file():
         return [f"--config: {path}: no such file" if path else "--config: no file given"]

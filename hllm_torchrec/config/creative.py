@@ -29,8 +29,8 @@ class SoftPromptConfig:
     normalize: Literal["none", "standardize", "whiten"] = "none"
     """Normalization of user vectors, as `item_llm.standardise` and `item_llm.whiten` normalize item embeddings. It
     subtracts the mean user vector, which would otherwise make the soft tokens of all users nearly the same. The
-    statistics are measured before the first step; in training, the mean of the step's users is subtracted instead.
-    none: no normalization, as published."""
+    statistics are measured before the first step. Training then subtracts the mean of a batch's users, and evaluation
+    the running mean of these means. none: no normalization, as published."""
     text_decay: float = 0.0
     """Above 0: the mean text embedding of the items in the history is appended to the user vector (late fusion). An
     event is weighted by the share of positive labels among events with its action, times this factor for each later
@@ -72,8 +72,8 @@ class MatchConfig:
     blocks: int = 2
     """Number of mixer blocks, or of hidden layers of the MLP."""
     negatives: int = 8
-    """Number of items sampled per step, the same for all users of the step. Items of a user's own sequence or creatives
-    are not negatives of this user."""
+    """Number of items sampled per micro-batch, the same for all users and ranks. Items of a user's own sequence or
+    creatives are not negatives of this user."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class CreativeConfig:
     shape: dict[str, Any] | None = None
     """Hugging Face config of a decoder with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Number of first layers that are kept; null: all layers."""
+    """Number of layers to keep, from the first on; null: all."""
     trainable: bool = True
     """False: the Creative LLM is frozen; all other parts, such as the soft prompt, are trained as usual."""
     freeze_words: bool = False
@@ -122,9 +122,10 @@ class CreativeConfig:
     """Maximum number of tokens of a response, including the end token. A longer response is truncated and has no end
     token."""
     over_long: Literal["error", "drop"] = "error"
-    """Handling of a prompt that is longer than max_prompt_length: an error, or the creative is dropped and counted."""
+    """Handling of a prompt that is longer than max_prompt_length. error: stop with an error; drop: leave the creative
+    out, and count it."""
     per_batch: int = 32
-    """Maximum number of creatives per rank and step, on average over the ranks."""
+    """Maximum number of creatives per rank and micro-batch, on average over the ranks."""
     evaluated: int = 512
     """Number of creatives of the validation part, spaced evenly, that an evaluation during training scores; 0: all."""
     soft: SoftPromptConfig = field(default_factory=SoftPromptConfig)

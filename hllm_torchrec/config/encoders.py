@@ -19,7 +19,7 @@ class ItemLLMConfig:
     shape: dict[str, Any] | None = None
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
-    """Number of first layers to keep; null: all."""
+    """Number of layers to keep, from the first on; null: all."""
     pooling: Literal["item", "mean", "cls", "last"] | None = None
     """Item embedding: the output at the learned [ITEM] vector, the mean of the outputs at the text's tokens (the
     paper's Table 10), or the output at the first or last token. null: as defined by the checkpoint's
@@ -38,8 +38,8 @@ class ItemLLMConfig:
     """Above 0: width of a trained residual bottleneck applied to stored embeddings; initialized to the identity."""
     standardise: bool = False
     """Center and scale each dimension of the item embedding E before its projection to the user encoder's width, with
-    mean and standard deviation of 1,024 items, measured before the first step. Embeddings in stores, and a loss in the
-    item space `text`, are not standardized."""
+    mean and standard deviation of up to 1,024 items, measured before the first step. Embeddings in stores, and a loss
+    in the item space `text`, are not standardized."""
     whiten: bool = False
     """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have nearly equal
     variance and little correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
@@ -54,7 +54,7 @@ class ItemLLMConfig:
     max_text_length: int = 256
     """Maximum number of tokens of an item's text, including the prompt."""
     trained_share: float = 1.0
-    """Share of a step's items that receive gradients; the embeddings of the others come from a cache."""
+    """Share of a micro-batch's items that receive gradients; the embeddings of the others come from a cache."""
     refresh_after: int = 20
     """Maximum age of a cached embedding, in training micro-batches, after which it is recomputed. Only used if
     trained_share is below 1."""
@@ -62,9 +62,9 @@ class ItemLLMConfig:
     """Above 0: a rank stores the activations of at most this many items at a time, and recomputes them group by group
     in the backward pass, which takes a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
-    """Encode the common first tokens of most texts (the prompt) once per step, and let all items attend to them: gives
-    the same values and gradients with less computation. Only for causal models with packed texts and another pooling
-    than last."""
+    """Encode the common first tokens of most texts (the prompt) once instead of in each text, and let the items attend
+    to them: gives the same values and gradients with less computation. Only for causal models with packed texts and
+    another pooling than last; has no effect on other models."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts. auto selects the first that can run of varlen (torch's kernel) and flash (the flash-attn
     package), both on CUDA with `parallel.precision: bf16`, and buckets: SDPA in padded length-sorted buckets, on any
@@ -96,7 +96,7 @@ class UserEncoderConfig:
     """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
     fields of HSTUShape, SASRecShape or LiGRShape, or of the custom encoder's `Shape`."""
     layers: int | None = None
-    """Number of first layers of the decoder to keep; null: all."""
+    """Number of layers of the decoder to keep, from the first on; null: all."""
     trainable: bool = True
     """False freezes the user encoder (the paper's Table 4)."""
     dropout: float = 0.0

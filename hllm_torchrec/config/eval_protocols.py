@@ -2,7 +2,7 @@
 
 leave_one_out   The HLLM paper, section 4.1, and SASRec: each user's last event is the test target and the
                 second-to-last the validation target. The model is trained on the other events and selected on the
-                validation targets; all other items are candidates.
+                validation targets.
 ml1m_hstu       Meta's README for MovieLens-1M: trained on all events except the last for a fixed number of epochs,
                 tested on the last event. The validation targets are part of training, so nothing may be selected
                 by them: select with `leave_one_out`, then train again and test once.

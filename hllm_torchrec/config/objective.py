@@ -38,8 +38,8 @@ class ObjectiveConfig:
     """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}. The first label of the
     dataset must be among them. Empty: only the first label."""
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """uncertainty: the loss of each task, with its weight, is multiplied by a learned factor exp(-s), and s is added
-    (Kendall et al. 2018)."""
+    """uncertainty: exp(-s) L + s with a learned s replaces the loss L of each task, and is multiplied by the task's
+    weight (Kendall et al. 2018)."""
     position_bias: tuple[str, ...] = ()
     """Categorical context features, such as [position], whose effect on binary labels is learned as a separate term of
     the logit. In evaluation and serving, a constant replaces this term."""
@@ -49,7 +49,8 @@ class ObjectiveConfig:
     experts: int = 4
     """Number of experts of `towers: mmoe`."""
     value_weight: float = 0.0
-    """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
+    """Weight of an auxiliary squared error on the number of the exposure's action (rating), scaled to [-1, 1]; on its
+    label, if actions do not have different numbers."""
     item_space: Literal["auto", "text", "features"] = "auto"
     """Vector space in which the generative loss compares items. text: only the embedding E of the Item LLM, as in the
     paper; features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM,
@@ -71,7 +72,7 @@ class ObjectiveConfig:
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
     negatives: int = 512
-    """Number of items sampled per step from the catalogue; all users and ranks of the step share them."""
+    """Number of items sampled from the catalogue per micro-batch; all users and ranks share them."""
     mask_own_items: bool = True
     """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
     masked (plain softmax), so items that occur later in the sequence are negatives."""
@@ -88,8 +89,9 @@ class ObjectiveConfig:
     head_dropout: float = 0.0
     """Dropout probability in the prediction head."""
     collapse_above: float = 0.98
-    """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this value, which means
-    that the embeddings have collapsed."""
+    """Stop if, after the warm-up, the mean cosine similarity between the item embeddings of the generative loss is
+    above this value, which means that they have collapsed. In a run with creatives it is measured between user
+    vectors, if creative.soft.normalize is none."""
 
     @property
     def task_configs(self) -> dict[str, TaskConfig]:

@@ -61,7 +61,7 @@ def with_found_paths(config: Config, run: Path) -> Config:
 
 
 def _candidates(path: str, output: str, run: Path) -> list[str]:
-    """Return the paths at which an input may be, in order of preference; output: run directory when it was saved."""
+    """Return the paths at which an input may be, in order of preference; output: `output` of the saved config."""
     above = Path(os.path.abspath(run)).parents
     if not os.path.isabs(path):
         return [path, *(os.path.join(folder, path) for folder in above)]

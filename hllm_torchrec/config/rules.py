@@ -152,7 +152,7 @@ def _moment_problems(config: "Config") -> Iterator[str]:
 TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
 """Copy of the names in `modules.features.timestamps.TIME_FEATURES`, because importing that module needs torch."""
 OWN_TABLES = ("item_id", "action", "action_gate", *TIMES)
-"""Names of the model's own tables. Recipes choose no feature with one of them; `_feature_name_problems` refuses only
+"""Names of the model's own tables. Recipes choose no feature with such a name; `_feature_name_problems` refuses only
 the names that the configuration uses."""
 
 

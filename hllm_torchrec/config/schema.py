@@ -81,7 +81,7 @@ class DataConfig:
     """Maximum number of events per pass. Longer user sequences are cut into overlapping pieces, in which an exposure
     sees between max_history / 2 and max_history - 1 earlier events, or all of them if there are fewer."""
     batch_users: int = 8
-    """Number of user pieces (see max_history) per rank and step."""
+    """Number of user pieces (see max_history) per rank and micro-batch (see optim.accumulate)."""
     stochastic_length: float = 0.0
     """alpha of Stochastic Length (1.6 to 1.9 in the HSTU paper): in training, a history longer than
     max_history^(alpha / 2) is usually replaced by a subsample of that length. 0: off. All exposures and generative
@@ -89,8 +89,8 @@ class DataConfig:
     stochastic_choice: Literal["recent", "uniform"] = "recent"
     """Sampling of the events for Stochastic Length: with weights that decrease with age, or uniformly."""
     batch_item_tokens: int = 0
-    """Above 0: maximum number of text tokens of the events per rank and training step, instead of batch_users; steps
-    then have similar cost. A stage's batch_users takes precedence."""
+    """Above 0: maximum sum of (text tokens + 1) over the events of a rank in a training micro-batch, on average over
+    the ranks, instead of batch_users; steps then have similar cost. A stage's batch_users takes precedence."""
     item_features: tuple[str, ...] = ()
     """Categorical item features of the dataset added to history, query and target, e.g. [genres]."""
     user_features: tuple[str, ...] = ()
@@ -111,10 +111,11 @@ class DataConfig:
     factors, items, users, neighbors, tastes, crosses. neighbors needs a frozen Item LLM; tastes needs a frozen one if
     there is an Item LLM."""
     id_dropout: float = 0.0
-    """Probability, in training, that an item's ID is replaced by the unknown ID 0, whose row cold items use."""
+    """Probability, in training, that the ID of a history item or of a target is replaced by the unknown ID 0. So the
+    row of ID 0 is trained, which represents items that the tables do not have."""
     cold_dropout: float = 0.0
     """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
-    item of a step is treated the same way with this probability, so the model learns to rely on text and item
+    item of a batch is treated the same way with this probability, so the model learns to rely on text and item
     features."""
     negative_rate: float = 1.0
     """In training, share of the negative exposures (first label 0) that are used, with a new draw in every epoch. The
@@ -149,7 +150,7 @@ class OpenTableConfig:
 
     kind: Literal["hash"]
     """hash: TorchRec's managed collisions (ZCH). In training an id is assigned a row of its own, which another id can
-    take after `evict_after` steps without use. Ids that find no free row share one."""
+    take after `evict_after` steps without use. Ids that find no free row share reserved rows."""
     rows: int
     """Minimum number of rows, rounded up to a multiple of 15,360; choose about 1.5 times the number of ids in use."""
     evict_after: int = 10_000
@@ -236,7 +237,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the mean gradient and mean squared gradient, for the dense parts."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, applied to matrices only."""
+    """Decoupled weight decay of the matrices, except embedding tables."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate increases linearly to its peak."""
     min_lr_ratio: float = 0.05
@@ -246,7 +247,7 @@ class OptimConfig:
     accumulate: int = 1
     """Number of micro-batches per step of the dense optimizer."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the dense weights, used in evaluation; 0: none."""
+    """Decay of an exponential moving average of the dense weights except the Item LLM's, for evaluation; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,8 @@ class EvaluationConfig:
     untrained model is the logistic regression on the evidence."""
     select_by: Literal["auc", "gauc", "auc_and_gauc"] = "auc"
     """Metric by which checkpoints are compared, for the best one and for `patience`: AUC, GAUC (AUC within a user) or
-    the mean of both. If all validation labels are equal, the log loss is used instead; with fusion `none`, NDCG at the
-    first of `ks`."""
+    the mean of both. If no user has both labels, AUC is used instead of GAUC; if all validation labels are equal, the
+    log loss; with fusion `none`, NDCG at the first of `ks`; with creatives, the likelihood of their texts."""
     patience: int = 0
     """Stop after this number of successive evaluations without improvement by `select_by`; 0: never."""
     batch_users: int = 16

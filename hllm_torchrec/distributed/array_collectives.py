@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class SingleRank:
-    """Stands for a process group that contains only this rank: functions with it do not communicate."""
+    """Stands for a process group that contains only this rank: functions that get it as `group` do not communicate."""
 
 
 SINGLE_RANK = SingleRank()
@@ -82,7 +82,7 @@ def all_to_all(array: np.ndarray, sent: Sequence[int], group: Group = None) -> n
     return result.cpu().numpy()
 
 
-def in_step(items: Iterator[T], group: Group = None) -> Iterator[T | None]:
+def in_step(items: Iterator[T]) -> Iterator[T | None]:
     """Yield this rank's items, then None until the items of all ranks are exhausted. Collective.
 
     Every rank yields the same number of times, so the loop body may contain collectives.
@@ -96,7 +96,7 @@ def in_step(items: Iterator[T], group: Group = None) -> Iterator[T | None]:
             item = next(items, None)
         except ValueError as error:
             problem = str(error)
-        states = gather_objects((item is not None, problem), group)
+        states = gather_objects((item is not None, problem))
         if problems := [text for _, text in states if text]:
             raise ValueError(problems[0])
         if not any(has_item for has_item, _ in states):

@@ -1,7 +1,7 @@
 """Differentiable collectives on rows: gathering of negatives, and encoding of each unique item on one rank only.
 
 All functions work with gloo (CPU) and nccl (CUDA). With one rank, or if torch.distributed is not initialized, they do
-not communicate. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
+not communicate. Legend: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), n ids, D width.
 
 The exchanging functions are collective: all ranks must call them in the same order, also ranks without rows. If rows
 have gradients, the backward pass communicates as well, so every rank must run it *through the returned tensor*: a rank
@@ -67,7 +67,8 @@ def encode_unique_items(
     n_ranks = world_size()
     if n_ranks == 1:
         return encode(local_ids)
-    ids_by_rank = _gather_ids(local_ids)
+    sizes = torch.cat(_all_gather_equal(torch.tensor([local_ids.shape[0]], device=local_ids.device))).tolist()
+    ids_by_rank = _all_gather_padded(local_ids, sizes)
     union = torch.unique(torch.cat(ids_by_rank))  # sorted
     owners = assign_owners(union, costs_of(union), n_ranks)
     mine = union[owners == dist.get_rank()]
@@ -180,12 +181,6 @@ def _all_gather_padded(x: Tensor, sizes: list[int]) -> list[Tensor]:
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: x.shape[0]] = x
     return [part[:size] for part, size in zip(_all_gather_equal(padded), sizes)]
-
-
-def _gather_ids(ids: Tensor) -> list[Tensor]:
-    """Gather int64 [U_r] of every rank."""
-    sizes = torch.cat(_all_gather_equal(torch.tensor([ids.shape[0]], device=ids.device))).tolist()
-    return _all_gather_padded(ids, sizes)
 
 
 def _all_to_all(x: Tensor, n_to: list[int], n_from: list[int]) -> Tensor:

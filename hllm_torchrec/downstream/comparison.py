@@ -59,7 +59,7 @@ class VectorData(DLRMData):
         return items + ([] if self._users is None else [self._users.width])
 
     def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
-        """Like `DLRMData.batch`, with dense_features [B, F + C + E + 1 + D + 1] (without those of a missing store).
+        """Like `DLRMData.batch`, with dense_features [B, F + C + E + 1 + D + 1]; a store that is None adds no columns.
 
         Raises:
             ValueError: the store of exposures was made from a different dataset.

@@ -1,7 +1,7 @@
 """ID-only baseline: `torchrec.models.dlrm.DLRM` with inputs from IDs, user features, context, time and the history.
 
-The inputs from the history before the exposure are the liked and the disliked items, each as one pooled bag, and
-numeric user features. Tables are sharded and updated as in the main model.
+The inputs from the history before the exposure are the liked and the disliked items, each as one pooled bag, and the
+numeric features. Tables are sharded and updated as in the main model.
 
 Legend: B rows of a batch, O outputs of all tasks.
 """
@@ -27,7 +27,7 @@ from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed import coordination
-from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.distributed.collectives import any_rank, global_sum
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, VectorPlacement
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
@@ -246,7 +246,7 @@ class DLRMTrainer:
         return torch.tensor([total, len(outputs)], dtype=torch.float64)
 
     def _losses(self, outputs: Tensor, batch: DLRMBatch) -> list[Tensor]:
-        """Weighted sum [] of each task's losses over this rank's exposures, computed as in `HLLM`."""
+        """For each task, the weighted sum [] of its losses over this rank's exposures, computed as in `HLLM`."""
         parts = list(outputs.split([task.outputs for task in self.tasks], dim=1))
         if batch.logit_offset is not None:
             parts[0] = parts[0] + batch.logit_offset[:, None]
@@ -297,6 +297,6 @@ def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        if not bool(global_sum(torch.tensor(int(batch is not None)))):
+        if not any_rank(batch is not None, torch.device("cpu")):
             return
         yield filler if batch is None else batch

@@ -80,7 +80,7 @@ class DLRMConfig:
 
     @property
     def task_configs(self) -> dict[str, TaskConfig]:
-        """`tasks` as `TaskConfig` objects, whose constructor checks them."""
+        """`tasks` as dataclasses; `dlrm_problems` has checked their contents."""
         return {name: TaskConfig(**content) for name, content in self.tasks.items()}
 
 

@@ -1,7 +1,7 @@
 """Batches of the DLRM baseline: one row per exposure, with the history as two bags of item ids.
 
-Legend: B rows of a batch, X exposures of a window, F numeric features, C columns of numeric context, K tasks, P
-contexts of the position bias.
+Legend: B rows of a batch, X exposures and T events of a window, F numeric features, C columns of numeric context, K
+tasks, P contexts of the position bias.
 """
 
 from collections.abc import Iterator, Sequence
@@ -240,7 +240,7 @@ class DLRMData:
         )
 
     def _stretches(self, histories: Histories, chosen: NDArray[np.bool_]) -> ItemRanges:
-        """Ranges of the items of the last `max_bag` visible events where `chosen` (bool [T]) is True, per exposure."""
+        """For each exposure, the items of the last `max_bag` visible events that are `chosen` (bool [T])."""
         # before[t]: number of chosen events before event t, which is also an index into the list of chosen items.
         before = np.concatenate([[0], np.cumsum(chosen)])
         first = before[histories.offsets[histories.row_of_event[histories.exposures]]]

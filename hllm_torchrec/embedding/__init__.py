@@ -1,1 +1,1 @@
-"""TorchRec embedding tables: sharding, optimizers, memory, initialization."""
+"""TorchRec embedding tables: sharding, optimizers, memory, initialization, prefetching."""

@@ -5,7 +5,7 @@
     forward       of the next batch: uses the received ids; rows are looked up and returned as usual
 
 Ids do not depend on weights, so results are the same as without prefetching. TorchRec's pipelines do the same, but
-trace the model to find its tables; this class gets the tables as an argument.
+trace the model to find its tables; `TablePrefetcher` gets the tables as an argument.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,7 @@
 """Estimates memory of a rank, traffic and time of a step for a configuration on hypothetical hardware.
 
-    memory = weights + gradients + optimizer + averages + tables and their outputs + activations + loss + rows
+    memory = weights (with those that FSDP2 gathers) + gradients + optimizer + averages + tables and their outputs
+             + activations + feature rows + item embeddings + loss
 
 Nothing of the model's size is allocated. Weights are counted on a model on the meta device; tables are placed by
 TorchRec's planner for hypothetical ranks; activations are the tensors that autograd would save (`activations.py`).
@@ -9,7 +10,7 @@ Sizes are in bytes, times in seconds, rates per second.
 Prompts and responses of creatives are taken at their largest lengths, and their passes are added to those of the
 batch of `data.batch_users` pieces.
 
-Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
+Legend: W ranks, N events of a piece, L tokens of an item.
 """
 
 import math
@@ -316,7 +317,8 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 def _text_lengths(creative: CreativeConfig) -> list[int]:
     """Maximum numbers of tokens of the texts that the Creative LLM reads for a creative.
 
-    The first text is the prompt with its response; `losses.recon` and `losses.align` read one text each.
+    The first text is the prompt with its response; `losses.recon` and `losses.align` read one profile each, which is
+    counted without the prompt of `losses.recon`.
     """
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
@@ -398,7 +400,7 @@ def _text_parts(model: HLLM) -> list[NamedBackbone]:
 
 
 def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
-    """Suggest options that reduce memory; empty if the estimate fits into FILLED of the memory."""
+    """Suggest options that reduce memory; empty if the estimate fits into the share FILLED of the memory."""
     if estimate.peak <= FILLED * machine.memory:
         return []
     memory, said = estimate.memory, []

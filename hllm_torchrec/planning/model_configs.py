@@ -81,6 +81,6 @@ def _shape_of(part: str, directory: str) -> dict[str, Any]:
         if name.startswith(known):
             return shape
     raise ValueError(
-        f"{part}.pretrained: {directory}: is not there, and {name!r} is none of the known shapes "
-        f"({', '.join(MODEL_CONFIGS)}); download it, or give {part}.shape"
+        f"{part}.pretrained: {directory}: has no config.json, and {name!r} does not begin with the name of a known "
+        f"shape ({', '.join(MODEL_CONFIGS)}); download the model, or give {part}.shape"
     )

@@ -1,7 +1,7 @@
 """Softmax attention with a cached history: plans for encoding events, and for scoring candidates of requests.
 
-Legend: N history positions, n new ones, m candidates of a micro-batch, H heads, G key-value heads, E and V widths of a
-head's keys and values.
+Legend: R requests, N history positions, n new ones, m candidates of a micro-batch, G key-value heads, E and V widths of
+a head's keys and values.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,9 @@ class RequestPlan:
         by_group = query.view(number, groups, heads // groups, width)
         own_score = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
         extended = torch.cat([query, own_score, own_score.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
-        output = _attention(extended.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
+        output = scaled_dot_product_attention(
+            extended.transpose(0, 1)[None], keys, values, dropout_p=dropout, scale=scaling, enable_gqa=heads > groups
+        )[0].transpose(0, 1)
         weight = output[..., value.shape[2]].view(number, groups, -1, 1)
         return output[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
 
@@ -107,11 +109,6 @@ class RequestsPlan:
             plan = RequestPlan([with_own_key(one, q.dtype)], q.shape[0], one.keys.shape[0])
             outputs.append(plan.attend(q, k, v, scaling, dropout))
         return torch.cat(outputs)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    return scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1)
 
 
 def with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hllm_torchrec.modules.precision import widen
 
 LONGEST = 128
-"""Largest number of keys of a sequence. From about twice this number on SDPA is faster; it also needs no memory for the
-scores."""
+"""Largest number of keys of a sequence that `dense_attention` computes. From about twice this number on, SDPA is
+faster; SDPA also needs no memory for the scores."""
 
 
 def attention(

@@ -6,6 +6,8 @@ of a layer) only of the rows that are read. Values and gradients are those of th
 This is implemented by a forward pre-hook, so no modeling code is copied: the hook runs the layer's own attention block
 once to capture keys and values. Then the layer runs over the read rows alone, and these rows attend to the captured
 keys and values.
+
+Legend: S packed rows, U texts.
 """
 
 from dataclasses import dataclass, field, replace

@@ -10,8 +10,8 @@ The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a key
 transformers passes it to the function registered here, so no modeling code is copied. Only within the attention
 function, sequences of similar length share a padded bucket; a T x T mask of the batch never exists.
 
-Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries,
-H heads, D width of a head.
+Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries, l queries of empty
+sequences, H heads, G key-value heads, D width of a head.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class AttentionPlan:
 
     @property
     def longest(self) -> int:
-        """Upper bound of the number of keys that one row sees."""
+        """Upper bound of the number of keys that a row sees."""
         longest = max((bucket.rows.shape[1] for bucket in self.history), default=0)
         return longest + any(queries is not None for queries in self.queries)
 

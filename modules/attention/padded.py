@@ -1,7 +1,7 @@
 """Softmax attention over padded histories, each followed by one query. No branch depends on values, so torch.export can
 trace it.
 
-Legend: B users, T padded history positions, H heads, G key-value heads, E width of a head.
+Legend: B users, T padded history positions.
 """
 
 import torch
@@ -20,7 +20,7 @@ class PaddedPlan:
     Args:
         lengths: [B] int64.
         padded: T.
-        longest: upper bound of the rows that one row sees, compared with a layer's sliding window.
+        longest: upper bound of the number of keys that a row sees, compared with a layer's sliding window.
     """
 
     def __init__(self, lengths: Tensor, padded: int, longest: int) -> None:

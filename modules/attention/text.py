@@ -9,7 +9,7 @@ Texts are sorted (see `TextLayout`), so the texts of a padded bucket are contigu
 rows or, if it has padding, one gather. `hllm_torchrec.modules.attention.text_backends` has kernels that need no
 padding.
 
-Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded length, H heads, G key-value heads,
+Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded length, M keys, H heads, G key-value heads,
 D width of a head.
 """
 
@@ -63,7 +63,7 @@ class TextLayout:
 
     @property
     def longest(self) -> int:
-        """Number of keys that the last position of the longest text sees."""
+        """Largest number of keys that a row sees."""
         lengths, seen = self.sequences()
         return int((lengths + seen).max())
 
@@ -96,7 +96,7 @@ class TextPlan(Protocol):
 
     @property
     def longest(self) -> int:
-        """Keys that the last position of the longest text sees."""
+        """Largest number of keys that a row sees, or an upper bound of it."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
@@ -162,7 +162,7 @@ class BucketPlan:
 
     @property
     def attends_in_blocks(self) -> bool:
-        """True if all texts are short enough for the blocks of a training pass (`dense_attention`), without limits."""
+        """True in a pass with gradients, without limits, over texts that are all short enough for `text_blocks`."""
         short = self.longest <= dense_attention.LONGEST
         return short and torch.is_grad_enabled() and self.limits == ScoreLimits()
 

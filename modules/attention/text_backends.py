@@ -12,6 +12,9 @@ A variable-length kernel computes the attention to a shared prefix in the same c
 prefix are repeated in front of each text's rows, and a causal mask aligned at the bottom right (the convention of
 FlashAttention since 2.1) lets the text see all of them. Two calls merged by their log-sum-exp would save these copies,
 but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
+
+Legend: n sequences, S packed rows, K key rows (with the copies of the prefix), H heads, G key-value heads, D width of a
+head.
 """
 
 import functools
@@ -136,7 +139,7 @@ class VarlenPlan:
 
     @property
     def longest(self) -> int:
-        """Number of keys that the last position of the longest text sees."""
+        """Largest number of keys that a row sees."""
         return self.sequences.longest_k
 
     def limited(self, limits: ScoreLimits) -> "VarlenPlan":

@@ -7,9 +7,9 @@ bucket have the same positions, so the rotary embedding of q and k is a product 
 
     rotated = x cos + (x's halves exchanged, the first negated) sin = x R,  R [d, d]
 
-Legend: S packed rows, P prefix rows, U texts; of a bucket: b texts, N and M queries and keys of each; H heads, G
-key-value heads, d width of a head. A block has the queries of the heads of a text that share a key-value head, so that
-its keys are read once: b * G blocks of R = H / G * N rows.
+Legend: S packed rows, C heads of a row of the product, U texts; of a bucket: b texts, N and M queries and keys of each;
+H heads, G key-value heads, d width of a head. A block has the queries of the heads of a text that share a key-value
+head, so that its keys are read once: b * G blocks of R = H / G * N rows.
 """
 
 from collections.abc import Iterator
@@ -48,9 +48,9 @@ class TextBlocks:
 
     cells: int64, row of the flattened product [S * C, d] that each row of the blocks copies: first all queries, then
     all keys, then all values, each bucket after bucket; queries and keys are sorted by position, then block, values
-    by block. restored: [S * C] int64, of each row of the product, the row of the blocks that is its own, not padding or
-    a copy of the prefix. mixed_cells, mixed_restored: the same of the output [S * H, d] and the rows of queries sorted
-    by block. padding: int64, rows of queries that are padding, sorted by block.
+    by block. restored: [S * C] int64, for each row of the product, the one row of the blocks that is neither padding
+    nor a copy of the prefix. mixed_cells, mixed_restored: the same for the output [S * H, d] and the rows of queries
+    sorted by block. padding: int64, rows of queries that are padding, sorted by block.
 
     If only the last position of each text attends, its queries [U, H, d] are no part of the product: C is 2 G, the
     prefix has no queries, and mixed_cells and mixed_restored are None.
@@ -244,7 +244,7 @@ def _rotations(cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype) 
 
 
 def _of_queries(turns: Tensor, bucket: BucketBlocks) -> Tensor:
-    """Matrices [R, d, d] of the queries, of those of all keys; the heads that share a key have the same ones."""
+    """Select the matrices [R, d, d] of the queries from those of all keys; heads of a block have equal matrices."""
     own = turns[bucket.seen :]
     return own.repeat(bucket.rows // len(own), 1, 1)
 

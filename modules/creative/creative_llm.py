@@ -5,8 +5,7 @@
 Texts are packed into one sequence without padding. A prefix that all texts share (an instruction) is encoded once. The
 vocabulary head is applied only to the rows that predict response tokens, in chunks.
 
-Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, Y response
-tokens, C width, V words.
+Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, C width, V words.
 """
 
 from collections.abc import Callable
@@ -54,7 +53,7 @@ class PackedTexts:
         return lengths_from_offsets(self.cu_seqlens) - self.response_from
 
     def responses(self) -> "PackedTexts":
-        """Return texts that consist of the responses only, followed by soft tokens, with empty responses."""
+        """Return new texts: each consists of a response and then soft tokens, and its own response is empty."""
         count = self.response_tokens
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         shift = self.cu_seqlens[:-1] + self.response_from - offsets[:-1]

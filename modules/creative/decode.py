@@ -3,8 +3,8 @@
 The decoding loop is our own, because `generate` of transformers silently returns wrong tokens if it gets
 `inputs_embeds` and the cache of a prefix (issues 35707 and 36151 of transformers).
 
-Legend: I items, B pairs, p and a tokens of a prompt before and after {user}, k soft tokens, n new positions, C width,
-V words.
+Legend: I items, B pairs, b items or pairs, p and a tokens of a prompt before and after {user}, k soft tokens, n new
+positions, C width, V words.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,8 @@ different numbers of users (MOST_PADDING), their keys and values are not copied:
 all users of the item together.
 
 Legend: I items, B users, L positions before {user}, n new positions of each user, m of at most M positions of each user
-after the prefix, H heads, G key-value heads, r = H / G, E width of a head, u maximum number of users of an item.
+after the prefix, H heads, G key-value heads, r = H / G, E width of a head, w any width, u maximum number of users of an
+item.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """`MatchHead`: the Item-User Predictor of HLLM-Creator; it predicts whether a user likes an item.
 
-Legend: n users, m items, p pairs, D and E widths of user and item vectors, W width.
+Legend: n users, m items, p pairs, T tokens, D and E widths of user and item vectors, W width of a token.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Hugging Face models as backbones: layers, activation checkpointing and FLOPs."""
+"""Hugging Face models as backbones: layers, activation checkpointing and FLOPs.
+
+Legend: S packed rows, D width.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal

@@ -5,7 +5,7 @@
 A history position sees its sequence up to itself. A query sees the first `visible` positions and itself. No other row
 sees a query.
 
-Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width, H heads.
+Legend: B users, T history positions, Q queries, S = T + Q packed rows, N events of one user, n new ones, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -96,7 +96,8 @@ def pack_rows(
 
 
 class UserEncoder(nn.Module, ABC):
-    """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and implement `encode` and `flops`.
+    """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` (the User LLM a `backbone`) and
+    implement `encode` and `flops`.
 
     A configuration selects a custom encoder by `module:Name`. It is built as `Name(shape, dropout)`, where `shape` is
     an instance of the class's `Shape` with the configured fields.

@@ -8,7 +8,7 @@ residual sums inside the products (by the operators that torch.compile uses). Th
 multiplied into the weights. The residual stream has the dtype of the products. The outputs equal those of the plain
 layers up to rounding. The layers of Llama (decoders) and BERT (sentence encoders) are supported.
 
-Legend: S packed rows, D width, O outputs, H heads, G key-value heads, d width of a head.
+Legend: D width, O outputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,12 +53,11 @@ def can_run_fused(item_llm: ItemLLM) -> bool:
         torch.backends.mkldnn.is_available()
         and item_llm.arrangement == "packed"
         and all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in item_llm.parameters())
-        and (all(_is_plain_llama(layer) for layer in layers) or all(_is_plain_bert(layer) for layer in layers))
+        and (
+            all(isinstance(layer, FusedLlamaLayer) and layer.is_plain() for layer in layers)
+            or all(_is_plain_bert(layer) for layer in layers)
+        )
     )
-
-
-def _is_plain_llama(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedLlamaLayer) and layer.is_plain()
 
 
 def _is_plain_bert(layer: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 `fuse_layers` changes only the class of a model's layers; weights, their names and hooks are unchanged. In all other
 cases the layers run the code of transformers, with bitwise equal results.
 
-Legend: S packed rows, D width, H heads, G key-value heads, d width of a head.
+Legend: S packed rows, U rows that are read, D width, d width of a head.
 """
 
 from typing import TYPE_CHECKING, Any

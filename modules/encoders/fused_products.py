@@ -12,8 +12,8 @@ time: a value is cast once, when it is computed; the gains g are multiplied into
 x; and the backward passes add to the residual stream's gradient in the same pass that computes it. The residual stream
 x and its gradient remain in float32.
 
-Between the products, passes over memory are left. `compiled_elementwise()` gives the functions that consist of
-several such passes (`Elementwise`) as one pass each, by torch.compile, which needs a C++ compiler.
+Between the products, passes over memory remain. `compiled_elementwise()` compiles each function that consists of
+several such passes (`Elementwise`) into one pass, by torch.compile, which needs a C++ compiler.
 
 Legend: S rows, D width, O outputs, F width of the feed-forward block, H heads of width d; dtype: of the products.
 """

@@ -5,6 +5,8 @@
 q_w: int8 weights, with a scale s_w for each output; q_x: inputs, quantized in each call with a scale s_x and a zero
 point z_x chosen from their range (to 7 bits, so that sums of products fit in 16 bits on processors without VNNI). Word
 embeddings, norms and the attention itself (scores and weighted sums) remain in float32; its projections are int8.
+
+Legend: D inputs and O outputs of a linear layer.
 """
 
 import copy

@@ -6,7 +6,7 @@
 Each sublayer's output is multiplied by a gate computed from the sublayer's input x. eSASRec is a stack of such layers
 over item IDs with learned positions, trained to predict each next item with a sampled softmax.
 
-Legend: S packed rows, D width, F hidden width of the feed-forward network.
+Legend: S packed rows, D width.
 """
 
 from torch import Tensor, nn

@@ -154,6 +154,7 @@ SHAPE_BOUNDS = {
     "window": ">= 1",
     "prefix": ">= 0",
     "dropout": ">= 0, < 1",
+    "attention_dropout": ">= 0, < 1",
     "stochastic_depth": ">= 0, < 1",
 }
 """Valid ranges of the fields of shapes; fields that a shape does not have are ignored."""

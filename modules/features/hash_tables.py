@@ -12,7 +12,7 @@ Every lookup and admission reads only the sets of the batch's ids, so the cost d
 Sets are contiguous rows: a row-wise shard has complete sets, and a checkpoint can be loaded with any number of ranks
 that divides the number of sets. The assignment depends on the ids of the steps, not on the number of ranks.
 
-Legend: Z rows (of a shard), G sets of the table, n ids.
+Legend: G sets of the table, n ids.
 """
 
 import zlib

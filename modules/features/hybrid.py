@@ -13,7 +13,7 @@ the query tokens, then the target items (late fusion only), then the unique item
 items in the space of features). A bag may be empty (adds zero) or have several values (the vectors of an item's genres
 are summed).
 
-Legend: S slots, D width of the user encoder, C time components, F numeric features.
+Legend: S slots, D width of the user encoder, F numeric features.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -2,12 +2,13 @@
 
     c_t = sum over j <= t of gamma^(t - j) a(action_j) e_j / sum over j <= t of gamma^(t - j) a(action_j)
 
-gamma is the decay, e_j the text embedding of item j. a(action) is the share of positive labels among the training
-events with this action. The vectors of a user encoder that is trained to rank separate likes from dislikes, but contain
-little information about the topics of the likes: on MovieLens a linear model that predicts the genre which a user
-favors has a cross-entropy of .82 nats with these vectors, and of .42 nats with c (docs/experiments.md).
+gamma is the decay, e_j the text embedding of item j. a(action) is the share of positive labels among the labeled events
+with this action, of a sample of users. The vectors of a user encoder that is trained to rank separate likes from
+dislikes, but contain little information about the topics of the likes: on MovieLens a linear model that predicts the
+genre which a user favors has a cross-entropy of .82 nats with these vectors, and of .42 nats with c
+(docs/experiments.md).
 
-Legend: T history positions, Q queries, S slots, U unique items, E width of a text embedding, A actions.
+Legend: T history positions, Q queries, E width of a text embedding, A actions.
 """
 
 import torch
@@ -39,7 +40,7 @@ class LikedTexts(nn.Module):
 
     @torch.no_grad()
     def measure(self, positive: Tensor, events: Tensor) -> None:
-        """Set the shares from the numbers of positive labels and of events by action, [A] each; 1/2 without events."""
+        """Set the shares from the numbers of positive labels and of labeled events by action, [A] each; 1/2 if none."""
         self.shares.copy_(torch.where(events > 0, positive / events.clamp(min=1), 0.5))
         self.measured.fill_(True)
 

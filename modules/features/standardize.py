@@ -1,4 +1,7 @@
-"""Standardization (per dimension) and whitening of item embeddings, by statistics measured before training."""
+"""Standardization (per dimension) and whitening of item embeddings, by statistics measured before training.
+
+Legend: n embeddings, E width of an embedding, D width of a projection.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ accuracy (docs/experiments.md). The text term does not depend on the item's numb
 items, and it is not limited to the user encoder's width. The sum is a cosine of two concatenated vectors, so
 evaluation, index and stored user vectors need no special case.
 
-Legend: T history positions of all users, n rows, D width of the user encoder, E of the text embedding.
+Legend: T history positions of B users, n rows, D width of the user encoder, E of the text embedding.
 """
 
 import torch

@@ -1,7 +1,9 @@
 """Timestamps as categorical features: Algorithm 1 of the HLLM paper, in integers.
 
-Shapes: T packed events, D model width. The tables are TorchRec tables of the sizes in `TABLE_SIZES`. This module
-implements the steps before and after the look-up: seconds -> table rows, and looked-up vectors -> one vector.
+The tables are TorchRec tables of the sizes in `TABLE_SIZES`. This module implements the steps before and after the
+look-up: seconds -> table rows, and looked-up vectors -> one vector.
+
+Legend: T packed events.
 """
 
 import torch

@@ -1,14 +1,15 @@
 """Transition scores of a history (ridge regression of the next item), added to the cosine that the user encoder learns.
 
     user vector   [ h / |h|,  w c, 0 ]      c_t = sum over j <= t of gamma^(t - j) S[j]
-    item vector   [ x / |x|,  T ]           all rows T have the same norm
-    product       cos(h, x) + w c^T T
+    item vector   [ x / |x|,  T[i] ]        all rows of T have the same norm
+    product       cos(h, x) + w [c, 0] . T[i]
 
-S and T are the factors of a regression of the next item on the history (`hllm_torchrec.data.transitions`). h and x may
-already contain further similarities of constant norm, such as that of texts. All item vectors have the same norm, so
-the cosine and the product give the same ranking. This term has no trained parameters and is not used in training.
+S and T are the factors of a regression of the next item on the history (`hllm_torchrec.data.transitions`). The vectors
+h and x may already be joined with those of another similarity, such as that of texts. All item vectors have the same
+norm, so the cosine and the product give the same ranking. This term has no trained parameters and is not used in
+training.
 
-Legend: T history positions of all users, n rows, N items of the fit, R rank.
+Legend: P history positions of B users, n rows, N items at the time of the fit, R rank.
 """
 
 import torch
@@ -30,7 +31,7 @@ class TransitionSimilarity:
         return self.target.shape[1]
 
     def history(self, item_ids: Tensor, seq_offsets: Tensor) -> Tensor:
-        """Weighted decayed sums [w c, 0], [T, R + 1], of histories of items [T] with `seq_offsets` [B + 1]."""
+        """Weighted decayed sums [w c, 0], [P, R + 1], of histories of items [P] with `seq_offsets` [B + 1]."""
         sums = decayed_sums(self.source[self._rows(item_ids)], seq_offsets, self.decay)
         return F.pad(self.weight * sums, (0, 1))
 

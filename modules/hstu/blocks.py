@@ -1,7 +1,7 @@
 """Cuts a batch into padded blocks for `modules/hstu/eager.py`: buckets of sequences, and chunks of their rows.
 
-Legend: B sequences, S packed rows (T history positions, then Q queries), b sequences of a bucket, L its longest
-history, M asking rows of a chunk, N keys.
+Legend: S packed rows (history positions, then queries), b sequences of a bucket, L its longest history, Q the most
+queries of one of them, n rows without padding, M asking rows of a chunk, N keys.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,21 @@ from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, p
 from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 
 FEWEST_ROWS = 128
-"""Fewest rows of a chunk unless memory needs fewer; in small batches, sequences up to this length share a bucket.
-Smaller pieces cost more in calls than they save."""
+"""Minimum number of rows of a chunk, unless memory needs fewer; in small batches, sequences up to this length share a
+bucket. Smaller pieces cost more in calls than they save."""
 SHARED_CELLS = 2**17
-"""Most cells (sequences x longest^2) of the bucket that all sequences up to `FEWEST_ROWS` share. In larger batches only
-those up to `SHORT` share one."""
+"""Maximum number of cells (sequences x longest^2) of the bucket that all sequences up to `FEWEST_ROWS` share. In larger
+batches only sequences up to `SHORT` share a bucket."""
 SHORT = 32
 """Sequences up to this length share a bucket in every batch."""
 CHUNKS = 8
-"""Most chunks of a bucket unless memory needs more: with 8, 9/16 of the square is computed; 7/16 is all future."""
+"""Maximum number of chunks of a bucket, unless memory needs more: with 8, 9/16 of the square is computed; 7/16 is all
+future."""
 MOST_SCORES = 2**20
-"""Most scores of a chunk, per head."""
+"""Maximum number of scores of a chunk, per head."""
 CACHED_CELLS = 2**25
-"""Most cells whose masks are cached for all layers of a batch, each with up to 1 byte (hidden), 2 (bucket) and, mostly
-for queries, 8 (distance)."""
+"""Maximum number of cells of a batch whose masks are cached for all layers. A cell has up to 1 byte (hidden), 2 bytes
+(bucket) and, mostly for queries, 8 bytes (distance)."""
 COPIES = 8
 """Copies of the time table, used by the columns in turn: many successive additions to one address are slow."""
 
@@ -40,7 +41,7 @@ class PairMask(NamedTuple):
     hidden: [b or 1, M, N - num_open_keys] bool, True where the row does not see the key; it starts at key
     `num_open_keys`, as all rows see the keys before. distance: [b, M, N] int64 positions >= 0; None where rows and
     keys are both consecutive positions, so that it follows from the chunk. bucket: [b, M, N] int16, index of the time
-    bucket in `COPIES` concatenated tables. Without a relative bias both are None.
+    bucket in `COPIES` concatenated tables. Without a relative bias, distance and bucket are None.
     """
 
     hidden: Tensor

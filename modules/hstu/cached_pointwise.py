@@ -49,7 +49,7 @@ def _extend_pointwise(encoder: "HSTU", x_nD: Tensor, times: Tensor, cache: Histo
     rules = encoder.rules
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
     new_rows = torch.arange(cache.length, times.numel(), device=times.device)
-    # Pairs (new row, any row); own keys are added separately by `_own_key`, as in the full pass.
+    # Pairs (new row, any other row); `_own_key` adds the rows' own keys, as for queries.
     block = pairs_without_own_keys(rows, rules, new_rows, torch.arange(times.numel(), device=times.device))
     divisor = _divisor(encoder, keys_seen(rows, rules)[new_rows])
     x_nD, layers = encoder.add_positions(x_nD, new_rows), []

@@ -5,8 +5,9 @@ rows can see, so most pairs in the future (or before the window) are never compu
 saves the inputs and the first `CACHED_SCORES` scores, and recomputes the other scores. Memory therefore does not grow
 with the square of the length: at any time the scores of one chunk and the saved ones exist.
 
-Legend: B sequences, S packed rows (T history positions, then Q queries), b sequences of a bucket, L its longest
-history, M asking rows of a chunk, N keys, H heads, D and V widths of a head's keys and values.
+Legend: S packed rows (history positions, then queries), b sequences of a bucket, L its longest history, Q the most
+queries of one of them, n rows without padding, M asking rows of a chunk, N keys, H heads, D and V widths of a head's
+keys and values.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from hllm_torchrec.modules.hstu.blocks import (
 from hllm_torchrec.modules.hstu.layout import Layout, RelativeBias, look_up, own_keys
 
 CACHED_SCORES = 2**24
-"""Most scores of a layer (all heads) that are saved for the backward pass: 64 MiB in float32."""
+"""Maximum number of scores of a layer (all heads) that are saved for the backward pass: 64 MiB in float32."""
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor | None, alpha: float) -> Tensor:

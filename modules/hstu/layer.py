@@ -54,7 +54,7 @@ def resolve_preset(shape: HSTUShape) -> HSTUShape:
     if shape.window is not None and shape.window < 1:
         raise ArgumentError(f"window: {shape.window}: must be at least 1, or null for all positions")
     if shape.alpha is not None and not (math.isfinite(shape.alpha) and shape.alpha > 0):
-        raise ArgumentError(f"alpha: {shape.alpha}: must be a number above 0, or null for the preset's")
+        raise ArgumentError(f"alpha: {shape.alpha}: must be a number above 0, or null for the default")
     if shape.prefix_mask == "history" and shape.prefix < 1:
         raise ArgumentError("prefix_mask: 'history': needs context positions: give prefix, or write context")
     if shape.prefix_mask == "history" and shape.backend == "triton":
@@ -185,7 +185,7 @@ class HSTU(UserEncoder):
         """Run all layers: [S, D] -> [S, D].
 
         Raises:
-            ValueError: the context sees the whole history, and a query stands inside one.
+            ValueError: the context sees the complete history, and a query does not see all of its user's history.
         """
         if self.rules.context_sees_all:
             lengths = lengths_from_offsets(rows.seq_offsets)[rows.sequences[rows.history :]]

@@ -2,7 +2,8 @@
 
 See `modules/hstu/attention.py` for the equation and the mask.
 
-Legend: S packed rows (T history positions, then Q queries), H heads, D and V widths of a head's keys and values.
+Legend: S packed rows (history positions, then queries), b sequences, M rows, N keys, H heads, V width of a head's
+values.
 """
 
 import math
@@ -123,7 +124,7 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def own_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-    """Compute each query's contribution of its own key: [S, H, V], zero at history rows.
+    """Compute the contribution of each query's own key to its output: [S, H, V], zero at history rows.
 
     History rows are keys of their own sequence and see themselves in their block.
     """

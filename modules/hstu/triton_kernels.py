@@ -29,7 +29,8 @@ Attending rows are history positions (HISTORY) or queries, which start at row `a
 contribution of a query's own key is added outside (`triton_backend.attend`).
 
 Names: place [M] is a row's position in its sequence, column [N] a key's; inside [M] and there [N] say which of a tile's
-rows and keys exist. Legend: B sequences, M rows, N keys, H heads, D and V padded widths of a head's keys and values.
+rows and keys exist. Legend: T history positions, P rows of the position table, M rows, N keys, H heads, D and V padded
+widths of a head's keys and values.
 """
 
 # Kernels' arguments have Triton's own types:

@@ -1,8 +1,8 @@
 """The objectives of HLLM: Eq. (1) InfoNCE with sampled negatives, Eq. (2) classification, Eq. (3) their sum.
 
-Shapes: T predictions (packed positions of all users), K negatives (shared by all positions), B users
-(sequences), S excluded ids (packed over users), Q exposures, D item width. Offsets are int64 [B + 1] and
-start at 0. Similarities are cosines; everything here runs in at least float32, also under autocast.
+Legend: T predictions (packed positions of all users), t predictions of a chunk, K negatives (shared by all positions),
+B users (sequences), S excluded ids (packed over users), Q exposures, N rows, D item width. Offsets are int64 [B + 1]
+and start at 0. Similarities are cosines; everything here runs in at least float32, also under autocast.
 """
 
 import functools

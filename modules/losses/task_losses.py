@@ -1,6 +1,6 @@
 """Losses of single tasks, one value per exposure, and the expected value of an ordinal output.
 
-Legend: X exposures, C ordered classes. All run in at least float32.
+Legend: X exposures, O outputs of the task, C ordered classes. All run in at least float32.
 """
 
 from typing import NamedTuple, Protocol

@@ -1,6 +1,6 @@
 """Cross-entropy of tokens over a vocabulary, computed in chunks of rows: the logits of all rows never exist at once.
 
-Legend: Y rows, C width, V words.
+Legend: Y rows, y rows of a chunk, C width, V words.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk_size: int | N
     """-log softmax(hidden @ head^T)[target] of each row: [Y] float32, or float64 of float64 inputs.
 
     Memory beyond the inputs and their gradients is O(chunk_size V). Gradients are computed in the forward pass, while
-    the logits exist; that of `head` for rows of equal weight. If the rows turn out to have different weights, the
-    backward pass computes the logits again for it.
+    the logits exist; the gradient of `head` is computed for rows of equal weight. If the rows turn out to have
+    different weights, the backward pass computes the logits again for the gradient of `head`.
 
     Args:
         hidden: [Y, C] last hidden states; Y = 0 is allowed.
@@ -55,7 +55,7 @@ def _add_product(d_head: Tensor, slope: Tensor, hidden: Tensor) -> None:
 
 
 def _is_uniform(grad: Tensor) -> bool:
-    """Whether all rows have one weight; of fake tensors (`hllm plan`), which have no values: yes."""
+    """Return whether all rows have one weight; True for fake tensors (`hllm plan`), which have no values."""
     return type(grad) is not Tensor or not grad.numel() or bool((grad == grad[0]).all())
 
 

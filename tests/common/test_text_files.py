@@ -22,9 +22,9 @@ def test_encodings_are_told_by_their_marks(tmp_path: Path, encoding: str) -> Non
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\xff\x00x", r"ids: 'utf-8' codec .*write the ids as UTF-8 text, one per line"),
-        (b"a\nPAR1\x00\x01", r"ids is not text; write the ids"),
-        (b"\n \n", r"ids has no lines; write the ids"),
+        (b"\xff\x00x", r"ids: 'utf-8' codec .*write UTF-8 text, one entry per line"),
+        (b"a\nPAR1\x00\x01", r"ids is not text; write UTF-8 text"),
+        (b"\n \n", r"ids has no lines; write UTF-8 text"),
         (gzip.compress(b"a\nb\n" * 1000, mtime=0)[:-9], r"ids is a damaged gzip file .*fetch or write it again"),
         (b"\x28\xb5\x2f\xfd nonsense", r"ids is a damaged zstd file"),
         (zipped({"a": b"1"}).replace(b"\x08\x00", b"\x63\x00"), r"ids is a damaged zip file \(That compression method"),

@@ -156,6 +156,10 @@ HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_
         (["--user.shape", "{width: 8, layers: 1, dropout: 1}"], "user.shape.dropout: 1: must be >= 0 and < 1"),
         (["--user.shape", "{width: 8, layers: 0}"], "user.shape.layers: 0: must be >= 1"),
         (
+            ["--user.encoder=sasrec", "--user.shape", "{width: 8, layers: 1, attention_dropout: 1.5}"],
+            "user.shape.attention_dropout: 1.5: must be >= 0 and < 1",
+        ),
+        (
             ["--user.encoder=sasrec", "--user.shape", "{width: 8, layers: 1, max_positions: 9}"],
             "user.shape.max_positions: 9: must be at least the longest history, 1024",
         ),

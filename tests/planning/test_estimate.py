@@ -131,7 +131,7 @@ def test_what_cannot_be_known_is_asked_for(capsys: pytest.CaptureFixture[str], t
     assert command.main(["--config", paper]) == 2
     assert "not prepared here: give the numbers of items and users with --items and --users" in capsys.readouterr().err
     assert command.main(["--config", paper, "--items=9", "--users=9", "--user.pretrained", "models/mystery"]) == 2
-    assert "user.pretrained: models/mystery: is not there, and 'mystery' is none of" in capsys.readouterr().err
+    assert "user.pretrained: models/mystery: has no config.json, and 'mystery'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
