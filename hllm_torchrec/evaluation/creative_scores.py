@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.data.creative_loader import CreativeLoader
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.parallelize import autocast
@@ -31,6 +32,8 @@ PER_BATCH = 64
 """Number of creatives per rank and step."""
 MEASURED = 4096
 """Approximate number of creatives, on all ranks together, whose user vectors `measure_user_vectors` computes."""
+SAMPLED_GROUPS = 32
+"""Maximum number of the training part's row groups in which `likes_by_action` counts."""
 CONDITIONS = ("right", "null", "shuffled")
 
 
@@ -114,7 +117,7 @@ def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
     assert hllm.creative_head is not None
     steps, found = -(-MEASURED // (PER_BATCH * loader.world_size)), []
     if hllm.liked_texts is not None:
-        hllm.liked_texts.measure(*_likes_by_action(loader, hllm.liked_texts.shares.numel()))
+        hllm.liked_texts.measure(*likes_by_action(loader.dataset, hllm.liked_texts.shares.numel()))
     with _evaluating(experiment), closing(loader.batches(0)) as batches:
         for batch in islice(batches, steps):
             on_device = batch.to(experiment.device)
@@ -126,17 +129,17 @@ def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
     return {"length": users.norm(dim=1).mean().item(), "common": users.mean(0).norm().item()}
 
 
-def _likes_by_action(loader: CreativeLoader, actions: int) -> tuple[Tensor, Tensor]:
-    """Count positive labels and labeled events by action, [A] each, of a sample of users spaced evenly in the part."""
-    users = np.unique(loader.part.user_ids)
-    counts = np.zeros((2, actions))
-    for user in users[np.linspace(0, users.size - 1, min(users.size, MEASURED // 4)).astype(np.int64)]:
-        events = loader.dataset.user_events(int(user))
-        known = ~np.isnan(events.labels)
-        for row, chosen in enumerate((known & (events.labels > 0.5), known)):
-            counts[row] += np.bincount(events.actions[chosen], minlength=actions)[:actions]
-    positive, events_by_action = torch.from_numpy(counts)
-    return positive, events_by_action
+def likes_by_action(dataset: Dataset, actions: int) -> tuple[Tensor, Tensor]:
+    """Count positive labels and labeled events by action, [A] each, in a sample of the training part's row groups."""
+    groups = dataset.row_groups("train")
+    sample = groups[:: -(-len(groups) // SAMPLED_GROUPS)]
+    events = dataset.sequences(sample, ["labels", "actions"])
+    known = ~np.isnan(events.labels)
+    positive, labeled = (
+        torch.from_numpy(np.bincount(events.actions[chosen], minlength=actions)[:actions].astype(np.float64))
+        for chosen in (known & (events.labels > 0.5), known)
+    )
+    return positive, labeled
 
 
 def score_creatives(
