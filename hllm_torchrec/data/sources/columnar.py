@@ -51,7 +51,8 @@ class ColumnChunk(NamedTuple):
 def read_columns(path: Path, columns: Sequence[str], given: Format | None = None) -> Iterator[ColumnChunk]:
     """Stream `columns` of a Parquet, Arrow (Feather), JSON lines or text file; its first bytes decide which.
 
-    Columns that are in the names of the file's folders (`day=2024-01-31/part-0.parquet`) are read from there.
+    If `given` has settings, the file is not read as JSON lines. Columns that only the names of the file's folders have
+    (`day=2024-01-31/part-0.parquet`) are read from there.
     """
     folders = {name: value for name, value in _values_of_folders(path).items() if name in columns}
     outside = [name for name in folders if not _has_column(path, name, given)]
@@ -149,9 +150,7 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
 
 
 def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
-    """Raise ValueError for a row that repeats several column names or begins with a byte order mark, as in joined
-    files.
-    """
+    """Raise ValueError for a row that begins with a byte order mark or repeats the header, as in joined files."""
     names = batch.schema.names
     marked = pc.fill_null(pc.starts_with(batch.column(0), "\ufeff"), False) if names else pa.array([], pa.bool_())
     if (at := pc.index(marked, True).as_py()) >= 0:

@@ -50,7 +50,7 @@ _CONTEXT_KEYS = ("kind", "column")
 
 @dataclass(frozen=True)
 class DeclaredColumns:
-    """The event schema of a mapping, and the source's column for each of its columns.
+    """The event schema of a mapping, and the source's column for each column of the schema.
 
     columns: column of `EventSchema.extra` -> the source's column; positive_from: binary label -> smallest number that
     becomes 1; first: the source's column of the first label, None if every event is positive.

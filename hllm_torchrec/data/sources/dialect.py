@@ -3,13 +3,13 @@
 Each part is taken from the mapping's `format`, or else detected from a sample at the start of the file:
 
 - separator: the one of `SEPARATORS` that splits the first line so that it contains all columns to read (without a
-  header line: that splits every row into the number of columns in the mapping);
+  header line: that splits each of the first 100 rows into the number of columns in the mapping);
 - quoting: cells in double quotation marks, where a mark inside a cell is doubled (RFC 4180) or has a backslash before
   it (Spark); cells in apostrophes; or no quoting, for example if a cell begins with a mark that is never closed.
   Without quoting, there may be backslashes before separators and line breaks, and `\\N` for null (MySQL, PostgreSQL);
 - encoding: UTF-8, or UTF-16 or UTF-32 by their byte order mark. Other encodings cannot be detected and must be given;
-- nulls: an empty cell and `\\N` always; a word of `NULL_WORDS` if it is in a column whose other cells are numbers,
-  times or booleans.
+- nulls: an empty cell and `\\N` always; a word of `NULL_WORDS`, in all columns, if it is in a column whose other cells
+  are numbers, times or booleans.
 
 If two dialects fit the sample and give different values, an error names the option that decides between them.
 """
@@ -262,7 +262,7 @@ class _Sample:
                 if self._is_consistent(rows, len(header.names), header.size):
                     fits[quote, escape] = rows.rows
                     if (quote, escape) == ('"', "") and _is_proven(rows.rows, header.quoted):
-                        return '"', "", True  # whatever fits as well: the sample need not be read again
+                        return '"', "", True  # proven even if another quoting fits too, so none is tried
         line = self.line + count_lines(self.text[: header.size])
         return _Choice(self.path, fits, header.quoted, separator.encode(), body, line).made()
 
@@ -373,7 +373,7 @@ class _Choice:
         cells = [cell for row in marked for cell in row]
         if all(cell.quoted == (_WORD.fullmatch(cell.value) is None) for cell in cells):  # as SQLite quotes
             return '"', "", True
-        if self.separator == b",":  # quoting is the rule there
+        if self.separator == b",":  # in such files, marks normally quote
             return '"', "", True
         # In tab-separated files, Excel also quotes cells with commas. Other writers do not quote such cells; in their
         # files the marks are part of the texts.

@@ -56,7 +56,7 @@ _NO_TEXT = ("", "UNKNOWN", "[]")
 
 
 def kuairec(matrix: str | Path) -> Source:
-    """KuaiRec from `big_matrix.csv` or `small_matrix.csv`, which also names the dataset, and its folder's files."""
+    """KuaiRec from `big_matrix.csv` or `small_matrix.csv`, which also names the dataset, and the files beside it."""
     event_file = Path(matrix)
     names = ("item_categories.csv", "kuairec_caption_category.csv", "user_features.csv")
     tags, captions, users = others = tuple(event_file.parent / name for name in names)

@@ -202,9 +202,8 @@ def _item_table(numbers: np.ndarray, items: list[tuple[str, str, str, list[str]]
 def _recbole_items(numbers: np.ndarray, rows: Rows) -> pa.Table:
     items = []
     for raw_id, title, year, genres in rows:
-        plain, year_of_title = split_title(
-            title
-        )  # one item of RecBole's file has "(1995)" in its title, and the year "V"
+        # One item of RecBole's file has "(1995)" in its title, and the year "V".
+        plain, year_of_title = split_title(title)
         items.append((raw_id, plain, year if re.fullmatch(r"\d{4}", year) else year_of_title, genres.split()))
     return _item_table(numbers, items)
 

@@ -86,8 +86,8 @@ def build_source(
 ) -> Source:
     """Build the source `name` from the command line's arguments.
 
-    append: event files with only new data, which replace the event files of `path`; an empty list keeps those of
-        `path`; None: the source is not for an append.
+    append: event files with only new data, which replace the event files of the mapping; an empty list keeps those of
+        the mapping; None: the source is not for an append.
 
     Raises:
         ValueError: an argument is missing or belongs to another source, or a file is missing.
@@ -113,7 +113,7 @@ def build_source(
     if path is None and kind.fetch is not None:
         path = kind.fetch(cache_dir)
     if path is None:
-        raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what it names")
+        raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what --path names")
     if items is None and kind.items is not None:
         raise ValueError(f"--items is missing: {name} needs the file with the items' texts")
     files = append if kind.takes_event_files else None

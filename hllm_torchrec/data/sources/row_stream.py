@@ -78,7 +78,8 @@ class RowStream(io.RawIOBase):
             return self._whole_rows(text, final=final)
         self._rest = self._checked(text, final=final)
         self._line += count_lines(block)
-        return block or b"\n"  # without the line break, Arrow reads an empty last cell as quoted if another cell is
+        # Without a line break at the end, Arrow reads an empty last cell as quoted if another cell is quoted.
+        return block or b"\n"
 
     def _has_quoted_cell(self, text: bytes) -> bool:
         return b'"' in text and _opening(self._separator).search(text) is not None

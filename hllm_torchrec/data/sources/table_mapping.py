@@ -106,7 +106,7 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
         policy=BadRows().changed(mapping.bad_rows, chosen=True),
-        # The order of the labels matters, but mappings that differ only in the order are equal, so store the names too.
+        # The order of the labels matters, but dicts that differ only in the order are equal, so store the names too.
         options={"mapping": read_yaml(path)} | ({"labels": list(declared.schema.label_names)} if events.labels else {}),
     )
 
@@ -240,7 +240,7 @@ def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool =
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
     try:
-        # A path that exists is no pattern: browsers and copies make names like `events[1].csv`.
+        # A path that exists is no pattern, because browsers and copies make names like `events[1].csv`.
         literal = root / relative
         found = [literal] if literal.exists() else sorted(root.glob(relative), key=natural_key)
         files = [file for path in found for file in _files_of(path, is_named=path.name == given.name)]

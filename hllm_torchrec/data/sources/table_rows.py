@@ -87,7 +87,7 @@ def _id_nulls(given: Format | None) -> tuple[str, ...]:
 
 
 def _check_unit(time: pa.Array, seconds: pa.Array, columns: EventColumns, path: Path) -> None:
-    """Raise ValueError for dates that are read as numbers, for rounded times, and for times in a too fine unit."""
+    """Raise ValueError for dates read as numbers, for rounded times, and for times read in a unit that is too fine."""
     place = f"{path}, column {columns.time}"
     if columns.time_unit != "iso8601" and are_dates_as_numbers(time):
         raise ValueError(f"{place}: {time[0]} looks like a date; set the time unit: time_unit: iso8601")
