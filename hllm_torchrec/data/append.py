@@ -47,9 +47,8 @@ from hllm_torchrec.data.vocabulary import dataset_marks, mark_ids
 logger = logging.getLogger(__name__)
 _NAMED_FILES = 10
 """Maximum number of a source's files that the manifest names."""
-
 _ODDS_RATIO, _LEAST_ODDS = 4, 0.005
-"""A share of positives is reported if its odds, raised by the second number, changed by the first factor or more."""
+"""A share p of positives is reported if its odds (p + _LEAST_ODDS) / (1 - p + _LEAST_ODDS) changed by _ODDS_RATIO."""
 
 
 def append_events(
@@ -72,11 +71,12 @@ def append_events(
 
     Returns:
         The number of the version and the counts of the added rows (`added` in its manifest). None if the source holds
-        nothing new and the split has the dataset's dates.
+        nothing new and `split` does not change the dates.
 
     Raises:
         ValueError: a row is bad; the source has other columns, features or labels than the dataset; the dataset does
-            not support appends (see `_check_fits`); or `split` is not by date or leaves a part without events.
+            not support appends (see `_check_fits`); or `split` is not by date, leaves a part without events, or is
+            given for a dataset that is not split by time or date.
     """
     with write_lock(root):
         dataset = Dataset.open(root)
@@ -250,7 +250,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
         if len(rows):
             folder.mkdir(exist_ok=True)
             pq.write_table(rows, folder / f"{name}.parquet", compression="zstd")
-    # Marks are hash chains: hashing continues from the mark of the version before, so its ids are not read again.
+    # Marks are hash chains: hashing continues from the mark of the version before, so that version's ids are not read.
     marks = dataset_marks(dataset)
     every = {"item_features": staged.item_words, "user_features": staged.user_words}
     every |= {"context_features": staged.context_words} if staged.context_words else {}
@@ -356,7 +356,7 @@ def _keys(user_ids: Ints, events: Events) -> np.ndarray:
 
 
 def _positives_note(before: Mapping[str, int], added: Mapping[str, int]) -> Iterator[str]:
-    """Yield a caution if the share of positive labels is far from that of the dataset: the rule may have changed."""
+    """Yield a caution if the share of positive labels is far from the dataset's: the label rule may differ."""
     counts = [(one["positives"], one["exposures"]) for one in (before, added)]
     if not all(exposures for _, exposures in counts):
         return

@@ -41,7 +41,7 @@ _CAUSES = {
 _TABLES = {"duplicate_item": "items", "item_without_text": "items", "missing_id": ""}
 """Table that the bad rows of a kind belong to, if not the events; "": the table that is being read."""
 FEW_ROWS = 4
-"""Fewer bad rows of a kind than this never fail `check_shares`: in a small table a few bad rows can be chance."""
+"""Fewer bad rows of a kind than this never fail `check_shares`, since a few bad rows in a small table can be chance."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class BadRows:
 class BadRowLog:
     """Applies a `BadRows` policy, counts dropped and kept rows, and collects notes on the tables for the user.
 
-    `dropped` and `kept` count rows by reason. Reasons that are not fields of the policy, such as
-    "event_of_dropped_item", are consequences of other choices.
+    `dropped` and `kept` count rows by reason. Some reasons are not fields of the policy: "event_of_dropped_item"
+    follows from another choice; rows such as "repeated_item_row" or "known_event" are left out under any policy.
     """
 
     def __init__(self, policy: BadRows) -> None:
@@ -178,9 +178,9 @@ class BadRowLog:
 def describe_time(text: str | None, second: int | None, remedy: str = "") -> str:
     """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None.
 
-    remedy: added with the unit, if the value looks like another unit.
+    remedy: text that is added, followed by the unit, if the value looks like a time in another unit.
     """
-    # If the value is in range when read in a finer unit, it most likely has that unit: suggest it.
+    # If the value is in range when read in a finer unit, it most likely has that unit, so suggest it.
     number = int(text) if text and re.fullmatch(r"\s*\d{1,19}\s*", text) else second
     if number is not None and (second is None or second > MAX_SECOND):
         for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):

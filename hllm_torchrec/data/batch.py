@@ -41,7 +41,9 @@ class HybridBatch(Pipelineable):
     timestamps: Tensor
     """[T] seconds UTC."""
     next_times: Tensor
-    """[T] seconds UTC of the piece's next event that can be history; the event's own second if there is none."""
+    """[T] seconds UTC of the piece's next event that can be history; the event's own second if there is none, and for
+    an item token whose event has an action token.
+    """
     query_offsets: Tensor
     """[B+1] boundaries of the pieces in Q."""
     query_times: Tensor

@@ -1,7 +1,7 @@
 """Collation of pieces of users into a `HybridBatch`, in numpy on the loader's background thread.
 
 Legend: as in `hllm_torchrec.data.batch` (B pieces, T history positions, Q queries, X exposures, G generative targets,
-K negatives, U unique items, S slots).
+K negatives, U unique items, S slots, N requests, F numeric or evidence columns, P contexts of the position bias).
 """
 
 from collections.abc import Sequence
@@ -79,8 +79,8 @@ class Collator:
     def negatives(self, epoch: int, step: int) -> Ints:
         """[K] distinct items, sampled uniformly from a generator seeded by (seed, epoch, step): equal on every rank.
 
-        Items that the split holds out of train are never negatives, since they do not exist yet in training. Withdrawn
-        and forgotten items (`Dataset.excluded_items`) are never negatives either.
+        Items that the split holds out of train are never negatives, since they do not exist yet in training. Nor are
+        withdrawn and forgotten items (`Dataset.excluded_items`); see `possible_negatives`.
         """
         wanted = self.spec.negatives
         # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
@@ -177,7 +177,7 @@ class Collator:
         order = times if spec.visibility == "second" else np.arange(len(piece))
         delay = spec.feedback_delay
         requests = Events.at([]) if piece.requests is None else piece.requests
-        assert not len(requests) or spec.visibility == "second", "a request has a second, no position"
+        assert not len(requests) or spec.visibility == "second", "a request has a second, but no position"
         exposed, positions = piece[targets], targets + piece.offset
         if self.draws is not None and pool is not None:
             targets, exposed, rates, positions = self.draws.rows(piece, targets, epoch, pool)
@@ -242,17 +242,18 @@ class Collator:
             return np.arange(times.size)
         return self.stochastic_length.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
 
-    def _queries(self, targets: Events, visible: Ints) -> tuple[Ints, Ints]:
-        """(index of the first exposure of each query [Q], query of each exposure [X]).
+    def _queries(self, asked: Events, visible: Ints) -> tuple[Ints, Ints]:
+        """(index in `asked` of the first event of each query [Q], query of each event [X + N]).
 
-        Early fusion: one query per exposure. Late fusion: exposures of the same second and context that see the same
-        history share one query.
+        asked: the exposures [X], then the requests [N]; visible: [X + N] number of eligible events that each sees.
+        Early fusion: one query per event. Late fusion: events of the same second and context that see the same history
+        share one query.
         """
         if not self.spec.fusion.query_is_user:
             every = np.arange(visible.size)
             return every, every
-        # `visible` is part of the key: with visibility by position, one second has requests with different histories.
-        moments = np.stack([visible, targets.timestamps, *self.context.keys(targets, self.spec.context)])
+        # `visible` is part of the key, because with visibility by position, events of one second differ in history.
+        moments = np.stack([visible, asked.timestamps, *self.context.keys(asked, self.spec.context)])
         _, first, inverse = np.unique(moments, axis=1, return_index=True, return_inverse=True)
         return first, inverse.reshape(-1)
 
@@ -345,8 +346,8 @@ class Collator:
         return is_item, ~is_item
 
     def _item_of_slot(self, view: PieceView, queries: int) -> Ints:
-        """[S] item of each slot; -1: no item (action tokens, and late-fusion queries, whose targets have slots of their
-        own).
+        """Item of each slot before the slots of the unique items; -1: no item (action tokens, and late-fusion queries,
+        whose targets have slots of their own).
 
         The order is that of `HybridBatch`: T history, then Q queries (early fusion: the targets themselves), then X
         targets for late fusion.
@@ -407,7 +408,10 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
 
 
 def possible_negatives(dataset: Dataset) -> Ints | None:
-    """Ids of the items that negatives are drawn from; None: all items."""
+    """Ids of the items that negatives are drawn from; None: all items.
+
+    If the split holds items out of train, only items with a training event are drawn.
+    """
     holds_out, excluded = "hold_out_items" in dataset.manifest["split"], dataset.excluded_items
     if not holds_out and not excluded.size:
         return None

@@ -29,7 +29,7 @@ class CreativeBatch(Pipelineable):
     may_match: Tensor
     """[N, K] bool: False where the negative is an item of the user's sequence or of the user's creatives."""
     profiles: PackedTexts | None = None
-    """Profile prompts with the profiles as responses; None: no loss reads profiles."""
+    """Profile prompts with the profiles as responses; None: no loss reads profiles, or not the training part."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CreativeBatch":
         """A copy on `device`."""
@@ -63,7 +63,7 @@ class CreativeBatch(Pipelineable):
 
     @property
     def profile_weight(self) -> float:
-        """Denominator of L_recon: the same as `token_weight` for profiles; 0 without profiles."""
+        """Denominator of L_recon: like `token_weight`, but with the tokens of the profiles; 0 without profiles."""
         return 0.0 if self.profiles is None else float((self.weights.double() * self.profiles.response_tokens).sum())
 
     @property

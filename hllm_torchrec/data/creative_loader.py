@@ -5,7 +5,7 @@ second: it sees only events of strictly earlier seconds. Every query of a pass s
 `max_history` of these events (or all, if there are fewer). The plan of an epoch is a function of (table, dataset,
 settings, world size, epoch). The interface is that of `Loader`.
 
-Legend: N creatives of the part.
+Legend: N creatives of the part whose texts have tokens.
 """
 
 from collections import OrderedDict
@@ -75,7 +75,7 @@ class CreativeLoader:
 
     @cached_property
     def _seen(self) -> Ints:
-        """[N] number of events before the second of each creative."""
+        """[N] number of the user's events that each creative may see."""
         found = np.empty(len(self.tokens), np.int64)
         users = self.part.user_ids[self.tokens.rows]
         for rows in np.split(np.arange(users.size), np.flatnonzero(np.diff(users)) + 1):

@@ -170,7 +170,9 @@ def check_name(name: str) -> None:
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raise ValueError if a share is negative, the shares do not sum to 1, or the share of train is 0."""
     if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and fractions[0]):  # NaN fails every comparison
-        raise ValueError(f"--fractions {fractions}: three shares, none negative, that of train above 0, that sum to 1")
+        raise ValueError(
+            f"--fractions {fractions}: give three shares that sum to 1, none negative, the share of train above 0"
+        )
 
 
 def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) -> Ints:
@@ -212,7 +214,7 @@ def write_table(
     complete = {split: _complete(parts[split], split) for split in SPLITS if split in parts}
     _check_users(complete, path)
     path.parent.mkdir(exist_ok=True)
-    # Without the lock, two processes could both find no table and write one; the second would report the first's table.
+    # Without the lock, two processes could both find no table and write one; the second's would be lost silently.
     with hold_lock(path.parent / ".lock", f"{path}: another process is writing a table", wait=lock_wait()):
         if path.exists():
             raise ValueError(f"{path}: exists; choose another --name, or remove it")
@@ -263,7 +265,7 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
         with error_location(file, _REMEDY):
             manifest = json.loads(file.read_text(encoding="utf-8"))
             names = list(manifest["files"])
-        kept = {}
+        kept, before = {}, found
         for name in names:
             rows = read_table(file.parent / name)
             gone = pc.or_(
@@ -274,7 +276,7 @@ def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry
             )
             kept[name] = rows.filter(pc.invert(gone))
             found += len(rows) - len(kept[name])
-        if dry_run or sum(map(len, kept.values())) == sum(len(read_table(file.parent / name)) for name in names):
+        if dry_run or found == before:
             continue
         _replace(file.parent, manifest, kept)
         for folder in (root / "tokens").glob("creatives-*"):
@@ -317,10 +319,10 @@ def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]
 
 
 def _complete(rows: pa.Table, split: str) -> pa.Table:
-    """Return the rows with the columns `SCHEMA`, and `CHECKS` if they have it; missing columns are null."""
+    """Return the rows with the columns `SCHEMA`, and `CHECKS` if `rows` has it; missing columns are null."""
     for name in NEEDED:
         if name not in rows.column_names:
-            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(NEEDED)}")
+            raise ValueError(f"creatives of {split}: no column {name!r}; the rows need {', '.join(NEEDED)}")
     columns = [
         rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
         for field in SCHEMA

@@ -241,7 +241,8 @@ def _check_columns(dataset: Dataset, section: CreativeConfig) -> None:
     unknown = [name for name in section.columns if name not in known]
     if unknown:
         raise ConfigError(
-            f"creative.prompt: {{{unknown[0]}}}: no text column of {dataset.root}; it has {', '.join(known)}"
+            f"creative.prompt: {{{unknown[0]}}}: no text column of {dataset.root} or of creatives; there are "
+            f"{', '.join(known)}"
         )
 
 

@@ -170,14 +170,14 @@ class Dataset:
     def excluded_items(self) -> Ints:
         """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
         forgotten, items = self.tombstones.numbers(ITEMS), self.items
-        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # then it is a text column
             return forgotten
         withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
         return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
 
     @property
     def items_fingerprint(self) -> str:
-        """Hash of the files with the items' rows; it changes with every text."""
+        """Hash of the files with the items' rows; it changes if any text changes."""
         names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
         hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
         # A compacted base has the same texts as the version before, so it keeps that version's fingerprint.
@@ -237,8 +237,8 @@ class Dataset:
     def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
         """All row groups of a part, in order of file and of position in it.
 
-        since: leave out users without an event of the part from this second on; only merged sequences support this,
-            Parquet files return all groups.
+        since: leave out users without an event of the part from this second on. Only merged sequences support this;
+            for sequences in Parquet files, all groups are returned.
         """
         if self._is_merged:
             return list(self._user_groups(split, since))
@@ -277,7 +277,7 @@ class Dataset:
         """
         rows, split, base = self.table_rows, self.manifest["split"], chain_base(self.manifest)
         if base is None:
-            raise ValueError(f"{self.root}: it has no event files; append to it, or compact it, to have them written")
+            raise ValueError(f"{self.root}: it has no event files; append events to it, which writes them")
         files = [
             [EventFile.open(self.root / name, rows, one.get("seconds")) for name in one["event_files"]]
             for one in (base, *self.manifest.get("appends", ()))
@@ -342,7 +342,7 @@ class Dataset:
         return self.merged.read(users, group.part, columns or self._columns, skipped)
 
     def recent(self, split: str, since: int, columns: Sequence[str]) -> Iterator[Events]:
-        """Yield the events of a part's rows by group, from second `since` on (0: all; above 0 needs timestamps)."""
+        """Yield the events of a part's rows by group, from second `since` on (0: all; else needs "timestamps")."""
         for group in self.row_groups(split, since) if since else self.row_groups(split):
             rows = (
                 self.tails(group, self.heads(group, since).before, columns)
@@ -428,7 +428,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
     """One row for each id 1..size, from the last table that has this id.
 
     Raises:
-        ValueError: an id is missing or above `size`; the message names the file that should have the id.
+        ValueError: an id is missing or above `size`; the message names the last of `paths`.
     """
     base, added = len(tables[0]), np.concatenate([table[key].to_numpy() for table in tables[1:]])
     # If the appends only add new rows in order, concatenating the tables is enough.

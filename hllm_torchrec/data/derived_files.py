@@ -40,11 +40,11 @@ def refuse_links(root: Path, path: Path) -> None:
     for file in (*steps, *inside):
         if file.is_symlink() or (file.exists() and not (file.is_file() or file.is_dir())):
             raise ValueError(
-                f"{file}: is a link or no plain file, which may lead out of the dataset; replace it by a copy"
+                f"{file}: is a link or no plain file, and may lead out of the dataset; replace it by a copy"
             )
 
 
 def _is_writable(path: Path) -> bool:
-    """True if `path`, which may lack folders, can be created; false also for root on a read-only file system."""
+    """True if `path`, whose folders may not exist, can be created. False on a read-only file system, also for root."""
     existing = next(folder for folder in path.parents if folder.exists())
     return os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -13,7 +13,7 @@ that the metrics estimate those of ranking the complete catalogue.
     batch        items of other exposures of the step on this rank: q_j is the share of training events of j
     hard         q_j = (1 - HARD) / N, plus HARD / K for the K candidates that a retrieval run gives for the user
 
-Legend: X exposures, M drawn rows, N items.
+Legend: X exposures, M drawn rows, N items that may be drawn.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ STRIDE = 1 << 24
 class DrawnRows(NamedTuple):
     """Rows of a piece: its exposures [X], followed by their drawn negatives [M].
 
-    source: index in the piece of the exposure that a row is or was drawn for; rates: r of each row's item.
+    source: index in the piece of the exposure that a row is or was drawn for; rates: r of each row's item; positions:
+    position of each exposure, and of each draw as described at STRIDE.
     """
 
     source: Ints
@@ -76,7 +77,7 @@ class NegativeDraws:
             mass = events + (1 if by == "popularity" else 0)
         total = mass[items].sum()
         self._shares = mass / (total or 1.0)
-        """[N] q of each item; for items that cannot be drawn, the value by the same formula."""
+        """q of each of the dataset's items; for items that cannot be drawn, the value by the same formula."""
         self._ends = np.cumsum(mass[items]) / (total or 1.0)
 
     def rows(self, piece: Piece, targets: Ints, epoch: int, pool: Ints) -> DrawnRows:

@@ -89,7 +89,7 @@ class EventFile:
 
     @cached_property
     def starts(self) -> Ints:
-        """[R, 2] the cuts. Raises ValueError, which names the file, if one is not in the row's events."""
+        """[R, 2] the cuts. Raises ValueError, which names the file, if a row does not satisfy the rule below."""
         valid, test = self.cuts
         if ((valid < 0) | (valid > test) | (test > self.lengths)).any():
             rule = "0 <= valid_start <= test_start <= number of events does not hold"

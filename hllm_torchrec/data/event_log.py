@@ -45,7 +45,7 @@ class EventLog:
     """Opens or creates the file. Any thread may use the object; only one process may open the file at a time.
 
     Raises:
-        ValueError: the file cannot be opened, or another process has it open.
+        ValueError: the file cannot be opened or has another format, or another process has it open.
         UnavailableError: raised by all methods when the file cannot be read or written (for example, a full disk).
     """
 
@@ -54,7 +54,7 @@ class EventLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
-            # EXCLUSIVE keeps the lock of the first write: a second service on the same file would miss events.
+            # EXCLUSIVE keeps the lock of the first write, because a second service on the same file would miss events.
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._connection.executescript(_TABLES)
@@ -68,7 +68,7 @@ class EventLog:
             raise ValueError(f"{path}: format {found['format']}, not {FORMAT}: give --state another file")
         self._key = bytes.fromhex(found["key"])
         self.listeners: list[Callable[[str], None]] = []
-        """Called with a user whose events have changed, after they are on the disk and before `append` returns."""
+        """Called with a user whose events have changed, after the change is on the disk and before the call returns."""
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -101,20 +101,20 @@ class EventLog:
         return [LoggedEvent(*row[:4]) for row in rows], rows[-1][4] if rows else after
 
     def forget(self, user: str) -> int:
-        """Delete a user's events, and remember by a hash that the user was forgotten; returns the number of events."""
+        """Delete a user's events, and store a hash of the user as forgotten; returns the number of deleted events."""
         with self._held():
             with self._connection:
                 self._connection.execute("BEGIN")
                 deleted = self._connection.execute("DELETE FROM events WHERE user = ?", (user,)).rowcount
                 self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
-            # Without this, the deleted rows would remain in the write-ahead file until they are overwritten.
+            # Without this, the deleted rows would remain in the write-ahead file until it is overwritten.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for listener in list(self.listeners):
             listener(user)
         return int(deleted)
 
     def forget_items(self, items: Sequence[str]) -> int:
-        """Delete all events of items; returns their number."""
+        """Delete all events of items; returns the number of deleted events."""
         deleted, users = 0, set()
         with self._held():
             with self._connection:
@@ -130,7 +130,7 @@ class EventLog:
         return deleted
 
     def forget_those_of(self, tombstones: Tombstones) -> int:
-        """Forget the users and items that a dataset has forgotten; returns the number of events.
+        """Forget the users and items that a dataset has forgotten; returns the number of deleted events.
 
         A user that this log has already forgotten, and who came back, keeps the events logged since then.
         """

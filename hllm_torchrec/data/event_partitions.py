@@ -29,22 +29,21 @@ def partition_count(event_bytes: int, compressed: bool) -> int:
 
 
 class PartitionWriter:
-    """Distributes the rows of tables over `count` Arrow streams in `folder` by a hash of one string column."""
+    """Distributes the rows of tables over `count` Arrow streams in `folder` by a hash of `raw_user_id`."""
 
-    def __init__(self, folder: Path, prefix: str, count: int, key: str) -> None:
+    def __init__(self, folder: Path, prefix: str, count: int) -> None:
         self._paths = [folder / f"{prefix}-{p:05d}.arrows" for p in range(count)]
         self._writers: list[pa.ipc.RecordBatchStreamWriter | None] = [None] * count
-        self._key = key
 
     def write(self, table: pa.Table) -> None:
-        """Append each row of `table` to the partition of its key."""
+        """Append each row of `table` to the partition of its user."""
         count = len(self._paths)
         if table.num_rows == 0:
             return
         if count == 1:
             self._append(0, table)
             return
-        part = (hash_strings(table[self._key].combine_chunks()) % np.uint64(count)).astype(np.int64)
+        part = (hash_strings(table["raw_user_id"].combine_chunks()) % np.uint64(count)).astype(np.int64)
         # Stable, so that rows of a partition stay in source order, which `sort_partition` relies on for ties.
         table = table.take(np.argsort(part, kind="stable"))
         ends = np.cumsum(np.bincount(part, minlength=count))
@@ -97,7 +96,7 @@ def hash_strings(values: pa.Array) -> np.ndarray:
         place = np.arange(len(data)) - np.repeat(starts, lengths)
         # reduceat sums from each start to the next one; an empty string would give a wrong sum, hence the assertion.
         sums = np.add.reduceat((data.astype(np.uint64) + np.uint64(1)) * powers[place], starts)
-        # Drop the low bits: callers take a remainder, and the low bits of the product depend on few bits of the sum.
+        # Drop the low bits, which depend on few bits of the sum, because callers take a remainder.
         return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
 
 

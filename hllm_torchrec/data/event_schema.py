@@ -9,7 +9,7 @@ declared columns are in `Events.extra`:
 
     label_<name>      float32: 0 or 1, a number, or the index of an ordinal value; NaN where it is not defined
     weight            float32, at least 0
-    sampling_rate     float32 in (0, 1]: sampling rate of the exposures with first label 0 in the row's source
+    sampling_rate     float32 in (0, 1]: kept share of the exposures with first label 0 where the row comes from
     context_<name>    int32 id of a categorical value (0: unknown), or float32 number (NaN: unknown)
 """
 

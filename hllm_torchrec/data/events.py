@@ -3,7 +3,7 @@
 Columns that a source declares (further labels, weights, context: `data.event_schema`) are in `extra`, by name, from
 preparation to scoring.
 
-Legend: n events of one user, T events of R users, concatenated.
+Legend: n events of one user, T events of R users, concatenated; X exposures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Fit of evidence to the training part: item factors of all users and without each fold, columns' scales, weights.
+"""Fit of evidence to the training part: factors of all users and without each fold, scales and weights of columns.
 
 Legend: X training exposures, F columns.
 """

@@ -19,7 +19,7 @@ def check_spellings(words: Mapping[str, Vocabulary], log: BadRowLog) -> list[str
     """Notes on the new values of features that a dataset already has.
 
     Raises:
-        ValueError: more than the policy's largest share of the new values are earlier ones in another spelling.
+        ValueError: more than the policy's largest share of the new values are other spellings of values before them.
     """
     notes = []
     for name, vocabulary in words.items():
@@ -41,8 +41,8 @@ def check_spellings(words: Mapping[str, Vocabulary], log: BadRowLog) -> list[str
 def other_spellings(values: list[str], known: int) -> list[tuple[str, str]]:
     """Pairs (new value, other value) of one number or truth value; the first `known` values are not new.
 
-    Empty if some value has a fraction, since `2` and `2.0` can be two values among `2.1`; a truth value is one only if
-    all values are.
+    Empty if some value has a fraction, since `2` and `2.0` can be two values among `2.1`. `1` and `true` are a pair
+    only if all values are truth values.
     """
     if not any(value[:1] == "-" or value[:1].isdigit() or value.lower() in _TRUTH for value in values[known:]):
         return []

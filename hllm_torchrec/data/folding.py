@@ -24,10 +24,10 @@ from hllm_torchrec.data.validation import TableRows, read_table
 FACTOR = 2
 """Number of appends of one level that are merged into an append of the next level."""
 MOST_EVENTS = 20_000_000
-"""Maximum number of events merged in memory; larger appends are few, and are not folded."""
+"""Maximum number of events merged in memory. Larger appends, which are few, are not folded."""
 OUTGROWN, LEAST_EVENTS = 0.05, 50_000
-"""Appends are merged with the base if they together have more than this share of the base's events, and more than this
-number."""
+"""Appends are merged with the base if together they have more than the share OUTGROWN of the base's events, and more
+than LEAST_EVENTS events."""
 
 
 @dataclass(frozen=True)

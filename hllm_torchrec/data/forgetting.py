@@ -1,9 +1,9 @@
 """`forget`: removes users and items from every version of a dataset; their numbers remain reserved as tombstones.
 
 Files of a version are never changed. Each file with an event or a row of a forgotten id is written again without it,
-into `bases/<version>` of a new version, and the manifests of all existing versions are replaced by manifests that name
-the new files (`data.rewriting`). So no reader of any version finds the events, and no other number changes. `prune`
-removes the old files later; with `erase` they are removed at once.
+into `bases/<version>` of a new version, and the manifests of all versions with a forgotten id are replaced by manifests
+that name the new files (`data.rewriting`). So no reader of any version finds the events, and all other ids keep their
+numbers. `prune` removes the old files later; with `erase` they are removed at once.
 
 If the process is killed, each version either still has all the ids or none of them; the same call completes the work.
 """

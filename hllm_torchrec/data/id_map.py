@@ -33,7 +33,7 @@ class IdMap:
         return self._count
 
     def find(self, raw_ids: pa.Array | pa.ChunkedArray) -> Ints:
-        """The numbers (int64 [n]) of ids, -1 for those that are not in the map; no id is null or empty."""
+        """The numbers (int64 [n]) of ids, -1 for those that are not in the map; no id may be null or empty."""
         distinct, index = _distinct(raw_ids)
         return self._find(distinct, hash_strings(distinct))[index]
 

@@ -85,7 +85,10 @@ def _handled(
 def _checked(
     chunk: Chunk, source: Source, catalogue: ItemCatalogue, known: int, log: BadRowLog, locate: RowLocator
 ) -> pa.Table:
-    """The accepted events of a chunk with item numbers, seconds and orders; known: number of items in the item file."""
+    """The accepted events of a chunk with item numbers, seconds and orders.
+
+    known: number of items before the first event: those of the item file and of an existing dataset.
+    """
     path, table = chunk.path, chunk.table
     # Assign the orders before any row is dropped, so that an order can be mapped back to its row in the file.
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))
@@ -127,7 +130,7 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
     for label in schema.labels[1:]:
         first, values = table["label"], table[label.column]
         undefined = first.is_null().to_numpy() & values.is_valid().to_numpy()
-        problem = f"the label {label.name} is given, and the first label, {schema.labels[0].name}, is not"
+        problem = f"the label {label.name} is given, but the first label, {schema.labels[0].name}, is not"
         table = _handled(log, "nan_label", undefined, table, path, _says(problem))
         defined = table["label"].is_valid()
         if label.given is not None:
@@ -178,7 +181,7 @@ def _with_context_ids(table: pa.Table, words: Mapping[str, Vocabulary]) -> pa.Ta
 class SamplingRates:
     """Detects sampling rates that were written per row: 1 on every positive row, less than 1 on every negative row.
 
-    The rate is added to a row's logit as a correction, so such rates would leak the label.
+    -log(rate) is added to a row's logit as a correction, so such rates would leak the label.
     """
 
     def __init__(self) -> None:
@@ -264,7 +267,7 @@ def _without_zeros(ids: pa.Array) -> pa.Array:
 
 
 _MOST_COMPARED = 1_000_000
-"""Number of items with which unknown ids are compared in each spelling."""
+"""Maximum number of items with which unknown ids are compared in each spelling."""
 
 _SPELLINGS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "ids became floats": lambda ids: pc.replace_substring_regex(ids, r"\.0+$", ""),
@@ -273,7 +276,7 @@ _SPELLINGS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "ids are in another case": pc.utf8_lower,
     "ids are in another Unicode form": lambda ids: pc.utf8_normalize(ids, "NFKC"),
 }
-"""Cause -> form of ids in which those of the events and of the items are equal in this case."""
+"""Cause -> function that, if this is the cause, makes the ids of the events equal to those of the items."""
 
 
 class RepeatedFeatures:

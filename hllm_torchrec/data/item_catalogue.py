@@ -86,7 +86,7 @@ class ItemCatalogue:
     """
 
     def __init__(self, source: Source, spool: Path, log: BadRowLog) -> None:
-        self._log = log
+        self.log = log
         self._text = source.text_columns
         self._columns = [*source.text_columns, *(f"feature_{name}" for name in source.item_features)]
         fields = [pa.field("number", pa.int64()), pa.field("raw_item_id", pa.string())]
@@ -109,11 +109,6 @@ class ItemCatalogue:
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-    @property
-    def log(self) -> BadRowLog:
-        """The log that handles the bad rows."""
-        return self._log
 
     def load(self, old: Dataset, *, with_rows: bool) -> None:
         """Add the items of an existing dataset. with_rows: add their rows too, with feature ids decoded to values."""
@@ -159,7 +154,7 @@ class ItemCatalogue:
         texts = self._texts(table)
         empty = np.array([not any(text) for text in texts], bool)
         raw_ids = table["raw_item_id"]
-        drop_empty = self._log.handle(
+        drop_empty = self.log.handle(
             "item_without_text",
             empty,
             chunk.path,
@@ -178,7 +173,7 @@ class ItemCatalogue:
     def _without_bad_ids(self, chunk: Chunk) -> pa.Table:
         blank = blank_mask(chunk.table["raw_item_id"])
         rows = chunk.table["row"].to_numpy()
-        if self._log.handle("missing_id", blank, chunk.path, rows, lambda _: "the item id is missing"):
+        if self.log.handle("missing_id", blank, chunk.path, rows, lambda _: "the item id is missing"):
             return chunk.table.filter(pa.array(~blank))
         return chunk.table
 
@@ -205,7 +200,7 @@ class ItemCatalogue:
         repeated = np.ones(len(numbers), bool)
         repeated[take] = False
         differs = repeated & (self._digests[numbers] != digests)
-        self._log.handle(
+        self.log.handle(
             "duplicate_item",
             differs,
             path,
@@ -213,7 +208,7 @@ class ItemCatalogue:
             lambda i: f"item {abbreviate(raw_ids[i].as_py())} came before with another text",
         )
         if (repeated & ~differs).any():
-            self._log.dropped["repeated_item_row"] += int(np.count_nonzero(repeated & ~differs))
+            self.log.dropped["repeated_item_row"] += int(np.count_nonzero(repeated & ~differs))
         return numbers, take
 
     def _completed(self, table: pa.Table) -> pa.Table:

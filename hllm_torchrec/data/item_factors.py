@@ -7,8 +7,8 @@ factors are integrated out (probabilistic PCA with missing entries), which gives
 gradients on a few hundred users. Given any history, z_u has a closed-form posterior. `hllm_torchrec.baselines.gaussian`
 predicts with this posterior, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense item features.
 
-Legend: N items (0 is unknown), K factors without that of the user's mean, J = K + 1, n events of a user, T events of R
-users.
+Legend: N items (0 is unknown), K factors without that of the user's mean, J = K + 1, n events of a user, X prefixes of
+a user's events, T events of R users, V features of an item.
 """
 
 import logging
@@ -139,15 +139,15 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy.
 
     The file `factors` (in the cache if the dataset is read-only) is fitted if it does not exist; items added after the
-    fit have zeros. Only runs without a file of their own (`run_factors`) use it. In other files, appended items without
-    a row read row 0, with a warning, and rows of items of later versions are left out.
+    fit have zeros. Only runs without a file of their own (`run_factors`) use this file. In other files, appended items
+    without a row read row 0, with a warning. Rows of items that only later versions have are left out.
 
     Raises:
         ValueError: the file does not exist, is a link or damaged, has a value that is not finite, or does not have the
             dataset's number of rows.
     """
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
-        raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
+        raise ValueError(f"data.item_vectors: {name!r}: must be a plain name of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
     refuse_links(dataset.root, path)
     if name == FACTORS:
@@ -242,7 +242,7 @@ def training_ratings(dataset: Dataset, max_users: int) -> Ratings:
     every = np.concatenate(values) if values else np.empty(0)
     if every.size == 0 or np.ptp(every) == 0:
         raise ValueError(
-            f"{dataset.root}: all training values are equal: item factors need ratings or two labels; "
+            f"{dataset.root}: no two training values differ: item factors need ratings or two labels; "
             "drop `factors` from data.item_vectors, and data.evidence"
         )
     offsets = offsets_from_lengths(np.concatenate(lengths))

@@ -17,9 +17,8 @@ def late_events(dataset: Dataset, path: str, version: int, since: int) -> tuple[
         ValueError: the dataset does not have this version, or no longer has it.
     """
     old = Dataset.open(path, version)
-    if (
-        chain_base(old.manifest) is None
-    ):  # earlier release without event files: the next version has the same events in event files
+    if chain_base(old.manifest) is None:
+        # A dataset of an earlier release without event files: the next version has the same events in event files.
         old = Dataset.open(path, version + 1)
     now, before = (one.merged.before(since).astype(np.int64) for one in (dataset, old))
     users = np.flatnonzero(now > np.pad(before, (0, now.size - before.size)))

@@ -21,7 +21,7 @@ from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.background import prefetch
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
-from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Piece, Sequences
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.pieces import Pieces, assign_balanced, cut_into_pieces, in_user_sample, pieces_of_requests
@@ -90,36 +90,32 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         # A user with a late event may have no event from `since` on, so no group may be left out.
         since = spec.since if spec.late is None or not spec.late[0].size else 0
-        self._groups = dataset.row_groups(spec.split, since or None)
-        own = len(self._groups)
+        self.groups = dataset.row_groups(spec.split, since or None)
+        """The row groups; `pieces.group` has indices into this list."""
+        own = len(self.groups)
         if spec.all_events and spec.split != "train":
-            self._groups += dataset.row_groups("train", since or None)
-        if not self._groups:
+            self.groups += dataset.row_groups("train", since or None)
+        if not self.groups:
             self._refuse_empty()
         self.pieces = self._index(own)
         if not len(self.pieces):
             self._refuse_empty()
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         # Consecutive shuffled pieces are in different groups of a window; a smaller cache would decode groups again.
-        keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
+        keep = WINDOW_ROW_GROUPS if self.sharded else len(self.groups)
         self._rows = _RowCache(self._read, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
-    @property
-    def groups(self) -> list[RowGroup]:
-        """The row groups; `pieces.group` has indices into this list."""
-        return self._groups
-
     def _refuse_empty(self) -> NoReturn:
         """Raise ValueError with the reason why there are no pieces."""
         split, share = f"{self.dataset.root}: split {self.spec.split!r}", self.spec.user_share
-        if not self._groups and not self.spec.since:
+        if not self.groups and not self.spec.since:
             raise ValueError(f"{split} is empty: prepare the dataset with another split rule")
         if self.spec.since:
             since = f"no event since {text_of(self.spec.since)} (data.train_since)"
             raise ValueError(f"{split} has {since} of the users in a share of {share}: name an earlier moment")
-        raise ValueError(f"{split}: no user is among a share of {share}: raise the share")
+        raise ValueError(f"{split}: no user is in a share of {share}: raise the share")
 
     def _index(self, num_own_groups: int) -> Pieces:
         """The pieces of the selected share of users in all row groups.
@@ -130,7 +126,7 @@ class Loader:
         parts: list[Pieces] = []
         self._lengths: list[Ints] = []
         users_of_split: list[Ints] = [np.empty(0, np.int64)]
-        for number, group in enumerate(self._groups):
+        for number, group in enumerate(self.groups):
             rows = self.dataset.heads(group, self.spec.since)
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
@@ -160,7 +156,7 @@ class Loader:
             )
         ]
         if long.any():
-            events = self.dataset.sequences([self._groups[number]], ["timestamps"])
+            events = self.dataset.sequences([self.groups[number]], ["timestamps"])
             seen = visible_at_each_event(events.timestamps, events.offsets, self.collator.spec.feedback_delay)
             seen = seen[concat_ranges(events.offsets[rows[long]], lengths[long])]
             bounds = offsets_from_lengths(lengths[long])
@@ -170,7 +166,7 @@ class Loader:
     def _costs(self, item_costs: Ints) -> Ints:
         """int64 [number of pieces] total cost of the events of each piece."""
         costs = np.empty(len(self.pieces), np.int64)
-        for number, group in enumerate(self._groups):
+        for number, group in enumerate(self.groups):
             rows = self.dataset.sequences([group], ["item_ids"])
             sums = offsets_from_lengths(item_costs[rows.item_ids])
             # Differences of the running sum of costs; piece bounds are relative to the start of their row.
@@ -181,7 +177,7 @@ class Loader:
 
     def _read(self, number: int) -> Sequences:
         """The rows of a group, without leading events that no piece reads if these are at least half of all events."""
-        group, lengths = self._groups[number], self._lengths[number]
+        group, lengths = self.groups[number], self._lengths[number]
         inside = slice(*np.searchsorted(self.pieces.group, [number, number + 1]))
         skipped = lengths.copy()  # users without a piece are skipped completely
         np.minimum.at(skipped, self.pieces.row[inside], self.pieces.start[inside])
@@ -204,7 +200,7 @@ class Loader:
 
         Raises:
             TimeoutError: the background thread produced no batch within `timeout` seconds.
-            RuntimeError: the background thread ended with an exception that is not an `Exception` (SystemExit).
+            RuntimeError: the background thread ended with an exception that is not an `Exception`, such as SystemExit.
         """
         mine = self.rank_batches(epoch)[self.rank]
         work = (
@@ -262,11 +258,11 @@ class Loader:
 
     def _batches_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
         """The plan if each rank reads its own row groups: shuffled groups, then shuffled pieces within a window."""
-        groups = np.arange(len(self._groups))
+        groups = np.arange(len(self.groups))
         if rng is not None:
             rng.shuffle(groups)
         # `_index` appends pieces by group, so each group's pieces are a contiguous range.
-        first_of = np.searchsorted(self.pieces.group, np.arange(len(self._groups) + 1))
+        first_of = np.searchsorted(self.pieces.group, np.arange(len(self.groups) + 1))
         plan = []
         # Every rank computes the batches of all ranks, because `steps` is the maximum over them.
         for rank in range(self.world_size):

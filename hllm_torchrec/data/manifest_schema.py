@@ -9,7 +9,7 @@ from hllm_torchrec.data.event_schema import EventSchema, schema_problems
 from hllm_torchrec.data.split import RULES
 
 LARGEST = 2**31 - 2
-"""Maximum number of users, items or values of a feature: FBGEMM's kernels have int32 row numbers."""
+"""Maximum number of users, items or values of a feature, because FBGEMM's kernels have int32 row numbers."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -181,7 +181,7 @@ class MergedSequences:
     def before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
         if second not in self._counted:
-            # Normally this is the second of a late cut and most files end earlier: subtract later events of the others.
+            # Normally most files end before this second, so only the later events of the other files are subtracted.
             counts = ((one, one.lengths_before(second)) for one in self._files)
             later = self._sums((one, one.lengths - count) for one, count in counts if count is not one.lengths)
             self._counted[second] = self._totals - later

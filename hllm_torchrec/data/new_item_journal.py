@@ -5,8 +5,9 @@ The file is `<dataset>/new_items.jsonl`. Its first line has a unique name of the
     {"journal": "5f0e1c..."}
     {"id": "s41", "text": {"title": "..."}, "features": {"genres": ["drama"]}}
 
-Lines are only appended, under a lock. If an item is also in the dataset, its line is ignored; the file may be deleted
-when all its items are in the dataset. A later line of the same item replaces its text and features.
+Lines are appended under a lock. A later line of the same item replaces its text and features. `hllm forget` replaces
+the line of an item by blanks. If an item is also in the dataset, its line is ignored; the file may be deleted when all
+its items are in the dataset.
 """
 
 import json
@@ -107,9 +108,7 @@ class NewItemJournal:
         data = data[: data.rfind(b"\n") + 1]
         name, items = "", []
         for number, line in enumerate(data.splitlines(), 1):
-            if (
-                not line.strip()
-            ):  # the line of a forgotten item: blanks of the same length, so that offsets remain valid
+            if not line.strip():  # a forgotten item's line: as many blanks, so that byte offsets remain valid
                 continue
             value = self._parsed(line, number, start)
             if isinstance(value, NewItem):
@@ -147,8 +146,8 @@ def new_items(
         features: item feature -> [n] entries, each a text or a list of texts.
 
     Raises:
-        ValueError: an id is given twice, is not a text or was forgotten; a column or feature is unknown; or a column
-            does not have n entries.
+        ValueError: an id is given twice, is blank or was forgotten; an id, text or value is not a str; a column or
+            feature is unknown; or a column does not have n entries.
     """
     features = features or {}
     for kind, given, known in (
@@ -187,9 +186,9 @@ def item_problem(item: NewItem) -> str:
     if not isinstance(item.text, dict) or not _all_texts([*item.text, *item.text.values()]):
         return "a text must be a str"
     if not isinstance(item.features, dict) or not _all_texts(item.features):
-        return "features are named by text"
+        return "a feature's name must be a str"
     if not all(isinstance(values, list) and _all_texts(values) for values in item.features.values()):
-        return "a feature's values are texts"
+        return "a feature's values must be a list of str"
     return ""
 
 

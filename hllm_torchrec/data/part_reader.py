@@ -9,7 +9,7 @@ from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.merged_sequences import MergedSequences
 
 _EVENTS_AHEAD = 300_000
-"""Maximum number of events that are read ahead."""
+"""Maximum number of events of a block that is read ahead."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class _Block:
 class PartReader:
     """Reads users of a part by their indices in `users`, the ascending ids of all users of the part.
 
-    Each merge has a fixed cost per file, about that of a thousand events. So if a call continues where the last one
-    ended, four times as many users as last time are read ahead; other calls read only the requested users.
+    Each merge has a fixed cost per file, about that of a thousand events. So if a call continues where the last block
+    ended, it reads up to four times as many users as that block has; other calls read only the requested users.
     """
 
     def __init__(self, merged: MergedSequences, part: str, since: int | None) -> None:

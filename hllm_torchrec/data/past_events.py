@@ -93,7 +93,10 @@ def items_of_fit(items: Ints, fit: ItemFactors) -> Ints:
 
 
 def columns_of_users(asked: Exposures) -> list[Doubles]:
-    """The four columns [X] of the group "users", or [1]; the log of the gap is 0 without a visible event."""
+    """The four columns of the group "users", each [X], or [1] if it is equal for all exposures.
+
+    The log of the gap is 0 without a visible event.
+    """
     means, seen, last = (asked.of_past(name) for name in ("means", "seen", "last"))
     gap = np.log1p(np.where(seen > 0, np.maximum(asked.seconds - last, 0), 0))
     return [means[:, 0], means[:, 1], np.log1p(seen), gap]

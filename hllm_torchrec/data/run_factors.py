@@ -4,6 +4,8 @@ A fit to different events gives different factors in a different order, so a mod
 trained with. Items that were added later are folded in: their loading and bias are the closed-form ridge solution given
 the users' posteriors, which are computed from the items of the fit only. A run that starts from another run uses that
 run's factors, including those of new items.
+
+Legend: N items, J factors including that of the user's mean (as in `item_factors`).
 """
 
 from collections.abc import Mapping

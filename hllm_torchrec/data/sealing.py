@@ -121,9 +121,10 @@ def read_contract(path: Path) -> dict[str, Any]:
     cuts: Any = split.get("cut_timestamps")
     fractions: Any = split.get("fractions")
     if split.get("rule") not in ("time", "leave_one_out", "leave_last"):
-        raise ValueError(f"{path}: split.rule is {abbreviate(split.get('rule'))}; time, leave_one_out or leave_last")
+        rule = abbreviate(split.get("rule"))
+        raise ValueError(f"{path}: split.rule is {rule}; choose time, leave_one_out or leave_last")
     if split["rule"] == "time" and not (_numbers(cuts, 2, int) and sorted(cuts) == cuts):
-        raise ValueError(f"{path}: split.cut_timestamps must be the first second of valid, and that of test")
+        raise ValueError(f"{path}: split.cut_timestamps must be the first second of valid and the first second of test")
     if split["rule"] == "leave_last" and not _numbers(fractions, 3, int | float):
         raise ValueError(f"{path}: split.fractions must be three shares (train, valid, test)")
     return dict(raw)
@@ -308,7 +309,7 @@ def _check_group(
         outside = np.zeros(users.size, bool)
         times = rows.timestamps[own]
         outside[row[own][(times < low) | (times > high)]] = True
-        refuse(outside, f"has an event in {part} outside of the seconds that cut_timestamps give it")
+        refuse(outside, f"has an event in {part} outside of the seconds that cut_timestamps give this part")
     seen[users], lengths[users], hashes[users] = True, rows.lengths, sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
 
 

@@ -32,7 +32,8 @@ class SequenceWriter:
     parquet: False writes no Parquet files; used for the base of a later version, which is read from its event files.
 
     `facts[part]` has the numbers `users`, `events` (of the part, without the history before it), `exposures` (events
-    with a label) and `positives` (label > 0.5). `seconds` are the seconds of the first and the last event.
+    with a label), `positives` (label > 0.5) and `files` (partitions with an event of the part). `seconds` are the
+    seconds of the first and the last event.
     `item_counts` (int64 [items + 1]) counts training events by item id. Training events whose item is in `held_out`
     (bool [items + 1]) are removed from all parts, and counted in `held_out_events`.
     """

@@ -119,7 +119,7 @@ def select_kth(stream: Callable[[], Iterable[np.ndarray]], k: int) -> int:
 def find_cut(stream: Callable[[], Pairs], position: int) -> Cut:
     """The cut before the event at `position` (from 0) of all events sorted by (timestamp, order).
 
-    `stream()` yields (timestamps int64 [N], orders int64 [N]) of every partition, in any sequence. Within a second
+    `stream()` yields (timestamps int64 [N], orders int64 [N]) of every partition, in any order. Within a second
     the order decides, so that exactly `position` events come before the cut.
     """
     second = select_kth(lambda: (times for times, _ in stream()), position)

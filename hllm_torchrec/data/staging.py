@@ -75,10 +75,10 @@ def stage(
         catalogue.load(old, with_rows=with_rows)
     # Items first: an event of an item that is not in the catalogue is a bad row.
     read_items(source, catalogue)
-    writer = PartitionWriter(scratch, "events", partitions, "raw_user_id")
+    writer = PartitionWriter(scratch, "events", partitions)
     event_files = read_events(source, catalogue, log, locate, writer, context_words)
     # Same number of partitions and same hash as for the events, so that partition k of both has the same users.
-    user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
+    user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions))
     sorted_events = _sort(event_files, users, log, locate)
     if pair := users.float_spelling():
         raise ValueError(

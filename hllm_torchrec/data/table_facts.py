@@ -157,7 +157,7 @@ def user_notes(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe_append(entry: Mapping[str, Any]) -> str:
-    """Lines that describe an appended version: numbers of added events, items and users."""
+    """Lines that describe an appended version: numbers of its events, and of new and changed items and users."""
     late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
     lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
     for what in ("items", "users"):

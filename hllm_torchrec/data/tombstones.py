@@ -67,7 +67,7 @@ class Tombstones:
         return Tombstones(tuple((name, 0, digest) for name, _, digest in self.rows if name in (USERS, ITEMS)))
 
     def numbers(self, name: str) -> Ints:
-        """Ascending numbers of the forgotten ids of a map."""
+        """Ascending numbers, without 0, of the forgotten ids of a map."""
         return np.array(sorted(self._by_number.get(name, {})), np.int64)
 
     def digests(self, name: str) -> dict[int, bytes]:

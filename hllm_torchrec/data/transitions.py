@@ -47,7 +47,7 @@ class Transitions:
 
     T's last column gives all rows of T the same norm, so that ranking by cosine equals ranking by inner product; the
     user's vector is 0 there. S is scaled so that the mean score of the next items in training is 1. Items outside of
-    the fit have zeros in all other columns.
+    the fit have zeros in S, and in T in all columns but the last.
     """
 
     source: Floats
@@ -140,7 +140,7 @@ def _moments(dataset: Dataset, options: TransitionOptions, place: Ints) -> tuple
     for items, left, wanted in _sequences(dataset, options, place):
         ahead = _ahead(wanted, left, 1) * (left > 0)
         targets += int(ahead.sum())
-        # An event is in the x of every later target: sum of its squared weights over these targets.
+        # An event is in the x of every later target, so sum the squares of its weights over these targets.
         weight = np.sum([decay ** (2 * k) * _ahead(ahead, left, k) for k in range(min(lags, MAX_LAGS))], axis=0)
         for lag in range(min(lags, MAX_LAGS) + 1):
             first = np.flatnonzero(left >= lag)

@@ -68,9 +68,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path, memory_map=True) as file:
             _require_columns(columns or (), file.schema_arrow.names)
             table = file.read(columns=None if columns is None else list(columns))
-        table.validate(
-            full=True
-        )  # strings are read by offsets, which could point outside of the buffer if they are damaged
+        # Strings are read by offsets, which, if they are damaged, could point outside of the buffer.
+        table.validate(full=True)
         return table if columns is None else table.select(list(columns))
 
 
@@ -97,14 +96,14 @@ def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: 
         table.validate(full=True)
     for name in wanted:
         found, due = table.schema.field(name).type, schema.field(name).type
-        if not _require_length(found, due):
+        if not _is_same(found, due):
             raise ValueError(f"{place}: column {name} is {found}, it must be {due}; {REMEDY}")
     _check_heads(place, table, rows)
     _check_lists(place, table, rows)
     return table
 
 
-def _require_length(found: pa.DataType, due: pa.DataType) -> bool:
+def _is_same(found: pa.DataType, due: pa.DataType) -> bool:
     """True if two types are equal, ignoring the name of a list's element field."""
     if pa.types.is_list(due):
         return bool(pa.types.is_list(found) and found.value_type == due.value_type)

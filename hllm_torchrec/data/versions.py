@@ -4,12 +4,13 @@
     versions/00002.json      manifest of each existing version
     items.parquet, ...       base of version 1 (layout: `data.dataset`)
     appends/00002/           files that version 2 added (`data.append`)
-    bases/00009/             a base that version 9 wrote (`data.dataset_compaction`, or `prepare --extend`)
+    bases/00009/             a base, or files of one, that version 9 wrote: by compacting, `prepare --extend` or
+                             `--overwrite`, or forgetting
 
 A writer holds the dataset's lock, writes its files into a hidden draft folder, syncs and renames the folder, and then
 replaces `manifest.json`. If a writer is killed, the dataset has either the old or the new version; the next writer
-removes all other files it has left. Readers use the files of the manifest that they opened, so they never see files of
-another version.
+removes all other files that the killed writer left. Readers use the files of the manifest that they opened, so they
+never see files of another version.
 """
 
 import json

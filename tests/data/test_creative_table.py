@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_named(dataset: Dataset) -> None:
     cases: dict[str, dict[str, pa.Table]] = {
         r"raw_user_id 'u999': not in .* \(did you mean": {"train": rows(("u999", "s1", 9, "noir"))},
         r"raw_item_id 's999': not in": {"train": rows(("u1", "s999", 9, "noir"))},
-        r"no column 'response'; it needs": {"train": good.drop_columns("response")},
+        r"no column 'response'; the rows need": {"train": good.drop_columns("response")},
         r"user 'u1' is in train and test: all rows of a user": {"train": good, "test": good},
     }
     for message, parts in cases.items():
@@ -144,7 +144,7 @@ def test_a_rule_writes_no_text_about_an_item_without_a_name_nor_with_control_cha
     with pytest.raises(ValueError, match="{likd} is neither {value} nor {liked}"):
         write_by_template(dataset, TemplateRule(template="{value} {likd}"))
     for wrong in ((math.nan, 0.5, 0.5), (1.5, -0.5, 0.0), (0.0, 0.5, 0.5), (0.5, 0.5, 0.5)):
-        with pytest.raises(ValueError, match="--fractions .*: three shares"):
+        with pytest.raises(ValueError, match="--fractions .*: give three shares"):
             check_fractions(wrong)
 
 
@@ -187,7 +187,7 @@ def test_tokens_of_a_part_are_its_prompts_and_responses() -> None:
         build_creative_tokens(dataset, table, section(max_prompt_length=9, over_long="drop")), "train"
     )
     assert 0 < dropped.facts["dropped"]["train"] == len(table.part("train")) - len(dropped)
-    with pytest.raises(ConfigError, match=r"creative\.prompt: \{colour\}: no text column of .*; it has title, brand"):
+    with pytest.raises(ConfigError, match=r"creative\.prompt: \{colour\}: no text column of .*; there are title, b"):
         build_creative_tokens(dataset, table, section(prompt="{user} {colour}"))
 
 

@@ -216,7 +216,7 @@ def test_a_mistake_in_a_declaration_is_one_line(tmp_path: Path, changes: dict[st
         ("weight", "-1", r"events\.csv, row 2: weight is -1; a weight is a number of at least 0"),
         ("rate", "0", r"events\.csv, row 2: sampling_rate is 0; a sampling rate is above 0 and at most 1"),
         ("rate", "1.5", r"events\.csv, row 2: sampling_rate is 1\.5; a sampling rate is above 0 and at most 1"),
-        ("click", "", r"events\.csv, row 2: the label \w+ is given, and the first label, click, is not"),
+        ("click", "", r"events\.csv, row 2: the label \w+ is given, but the first label, click, is not"),
     ],
 )
 def test_a_bad_value_is_one_line_with_its_row(tmp_path: Path, column: str, value: str, message: str) -> None:

@@ -370,7 +370,7 @@ def test_a_share_of_many_users_is_as_large_as_it_says() -> None:
 
 
 def test_a_share_without_a_user_is_an_error() -> None:
-    with pytest.raises(ValueError, match="split 'train': no user is among a share of 1e-09: raise the share"):
+    with pytest.raises(ValueError, match="split 'train': no user is in a share of 1e-09: raise the share"):
         make(user_share=1e-9)
 
 

@@ -149,10 +149,12 @@ def test_a_part_that_does_not_follow_the_rule_is_named(tmp_path):
 
     refused(r"user \d+ has \d+ events, of which valid begins at .*leave_one_out divides at", rule="leave_one_out")
     refused(
-        r"has an event in train outside of the seconds that cut_timestamps give it", rule="time", cut_timestamps=[3, 39]
+        r"has an event in train outside of the seconds that cut_timestamps give this part",
+        rule="time",
+        cut_timestamps=[3, 39],
     )
     refused(r"split\.cut_timestamps must be the first second of valid", rule="time")
-    refused(r"split\.rule is 'x'; time, leave_one_out or leave_last", rule="x")
+    refused(r"split\.rule is 'x'; choose time, leave_one_out or leave_last", rule="x")
     (root / "contract.yaml").write_text(text.replace("text_columns", "texts"))
     with pytest.raises(ValueError, match=r"contract\.yaml: text_columns is None, it must be a list of names"):
         seal(root)

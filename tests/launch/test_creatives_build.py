@@ -150,7 +150,7 @@ def test_histories_that_leave_the_machine_are_announced_first(
         (["--writer", "template"], "--model belongs to --writer openai and local, not to template; leave it out"),
         (["--writer", "opnai"], "--writer 'opnai': must be one of template, openai, local"),
         (["--support", "2"], "--support 2.0: must be from 0 to 1"),
-        (["--fractions", "0.5", "0.5", "0.5"], "three shares, none negative, that of train"),
+        (["--fractions", "0.5", "0.5", "0.5"], "three shares that sum to 1, none negative, the share of train"),
         (["--name", "../../x"], "--name '../../x': must consist of letters, digits"),
         (["--title", "name"], "--title name: no text column of"),
         (["--least", "1000"], "no like has 1000 earlier likes and a title; lower --least"),

@@ -234,7 +234,7 @@ def test_items_of_the_dataset_come_before_the_new_ones(tmp_path: Path) -> None:
         (["n1"], {"titel": ["a"]}, {}, r"texts.titel: unknown \(did you mean 'title'\?\)"),
         (["n1"], {"title": ["a", "b"]}, {}, "texts.title: must have one entry for each of the 1 ids"),
         (["n1"], {"title": [None]}, {}, "raw_ids, entry 0: 'n1': a text must be a str"),
-        (["n1"], {}, {"genres": [[3]]}, "raw_ids, entry 0: 'n1': a feature's values are texts"),
+        (["n1"], {}, {"genres": [[3]]}, "raw_ids, entry 0: 'n1': a feature's values must be a list of str"),
         (["n1"], {}, {"genre": ["a"]}, "features.genre: unknown"),
     ],
 )
