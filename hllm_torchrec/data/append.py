@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 _NAMED_FILES = 10
 """Maximum number of a source's files that the manifest names."""
 _ODDS_RATIO, _LEAST_ODDS = 4, 0.005
-"""A share p of positives is reported if its odds (p + _LEAST_ODDS) / (1 - p + _LEAST_ODDS) changed by _ODDS_RATIO."""
+"""A share p of positives is reported if its odds (p + _LEAST_ODDS) / (1 - p + _LEAST_ODDS) changed by the factor
+_ODDS_RATIO or more."""
 
 
 def append_events(

@@ -68,7 +68,7 @@ class _Producer:
             self._put("end", None)
         except Exception as error:  # handed to the consumer, who raises it
             self._put("error", error)
-        except BaseException as error:  # re-raised unchanged, a SystemExit would end the job with status 0
+        except BaseException as error:  # a SystemExit that is re-raised as it is would end the job with status 0
             self._put("error", RuntimeError(f"{where}: the thread that prepares batches was ended by {error!r}"))
 
     def _put(self, kind: str, value: Any) -> bool:

@@ -95,8 +95,8 @@ class BadRows:
 class BadRowLog:
     """Applies a `BadRows` policy, counts dropped and kept rows, and collects notes on the tables for the user.
 
-    `dropped` and `kept` count rows by reason. Some reasons are not fields of the policy: "event_of_dropped_item"
-    follows from another choice; rows such as "repeated_item_row" or "known_event" are left out under any policy.
+    `dropped` and `kept` count rows by reason. Some reasons are not fields of the policy, such as
+    "event_of_dropped_item", which follows from another choice, and "repeated_item_row", which is not an error.
     """
 
     def __init__(self, policy: BadRows) -> None:

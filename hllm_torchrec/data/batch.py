@@ -41,8 +41,8 @@ class HybridBatch(Pipelineable):
     timestamps: Tensor
     """[T] seconds UTC."""
     next_times: Tensor
-    """[T] seconds UTC of the piece's next event that can be history; the event's own second if there is none, and for
-    an item token whose event has an action token.
+    """[T] seconds UTC of the piece's next event that can be history; the event's own second if there is none, and at
+    an item token if actions are interleaved.
     """
     query_offsets: Tensor
     """[B+1] boundaries of the pieces in Q."""
@@ -100,7 +100,7 @@ class HybridBatch(Pipelineable):
     """[X, P] ids of the context of `BatchSpec.bias`, or None."""
     logit_offset: Tensor | None = None
     """[X] float32, added to the first label's logit in training only: -log of the sampling rate of the negatives at
-    this row (of drawn negatives: of their expected number); None: no negatives were left out or drawn.
+    this row, or of the expected number of drawn ones; None: no negatives were left out or drawn, or not in training.
     """
     full_history_items: Tensor | None = None
     """[H] history items before Stochastic Length removes any; None without Stochastic Length (then equal to

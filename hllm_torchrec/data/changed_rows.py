@@ -55,8 +55,9 @@ def changed_users(
 
 
 def _user_rows(dataset: Dataset, raw: pa.Array, ids: Ints, table: pa.Table | None, columns: list[str]) -> pa.Table:
-    """Rows of the users with events and of the known users in the user file, with the features of their first row
-    there.
+    """Rows of the users with events and of the other known users in the user file `table`.
+
+    A user's features are those of the user's first row in `table`.
     """
     keep = pa.array(ids > 0)
     raw, ids = raw.filter(keep), ids[ids > 0]
@@ -76,10 +77,8 @@ def _completed(rows: pa.Table, known: pa.Table, columns: list[str]) -> pa.Table:
     """`rows` in which the empty features of known users are replaced by their known values."""
     ids = rows["user_id"].to_numpy()
     old = np.where(ids <= len(known), ids - 1, 0)
-    for name in columns:
+    for name in columns if len(known) else ():
         new = rows[name].combine_chunks()
-        if not len(known):
-            continue
         both = pa.concat_arrays([new, known[name].combine_chunks().take(pa.array(old)).cast(FEATURE_TYPE)])
         empty = (pc.list_value_length(new).to_numpy() == 0) & (ids <= len(known))
         chosen = both.take(pa.array(np.arange(ids.size) + np.where(empty, ids.size, 0)))

@@ -83,7 +83,7 @@ class Collator:
         withdrawn and forgotten items (`Dataset.excluded_items`); see `possible_negatives`.
         """
         wanted = self.spec.negatives
-        # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
+        # The rank is not part of the seed, so that all ranks have the same negatives, and each item is encoded once.
         rng = np.random.default_rng((self.seed, epoch, step))
         if self._negatives is not None:
             drawn = rng.choice(self._negatives, size=min(wanted, self._negatives.size), replace=False)
@@ -156,7 +156,7 @@ class Collator:
         """Mask [U] of the batch's items whose IDs and vectors are replaced by the unknown item's (zeros)."""
         if self._cold is None:
             return np.zeros(unique.size, bool)
-        # Drawn by item, not by slot: within a batch an item is cold everywhere or nowhere, as at evaluation.
+        # Drawn by item, not by slot, so that within a batch an item is cold everywhere or nowhere, as at evaluation.
         drawn = rng.random(unique.size) < self.spec.cold_dropout if self.training else False
         return self._cold[unique] | drawn
 
@@ -184,7 +184,7 @@ class Collator:
         asked = exposed if not len(requests) else Events.concat([exposed, requests])
         visible = visible_before(order[eligible], np.concatenate([order[targets], requests.timestamps]) - delay)
         next_rows, next_items = self._generative(piece, eligible)
-        # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
+        # Drop the events after the last one that a query sees or that predicts a next item; no output depends on them.
         seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
         queries, query_of = self._queries(asked, visible)
         read = self._read(piece, times[seen], epoch)
@@ -217,7 +217,7 @@ class Collator:
         names, delay = self.spec.numeric_features, self.spec.feedback_delay
         found = [numeric_columns(names, piece.timestamps, piece.labels, targets, delay)]
         for second in requests.timestamps if names else ():
-            # A request is not an event: append it to the events before it, like the exposure of a nightly job.
+            # A request is not an event, so append it to the events before it, like the exposure of a nightly job.
             before = piece[: visible_before(piece.timestamps, int(second))]
             times, labels = np.append(before.timestamps, second), np.append(before.labels, np.float32(np.nan))
             found.append(numeric_columns(names, times, labels, np.array([len(before)]), delay))

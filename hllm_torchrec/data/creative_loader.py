@@ -41,8 +41,8 @@ class CreativeLoader:
         collator: builds the batches; its visibility must be by second.
         part, tokens: the creatives of a part, and their texts as tokens.
         spec: settings, of which seed, shuffle, max_history, prefetch and timeout are used.
-        per_batch: maximum number of creatives of a step divided by the number of ranks (a step has at least one pass).
-            The ranks of a step get about the same number of tokens.
+        per_batch: maximum number of creatives per rank and step, on average over the ranks (a step has at least one
+            pass). The ranks of a step get about the same number of tokens.
         never_alone: if only one user would be left for the last step of an epoch, add this user to the step before.
 
     Raises:

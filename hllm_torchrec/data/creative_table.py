@@ -1,7 +1,7 @@
 """`CreativeTable`: a table of personalized texts (creatives) of a dataset; a row is (user, second, item, text).
 
     <dataset>/creatives/<name>/manifest.json                     counts, writer, marks of the ids, hashes of the files
-    <dataset>/creatives/<name>/{train,valid,test}/part-0.parquet rows sorted by user and second
+    <dataset>/creatives/<name>/{train,valid,test}/part-0.parquet rows in the order of their writer
     <dataset>/creatives/<name>/dropped.parquet                   rows that were left out, with reasons
     <dataset>/creatives/.answers/<name>/*.jsonl                  answers of the language model that wrote the rows
 
@@ -123,7 +123,7 @@ class CreativeTable:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the contents of all rows."""
+        """Hash of the contents of all files of rows, also of those that were left out."""
         return hash_json(self.manifest["files"])
 
     def part(self, split: str) -> CreativeRows:

@@ -45,6 +45,6 @@ def refuse_links(root: Path, path: Path) -> None:
 
 
 def _is_writable(path: Path) -> bool:
-    """True if `path`, whose folders may not exist, can be created. False on a read-only file system, also for root."""
+    """True if `path`, whose folders may not exist, can be created; on a read-only file system, False even for root."""
     existing = next(folder for folder in path.parents if folder.exists())
     return os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -133,8 +133,8 @@ class Piece(Events):
     """A contiguous range of one user's events.
 
     first_target: index in the range of the first possible exposure; offset: index of the range's first event in the
-    user's complete sequence; complete: the user's sequence up to the end of the part; None: the range itself; requests:
-    additional requests, whose seconds and items need not belong to an event.
+    user's complete sequence; complete: the user's sequence to the end of the part or later; None: the range itself;
+    requests: additional requests, whose seconds and items need not belong to an event.
     """
 
     user_id: int = field(kw_only=True)

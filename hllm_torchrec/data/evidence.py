@@ -268,7 +268,7 @@ class Evidence:
         without: fold of users without which the factors were fitted; None: the fit of all users.
         """
         lacks_texts = self._text is None and self.model.text_center.size and not TEXT_GROUPS.isdisjoint(self.names)
-        assert not lacks_texts, "the fit read texts, and none were given"
+        assert not lacks_texts, "the fit read texts, but none were given"
         fit, values = self.model.fit_without(without), event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value

@@ -149,7 +149,7 @@ def _rewrite(
         rewriting = Rewriting(root, folder, f"{BASES}/{version_name(version)}")
         for number, own_manifest in sorted(kept_versions(root).items(), reverse=True):
             one = Dataset(root, own_manifest)
-            # Per version: an older version may be of a different dataset (`--overwrite`), with different numbers.
+            # Found per version, because an older version may be of another dataset (`--overwrite`) with other numbers.
             numbers, before = finder.numbers(own_manifest), finder.tombstones(own_manifest)
             rows = [(name, n, id_digest(raw)) for name, own in numbers.items() for raw, n in own.items()]
             tombstones = before.with_rows(rows + vectors)

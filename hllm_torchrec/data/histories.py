@@ -1,7 +1,7 @@
 """Users' sequences as flat arrays with the exposures that a baseline scores.
 
-Legend: R rows (users), T events of all rows, X exposures (labelled events of a sequence's part that belongs to the
-split, from `target_start` on), N items.
+Legend: R rows (users), T events of all rows, X exposures (labelled events that belong to the split, that is, from the
+row's `target_start` on), N items.
 """
 
 from collections.abc import Callable, Sequence

@@ -220,7 +220,7 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
 
 def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, known: int, log: BadRowLog) -> pa.Table:
     """Add the column `item`; handle events of unknown items and of dropped items."""
-    # Items that the policy dropped are not unknown: their events are dropped too, without applying `unknown_item`.
+    # Items that the policy dropped are not unknown, so their events are dropped without applying `unknown_item`.
     refused = catalogue.was_refused(table["raw_item_id"])
     if refused.any():
         log.count("event_of_dropped_item", int(refused.sum()))

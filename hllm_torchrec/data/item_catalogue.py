@@ -33,7 +33,7 @@ class Vocabulary:
     def __init__(self, values: Sequence[str] = ()) -> None:
         self._ids = {value: i for i, value in enumerate(values, start=1)}
         self.known = len(self._ids)
-        """Number of values that it began with."""
+        """Number of values that the constructor was given."""
 
     @property
     def values(self) -> list[str]:
@@ -82,7 +82,7 @@ class ItemCatalogue:
     """Collects the items of a source; only their raw ids are in memory (`id_map.IdMap`), the rest is in a spool file.
 
     Each item has a *number* from 0 in order of first appearance. Existing items come first, so that their number is
-    their id - 1. `write` maps numbers to final ids and drops the items without one.
+    their id - 1. `write` maps numbers to final ids and drops the items without a final id.
     """
 
     def __init__(self, source: Source, spool: Path, log: BadRowLog) -> None:
@@ -230,7 +230,7 @@ class ItemCatalogue:
         """Write the rows to the spool and record the latest row of each number."""
         if len(numbers) == 0:
             return
-        # The spool is append-only: an updated item has two rows, and `_final_batches` uses the latest.
+        # The spool is append-only, so an updated item has two rows, of which `_final_batches` uses the latest.
         self._current_row[numbers] = self._rows + np.arange(len(numbers))
         self._rows += len(numbers)
         self._writer.write_table(table.add_column(0, "number", pa.array(numbers, pa.int64())))

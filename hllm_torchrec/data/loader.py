@@ -46,8 +46,8 @@ class LoaderSpec:
     shuffle: bool = False
     """Shuffle by (seed, epoch); evaluation keeps the files' order."""
     batch_cost: int = 0
-    """If above 0, a step has pieces of at most this total cost per rank, on average over the ranks (or a single piece
-    that costs more), instead of `batch_users` pieces per rank, so that all steps have about the same cost."""
+    """If above 0, it replaces `batch_users`: the pieces of a step cost at most this per rank, on average over the ranks
+    (or are a single piece that costs more), so that all steps have about the same cost."""
     item_costs: Ints | None = None
     """[N] cost of each item (its tokens); a piece's cost is the sum over its events. None: 1 per event."""
     all_events: bool = False

@@ -109,7 +109,7 @@ def pieces_of_requests(
 
 
 def in_user_sample(user_ids: Ints, share: float) -> NDArray[np.bool_]:
-    """Mask (bool [n]) of the users in a sample of this share, by a hash of the id; smaller samples are nested."""
+    """Mask (bool [n]) of the users in a sample of this share, by a hash of the id; a larger sample contains it."""
     return (hash_columns(user_ids) >> np.uint64(11)) < share * 2**53  # a double represents 53 bits exactly
 
 

@@ -29,7 +29,7 @@ def pin_version(root: Path, version: int, run: Path | str) -> bool:
 
 def remove_pin(root: Path, run: Path | str) -> None:
     """Remove the pin of `run`, if there is one."""
-    with suppress(OSError):  # read-only: it was not pinned either
+    with suppress(OSError):  # a read-only dataset has no pin either
         _pin_of(root, run)[1].unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
 
 
 def _train_part(dataset: Dataset) -> dict[str, int]:
-    """Counts of the training part, read from the events, since the manifest of a version with appends lacks counts."""
+    """Counts of the training part of a version with appends, whose manifest has no `parts`: read from the events."""
     labels = [events.labels for events in dataset.recent("train", 0, ["labels"])]
     exposures = sum(int(np.count_nonzero(~np.isnan(each))) for each in labels)
     positives = sum(int(np.count_nonzero(each > 0)) for each in labels)

@@ -31,7 +31,8 @@ def mirrored_dataset(url: str, *, contents: bool = True) -> Iterator[Path]:
     changed manifests of earlier versions; deleted files are removed last.
 
     Args:
-        contents: False: create all files except manifests and pins empty, for a block that only removes versions.
+        contents: False: create all files except JSON files (manifests, pins) empty, for a block that only removes
+            versions.
 
     Raises:
         ValueError, OSError: the URL cannot be reached or has no dataset, or another process has published in the

@@ -122,7 +122,7 @@ def writable_dataset(output: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="prepare-", dir=cache_folder(url)) as scratch:
         folder = Path(scratch) / url_name(url)
         if before is not None:
-            # Links are enough: files of a version are never changed, and manifests are replaced.
+            # Links are enough, because files of a version are never changed, and manifests are replaced.
             shutil.copytree(local_dataset(url), folder, copy_function=os.link)
         yield folder
         if read_text(f"{url}/{MANIFEST}") != before:

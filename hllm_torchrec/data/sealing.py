@@ -97,7 +97,7 @@ def seal(root: Path) -> Dataset:
 
 @contextmanager
 def _remedy_of_sealing() -> Iterator[None]:
-    """Context manager that replaces the remedies of `data.validation`: `hllm prepare` did not write these files."""
+    """Context manager that replaces the remedies of `data.validation`, since `hllm prepare` did not write the files."""
     try:
         yield
     except ValueError as error:

@@ -73,7 +73,7 @@ def stage(
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
     if old is not None:
         catalogue.load(old, with_rows=with_rows)
-    # Items first: an event of an item that is not in the catalogue is a bad row.
+    # Items first, because an event of an item that is not in the catalogue is a bad row.
     read_items(source, catalogue)
     writer = PartitionWriter(scratch, "events", partitions)
     event_files = read_events(source, catalogue, log, locate, writer, context_words)

@@ -77,8 +77,8 @@ class TokenStore:
             raise ValueError(f"{root} is not a token store (no store.json); make one with build_token_store")
         facts = _read_facts(root / "store.json")
         values, offsets = _read_array(root / "values.arrow", np.int32), _read_array(root / "offsets.arrow", np.int64)
-        # Check only lengths and offsets: checking the token ids would read the complete file. `_gather` checks the ids
-        # that it returns.
+        # Check only lengths and offsets, as a check of the token ids would read the complete file. `_gather` checks the
+        # ids that it returns.
         wrong = len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]
         if wrong or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{root} is damaged: its files and store.json differ; {_REMEDY}")
@@ -113,7 +113,7 @@ class TokenStore:
 
     @property
     def prefix(self) -> np.ndarray:
-        """Tokens int32 [P] shared by the beginnings of most items (the prompt and the first key's name); P may be 0.
+        """Tokens int32 [P] with which many items begin (usually the prompt and the first key's name); P may be 0.
 
         Grown greedily: each step appends the most frequent next token (ties: smallest id) among the items that share
         the prefix so far. Of these prefixes, the one that saves the most tokens, P x (number of items), is chosen

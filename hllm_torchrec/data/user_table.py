@@ -42,7 +42,7 @@ class UserTable:
         return max(int(self.final_ids.max(initial=0)), self.existing)
 
     def float_spelling(self) -> tuple[str, str] | None:
-        """A new id and the same id as a float, or a new float and the same whole number; None if there is no pair."""
+        """(an id, the same id written as a float), of which at least one is new; None if there is no such pair."""
         new = pa.chunked_array(self.raw_ids, pa.string())
         old = pa.chunked_array([], pa.string()) if self._old is None else self._old["raw_user_id"]
         every = pa.chunked_array([*new.chunks, *old.chunks], pa.string())

@@ -1,7 +1,7 @@
 """Versions of a dataset: immutable files; the manifest of a version lists the files that belong to it.
 
     manifest.json            manifest of the newest version; its replacement is the commit
-    versions/00002.json      manifest of each existing version
+    versions/00002.json      manifest of each existing version (a new dataset has none)
     items.parquet, ...       base of version 1 (layout: `data.dataset`)
     appends/00002/           files that version 2 added (`data.append`)
     bases/00009/             a base, or files of one, that version 9 wrote: by compacting, `prepare --extend` or

@@ -55,7 +55,7 @@ class Source:
     event_files: tuple[Path, ...]
     """Files that hold the events, in reading order."""
     other_files: tuple[Path, ...]
-    """Files that hold items and users (part of the fingerprint)."""
+    """Files that hold items and users."""
     events: Callable[[], Iterator[Chunk]]
     items: Callable[[], Iterator[Chunk]]
     text_columns: tuple[str, ...]
@@ -77,9 +77,9 @@ class Source:
     min_events: int = 0
     """k of the k-core filter in the published protocol; 0: no filter."""
     policy: BadRows = field(default_factory=BadRows)
-    """Default policy, chosen for the published files of this source; a policy given by the user replaces it."""
+    """Default policy, chosen for the published files of this source; the argument `policy` of `prepare` replaces it."""
     options: dict[str, object] = field(default_factory=dict)
-    """Reader options that change the result (part of the fingerprint); JSON values."""
+    """Reader options that change the result (`prepare` stores them in the manifest's `request`); JSON values."""
     license_note: str = ""
 
     def fingerprint(self) -> str:

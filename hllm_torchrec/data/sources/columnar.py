@@ -123,7 +123,7 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
     dialect = detect_dialect(path, columns, given)
     wanted = list(dict.fromkeys(columns))
     words = ["", *dialect.nulls] if given and given.nulls is not None else ["", "\\N", *dialect.nulls]
-    # Strings: a type that Arrow guesses from the first block would change ids ("007") or fail in a later block.
+    # Read strings, because a type that Arrow guesses from the first block would change ids ("007") or fail later.
     convert = pa.csv.ConvertOptions(
         column_types={name: pa.string() for name in wanted},
         include_columns=wanted,
