@@ -1,4 +1,4 @@
-"""Assembly of an experiment from a configuration and a dataset: batch spec, token stores, model, loaders.
+"""Assembly of an experiment from a configuration and a dataset: batch spec, token stores, model, encoders.
 
 Training and the offline evaluation job build their parts here, so that both score with the same inputs.
 """
@@ -251,7 +251,7 @@ def _other_directory(directory: Path) -> str:
     """Remedy for a directory without a model; sentence-transformers once kept the model in a folder of it."""
     inside = sorted(path.parent for path in directory.glob("*/config.json") if (path.parent / WEIGHTS).is_file())
     if not inside:
-        return "download one (`hllm fetch --help` has two)"
+        return "download one (`hllm fetch --help` names two)"
     return f"its model is in {inside[0]}: give that, and pooling and normalize as its other folders say"
 
 
@@ -281,9 +281,7 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
         )
 
     first = run_on_each_host(build)
-    own = derived_path(
-        dataset, "tokens", first.name
-    )  # hosts without a shared disk may have the dataset at another path
+    own = derived_path(dataset, "tokens", first.name)  # without a shared disk, hosts may have different paths
     return TokenStore.open(own if own.is_dir() else first)
 
 

@@ -67,7 +67,7 @@ def check_user_backbone(config: "PreTrainedConfig") -> None:
     """Check that a model can be a User LLM: packed histories and query tokens equal one forward pass for each.
 
     Raises:
-        ValueError: they differ, or the model cannot be causal.
+        ValueError: they differ, the model cannot be causal, or its inputs and states have different widths.
     """
     _kept_check_user(config_key(config))
 
@@ -136,7 +136,7 @@ def _check_user(key: str) -> None:
         is_causal = reads_causally(plain_model(narrow))
         problem = _user_difference(wide) if is_causal else "it sees later positions within its windows"
         if problem is None:
-            # A window must be applied, or longer histories refused: a window that is only in the mask is lost.
+            # A window must be applied, or longer histories refused: packed attention drops one that only the mask has.
             problem = _user_difference(narrow, refusal_is_fine=True)
         if problem is not None:
             raise ValueError(

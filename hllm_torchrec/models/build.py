@@ -136,8 +136,8 @@ def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
 def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
     """Scale the last norm of a truncated model by the share of its layers that is left.
 
-    Hidden states of an early layer do not fit the vocabulary head: 4 of SmolLM2's 30 layers score a token at 37 nats,
-    and at 10.9 with the scaled norm (log of the vocabulary: 10.8). Training would first have to unlearn such scores.
+    Hidden states of an early layer do not fit the vocabulary head: with 4 of SmolLM2's 30 layers the loss is 37 nats
+    per token, which training would first have to unlearn; with the scaled norm it is 10.9 (uniform scores: 10.8).
     """
     weight = getattr(getattr(backbone, "norm", None), "weight", None)
     if weight is not None and "gemma" not in backbone.config.model_type:  # Gemma's norms multiply by weight + 1

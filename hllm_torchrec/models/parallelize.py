@@ -124,7 +124,7 @@ def llm_layers(model: HLLM) -> list[nn.Module]:
 
 
 def _compile_layers(model: HLLM, config: Config, device: torch.device) -> None:
-    """Compile the layers of the LLMs; of layers that run fused (bfloat16 on a CPU), the elementwise functions."""
+    """Compile the layers of the LLMs; of layers that run fused (bfloat16 on a CPU), only the elementwise functions."""
     # Imported here, because it imports transformers, which runs without an LLM do not need.
     from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
 
