@@ -157,7 +157,7 @@ class EmbeddingStore:
         return cls(root, identity)
 
     def require(self, facts: Any) -> None:
-        """Check that the store's vectors are of the model with these facts: vectors of two models must not be mixed.
+        """Check that the store's vectors are of the model with these facts, because models must not be mixed.
 
         Raises:
             ValueError: the facts differ; the message contains the names of the different facts, and the remedy.
