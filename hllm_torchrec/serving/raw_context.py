@@ -81,5 +81,5 @@ class RawContext:
         return np.float32(value)
 
     def _id(self, name: str, value: ContextValue) -> int:
-        """Id of a categorical value, 0 if it is unknown. It is read as `hllm prepare` reads a cell: see `category`."""
+        """Id of a categorical value, which is read as `hllm prepare` reads a cell (`category`); 0 if it is unknown."""
         return self._ids[name].get(category(value), 0)

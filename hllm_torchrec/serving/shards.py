@@ -22,7 +22,7 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
 def user_of(method: str, path: str, body: bytes) -> str | None:
-    """The raw user id in a request; None if it has none, or if the body is invalid (a shard then refuses the request).
+    """The raw user id in a request; None for a request without a user, or with an invalid body (a shard refuses it).
 
     path: decoded, as in an ASGI scope.
     """
