@@ -136,7 +136,7 @@ def _check_user(key: str) -> None:
         is_causal = reads_causally(plain_model(narrow))
         problem = _user_difference(wide) if is_causal else "it sees later positions within its windows"
         if problem is None:
-            # A window must be applied, or longer histories refused: packed attention drops one that only the mask has.
+            # Packed attention ignores a window that only the mask has, so longer histories must then be refused.
             problem = _user_difference(narrow, refusal_is_fine=True)
         if problem is not None:
             raise ValueError(

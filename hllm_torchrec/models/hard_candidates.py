@@ -18,7 +18,7 @@ def retrieved_candidates(
 ) -> tuple[Ints, Ints]:
     """(candidates, offsets [users + 1]): for each user, the `top` of `items` [n] by cosine with the user's vector.
 
-    A user without a vector has no candidates, and an item without a vector is none.
+    Users without a vector have no candidates, and items without a vector are left out.
 
     Raises:
         ValueError: a store does not exist, or the two have vectors of different widths.

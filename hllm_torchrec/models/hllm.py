@@ -170,7 +170,7 @@ class HLLM(nn.Module):
             self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
 
     def _build_generation(self, *, straight: bool, item_width: int) -> None:
-        """Build the parts of the generative loss; straight: hidden states are compared with items unprojected."""
+        """Build the parts of the generative loss; straight: hidden states are compared with items as they are."""
         objective = self.config.objective
         self.project_next = nn.Identity() if straight else nn.Linear(self.user.width, item_width)
         self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]

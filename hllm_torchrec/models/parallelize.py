@@ -1,7 +1,7 @@
 """Distribution of a model over ranks and devices: tables are sharded, dense parts replicated or sharded.
 
-TorchRec's planner decides by the row counts of the tables: small tables are replicated and belong to the dense
-optimizer, the others are sharded and updated inside the backward pass. DDP or FSDP2 wraps the dense parts.
+Tables with fewer than `features.shard_from_rows` rows are replicated and belong to the dense optimizer; the others are
+sharded and updated inside the backward pass. DDP or FSDP2 wraps the dense parts.
 """
 
 from collections.abc import Iterator

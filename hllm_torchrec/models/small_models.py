@@ -1,8 +1,8 @@
 """Small random models of a Hugging Face config, and detection of the direction of their attention.
 
-A small model has one layer of each kind in the config (at most four, and at least two if the config has more), few
-heads of the original width, few words and short windows, so that building it and encoding a few texts takes a fraction
-of a second.
+A small model has one layer of each kind in the config (at most four, and at least two unless the config has one),
+few heads of the original width, few words and short windows, so that building it and encoding a few texts takes a
+fraction of a second.
 """
 
 import copy
@@ -124,7 +124,7 @@ def _per_layer(facts: dict[str, Any], layers: int) -> Iterator[tuple[str, list[A
 
 
 def _kinds_of_layers(facts: dict[str, Any], layers: int) -> list[int]:
-    """Indices of the first layer of each kind (at most four); at least two layers if the model has more."""
+    """Indices of the first layer of each kind (at most four); at least two layers unless the model has one."""
     first: dict[str, int] = {}
     columns = [value for _, value in _per_layer(facts, layers)]
     for layer in range(layers):

@@ -105,7 +105,7 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
 
 def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
-    """Yield a warning if `causal` or `pooling` contradicts the checkpoint, and for each step of it that is left out."""
+    """Yield warnings: `causal` or `pooling` contradicts the checkpoint, or steps of the checkpoint are left out."""
     reads_causally = _reads_causally(section)
     if section.causal is not None and section.causal != reads_causally:
         direction = "from left to right" if reads_causally else "in both directions"

@@ -400,7 +400,7 @@ class Scorer:
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
         seen = self.rules.seen(state.history, moment)
-        # If the history has events after the request, its window of visible events may start before the state's.
+        # If the history has events after the request, the request's window may start before the state's.
         if self.rules.start(seen) != state.start:
             state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):

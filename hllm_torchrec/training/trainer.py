@@ -59,7 +59,7 @@ from hllm_torchrec.training.wandb_sink import open_run_log
 class Trainer:
     """Trains a model on this rank; the entry point is `run`. `build_trainer` builds one from a configuration.
 
-    The constructor is not collective: it does not communicate, download or draw random numbers.
+    The constructor is not collective: it does not communicate or draw random numbers.
 
     Args:
         experiment: the model with its initial weights, and the dataset.
