@@ -230,7 +230,7 @@ def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
 
 
 def _behind_prefix(llm: ItemLLM, texts: list[Tensor]) -> Tensor:
-    """E of the texts when the beginning of the first (longest) text is given as a prefix that only this text has."""
+    """Embeddings of the texts, where the beginning of the first (longest) text is a prefix that only this text has."""
     prefix, rest = texts[0][:3], [texts[0][3:], *texts[1:]]
     offsets = torch.tensor([0, *(len(text) for text in rest)]).cumsum(0)
     return llm(torch.cat(rest), offsets, prefix, torch.tensor([True, *(False for _ in texts[1:])]))

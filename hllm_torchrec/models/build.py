@@ -46,7 +46,8 @@ def build_model(
 
     Args:
         tables: {categorical feature: rows}, see `BatchSpec.tables`.
-        base_rate: share of positive training labels.
+        base_rate: probability at which the head starts: the share of positive training labels, or with drawn negatives
+            1 / number of items.
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V, width of the dense item features; 0 if there are none.
         context: inputs from the context of requests; None: no context.

@@ -75,7 +75,7 @@ class HLLM(nn.Module):
         item_width: E.
         features, user: hybrid features and user encoder, both of width D.
         config: configuration of the experiment.
-        base_rate: share of positive labels in training; initializes the head's bias.
+        base_rate: probability at which the head of a single task starts; see `build_model`.
         vector_width: V; 0 if there are no dense item features.
         evidence: number of evidence columns per exposure.
         tasks: labels to predict, starting with the first label; None: only the first label.

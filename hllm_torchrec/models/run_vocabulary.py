@@ -1,7 +1,7 @@
 """Check of a run's ids against a dataset: each id map that indexes the run's weights must be a prefix of the dataset's.
 
-The marks of the maps (`data.vocabulary`) are saved in each checkpoint. Checkpoints of an earlier version have no marks;
-`hllm adopt` writes them to `vocabulary.json` in the run directory.
+The marks of the maps (`data/vocabulary.py`) are saved in each checkpoint. Checkpoints of an earlier version have no
+marks; `hllm adopt` writes them to `vocabulary.json` in the run directory.
 """
 
 import json
