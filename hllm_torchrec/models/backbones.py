@@ -73,7 +73,7 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
     if (pretrained is None) == (shape is None):
         raise ValueError(
             f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
-            "weights, or a shape for random ones"
+            "weights, or a shape for random weights"
         )
     config = _config_of_shape(shape or {}) if pretrained is None else read_config(pretrained)
     if layers is not None:

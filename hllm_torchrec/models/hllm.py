@@ -11,7 +11,7 @@ item, which is computed in the same table lookup as the other slots. An ID-only 
 
 Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width,
-V width of the dense item features, O outputs of all tasks, R rank of the transitions.
+V width of the dense item features, F numeric features, O outputs of all tasks, R rank of the transitions, N creatives.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -155,7 +155,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
-        """Embeddings [N, E] of all items (row 0: unknown item); the work is shared by the ranks. Dropout is off.
+        """Embeddings [N, E] of all items (row 0: unknown item), without dropout; the ranks share the work. Collective.
 
         embed: function that calls this encoder through the model's `embed_items`, so that FSDP2 gathers the weights.
         """

@@ -66,9 +66,9 @@ class RecommendRequest:
     """Request for the best items of the catalogue for a user at one point in time.
 
     user, time, history, context: as in `ScoreRequest`. top: number of items to return. candidates: number of items that
-    the index retrieves for the head to rank, at least `top`; without an index all allowed items are ranked. seen_too:
-    whether items of the history may be recommended. filters: item feature -> values; an item must have at least one of
-    the values of every feature.
+    the index retrieves for the head to rank (`top` if that is more); without an index all allowed items are ranked.
+    seen_too: whether items of the history may be recommended. filters: item feature -> values; an item must have at
+    least one of the values of every feature.
     """
 
     user: str | None

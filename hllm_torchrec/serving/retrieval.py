@@ -5,7 +5,7 @@ nearest to the prediction by cosine, exactly (flat) or within the nearest cells 
 with the index "none", all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
 
 Legend: N items, V width of an item's vector in the space of the generative loss, E width of a text embedding, R rank of
-the transitions.
+the transitions, T history positions, D user width.
 """
 
 from collections.abc import Mapping, Sequence

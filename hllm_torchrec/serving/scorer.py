@@ -10,8 +10,8 @@
 Features are computed by the collator and the model that training uses. Scores equal those of `hllm evaluate` for the
 same exposures up to rounding, also if a history is longer than `data.max_history` (`window_start`).
 
-Legend: n events, T history events that the model uses, m candidates, M candidates of all requests, O outputs of all
-tasks, F evidence columns, D width.
+Legend: n events, T history positions that the model uses, m candidates, M candidates of all requests, Q queries and X
+targets of a micro-batch, O outputs of all tasks, F evidence columns, D width.
 """
 
 import time as clock
