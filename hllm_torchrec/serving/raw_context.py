@@ -70,7 +70,7 @@ class RawContext:
         value = given[one.name]
         if one.kind == "categorical":
             if not isinstance(value, str | Real | np.bool_ | None):
-                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, or None")
+                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, a boolean, or None")
             found = 0 if value is None else self._id(one.name, value)
             self.unknown[one.name] += value is not None and not found
             return np.int64(found)
