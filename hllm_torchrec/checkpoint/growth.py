@@ -163,7 +163,7 @@ def spread_rowwise(values: torch.Tensor, target: torch.Tensor, rows: TableRows) 
 
 
 def starts_anew(key: str, rows: Mapping[str, TableRows]) -> bool:
-    """Return True for optimizer state or averages of a grown table: it may start from its initial values.
+    """Return True for optimizer state and averages of a grown table, which may start from their initial values.
 
     A replicated table that grows to `features.shard_from_rows` rows becomes a sharded table. Another optimizer then
     updates it, so the keys of its state differ from those in the checkpoint, and the saved state is not loaded.

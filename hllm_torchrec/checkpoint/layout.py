@@ -147,7 +147,7 @@ def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) 
         if is_machine_error(error):
             raise
         damage = f"has no readable {MARKER} file ({type(error).__name__}: {error})"
-    # It may quote values of a damaged marker, which may be of any length.
+    # The description may quote values of a damaged marker, which may be of any length.
     return marker, damage if damage is None or len(damage) <= _LONGEST_DAMAGE else f"{damage[:_LONGEST_DAMAGE]}..."
 
 

@@ -3,7 +3,7 @@
 A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
 
 - `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
-- `extra.json`: values that are the same on every rank (step, best metric, configuration, versions of the ids);
+- `extra.json`: values that are the same on every rank (step, best metric, configuration, marks of the id maps);
 - `extra-rank<rank>.json`: values of each rank (states of its random number generators);
 - `COMPLETE`: the marker, JSON with the step, the metric, the size and SHA-256 of every file, and its own SHA-256.
 

@@ -43,10 +43,13 @@ class CheckpointManager:
     def save(
         self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any], metric: float | None, log: RunLog
     ) -> None:
-        """Wait for the previous checkpoint, then write that of `step`; a background writer only starts to write it.
+        """Wait for the previous checkpoint, then write that of `step`.
+
+        With a background writer, return when the tensors have been copied to host memory.
 
         Raises:
-            DiskFull: the disk is full (also for the previous checkpoint), and the run is not configured to continue.
+            DiskFull: the disk is too full for this or the previous checkpoint, and the run is not configured to
+                continue.
             RuntimeError, OSError: as `save_checkpoint`.
         """
         self.finish_pending_save(log)

@@ -40,8 +40,7 @@ from hllm_torchrec.distributed import coordination
 
 CHECKPOINTS = "checkpoints"
 NOT_FETCHED = (CHECKPOINTS, "predictions", "retrieval", "bad_batches")
-"""Folders that are not fetched with a run: reading or resuming does not need them, or fetches them one at a time
-(checkpoints)."""
+"""Folders that are not fetched with a run: checkpoints are fetched one at a time, the others are not needed."""
 FETCHED = ".fetched.json"
 """File in a local copy with the size and version that each file had at the URL when it was fetched."""
 _LOCK = ".lock"
@@ -228,7 +227,7 @@ def publish_checkpoint(
             arrived = uploaded[name].size if name in uploaded else 0
             if arrived != size:
                 raise ValueError(f"{url}/{name}: {arrived} bytes arrived of {size}; the checkpoint is not used")
-        # Object stores have no atomic rename. A checkpoint exists as soon as its marker does, so that is uploaded last.
+        # Object stores have no atomic rename. A checkpoint exists once its marker does, so the marker is uploaded last.
         write_synced(folder / files.MARKER, files.marker_text(marker, written))
         upload_files(folder, [files.MARKER], url)
         _prune(url.rpartition("/")[0], keep_last)

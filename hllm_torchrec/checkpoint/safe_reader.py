@@ -75,7 +75,7 @@ _RECORDS = {name: _Sealed(name, (_Record,), {"__slots__": ()}) for names in _ALL
 
 
 class SafeReader(FileSystemReader):
-    """DCP's file reader, restricted to metadata of tensors in this directory."""
+    """DCP's file reader, restricted to metadata of tensors in the checkpoint's directory."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the checked contents of `<path>/.metadata`. DCP's arguments are ignored.

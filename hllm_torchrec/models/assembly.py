@@ -1,4 +1,4 @@
-"""Assembly of an experiment from a configuration and a dataset: batch spec, token stores, model, loaders.
+"""Assembly of an experiment from a configuration and a dataset: batch spec, token stores, model, encoders.
 
 Training and the offline evaluation job build their parts here, so that both score with the same inputs.
 """
@@ -60,7 +60,7 @@ def build_experiment(
     version: int | None = None,
     encode: bool = True,
 ) -> Experiment:
-    """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
+    """Open the dataset, tokenize texts that are not yet tokenized, build and parallelize the model. Collective.
 
     Args:
         factors: item factors of the run; None: if the configuration uses factors, those in the dataset's folder.
@@ -251,8 +251,8 @@ def _other_directory(directory: Path) -> str:
     """Remedy for a directory without a model; sentence-transformers once kept the model in a folder of it."""
     inside = sorted(path.parent for path in directory.glob("*/config.json") if (path.parent / WEIGHTS).is_file())
     if not inside:
-        return "download one (`hllm fetch --help` has two)"
-    return f"its model is in {inside[0]}: give that, and pooling and normalize as its other folders say"
+        return "download one (`hllm fetch --help` names two)"
+    return f"its model is in {inside[0]}: give that folder, and set pooling and normalize as the others say"
 
 
 def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_llm") -> TokenStore:
@@ -261,11 +261,11 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
     name: name of the section `item` of the configuration.
 
     Raises:
-        ConfigError: the section has no tokeniser.
+        ConfigError: the section has no tokenizer.
     """
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:
-        raise ConfigError(f"{name}.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory")
+        raise ConfigError(f"{name}.tokenizer: none: an Item LLM from scratch still needs a tokenizer directory")
 
     form = text_format(name, item)
 
@@ -281,9 +281,7 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
         )
 
     first = run_on_each_host(build)
-    own = derived_path(
-        dataset, "tokens", first.name
-    )  # hosts without a shared disk may have the dataset at another path
+    own = derived_path(dataset, "tokens", first.name)  # without a shared disk, hosts may have different paths
     return TokenStore.open(own if own.is_dir() else first)
 
 
@@ -294,7 +292,7 @@ def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterat
     if tokens > words:
         yield (
             f"{name}.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
-            "the tokeniser of that model, or a shape with a larger vocab_size"
+            "the tokenizer of that model, or a shape with a larger vocab_size"
         )
     learned = learned_positions(llm.backbone)
     # The first rows of OPT's position table (its offset) are never used, although they are not padding.

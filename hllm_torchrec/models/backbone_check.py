@@ -67,7 +67,7 @@ def check_user_backbone(config: "PreTrainedConfig") -> None:
     """Check that a model can be a User LLM: packed histories and query tokens equal one forward pass for each.
 
     Raises:
-        ValueError: they differ, or the model cannot be causal.
+        ValueError: they differ, the model cannot be causal, or its inputs and states have different widths.
     """
     _kept_check_user(config_key(config))
 
@@ -136,7 +136,7 @@ def _check_user(key: str) -> None:
         is_causal = reads_causally(plain_model(narrow))
         problem = _user_difference(wide) if is_causal else "it sees later positions within its windows"
         if problem is None:
-            # A window must be applied, or longer histories refused: a window that is only in the mask is lost.
+            # Packed attention ignores a window that only the mask has, so longer histories must then be refused.
             problem = _user_difference(narrow, refusal_is_fine=True)
         if problem is not None:
             raise ValueError(
@@ -230,7 +230,7 @@ def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
 
 
 def _behind_prefix(llm: ItemLLM, texts: list[Tensor]) -> Tensor:
-    """E of the texts when the beginning of the first (longest) text is given as a prefix that only this text has."""
+    """Embeddings of the texts, where the beginning of the first (longest) text is a prefix that only this text has."""
     prefix, rest = texts[0][:3], [texts[0][3:], *texts[1:]]
     offsets = torch.tensor([0, *(len(text) for text in rest)]).cumsum(0)
     return llm(torch.cat(rest), offsets, prefix, torch.tensor([True, *(False for _ in texts[1:])]))

@@ -1,4 +1,4 @@
-"""Builds the Hugging Face backbones of the LLMs: from a directory or a shape, checked against plain transformers."""
+"""Builds the Hugging Face backbones of the LLMs from a directory or a shape, and checks them against transformers."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ def build_backbone(
         word_embeddings: False removes them, for the User LLM, in which they would be unused parameters.
         attention: name in transformers' attention registry; None: packed attention if a small model of the config
             then agrees with plain transformers (see `backbone_check`).
-        causal: direction of the attention, causal or bidirectional; None: that of the config. A User LLM is always
+        causal: True for causal attention, False for bidirectional; None: as in the config. A User LLM is always
             causal.
 
     Raises:
@@ -73,12 +73,12 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
     if (pretrained is None) == (shape is None):
         raise ValueError(
             f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
-            "weights, or a shape for random ones"
+            "weights, or a shape for random weights"
         )
     config = _config_of_shape(shape or {}) if pretrained is None else read_config(pretrained)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
+            raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; choose 1 to that many")
         # Lists with one entry per layer (such as the kind of attention) must be cut too.
         for name, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == config.num_hidden_layers:

@@ -46,7 +46,8 @@ def build_model(
 
     Args:
         tables: {categorical feature: rows}, see `BatchSpec.tables`.
-        base_rate: share of positive training labels.
+        base_rate: probability at which the head starts: the share of positive training labels, or with drawn negatives
+            1 / number of items.
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V, width of the dense item features; 0 if there are none.
         context: inputs from the context of requests; None: no context.
@@ -136,8 +137,8 @@ def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
 def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
     """Scale the last norm of a truncated model by the share of its layers that is left.
 
-    Hidden states of an early layer do not fit the vocabulary head: 4 of SmolLM2's 30 layers score a token at 37 nats,
-    and at 10.9 with the scaled norm (log of the vocabulary: 10.8). Training would first have to unlearn such scores.
+    Hidden states of an early layer do not fit the vocabulary head: with 4 of SmolLM2's 30 layers the loss is 37 nats
+    per token, which training would first have to unlearn; with the scaled norm it is 10.9 (uniform scores: 10.8).
     """
     weight = getattr(getattr(backbone, "norm", None), "weight", None)
     if weight is not None and "gemma" not in backbone.config.model_type:  # Gemma's norms multiply by weight + 1

@@ -21,7 +21,7 @@ FILES = ("backbone_check.py", "small_models.py", "check_cache.py")
 
 
 def kept_result(check: str, *facts: Any) -> Any:
-    """Cached JSON value of a check that passed earlier for these facts (config, direction); None if there is none."""
+    """Cached JSON value of a check that passed earlier for these facts (config, direction), or None."""
     try:
         return json.loads(_path(check, facts).read_text())
     except (OSError, ValueError):  # missing, unreadable or incomplete: the check is repeated
@@ -44,7 +44,7 @@ def _path(check: str, facts: tuple[Any, ...]) -> Path:
 
 @functools.cache
 def _code() -> str:
-    """Hash of the versions of transformers and torch and of the source code that a check compares."""
+    """Hash of the versions of transformers and torch and of the source code that a check depends on."""
     import transformers
 
     own = [Path(hllm_torchrec.models.__file__).parent / name for name in FILES]

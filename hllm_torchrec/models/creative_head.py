@@ -1,12 +1,12 @@
 """`CreativeHead`: losses of personalized texts from user vectors, by the Creative LLM and the Item-User Predictor.
 
     L_write = - sum_n w_n sum_i log p(r_ni | prompt_n with U_n, r_n,<i) / sum_n w_n Y_n
-    L_match = [sum over own pairs softplus(-z) + sum over sampled ones softplus(z)] / pairs
-    L_recon = L_write with the user's profile as response, its own prompt (`profile.prompt`) and its own soft token
+    L_match = [sum over own pairs softplus(-z) + sum over sampled pairs softplus(z)] / pairs
+    L_recon = L_write with the user's profile as response, a separate prompt (`profile.prompt`) and soft token
     L_align = symmetric InfoNCE of W' U_n and the Creative LLM's hidden state of a learned token after the profile
 
-U_n: user vector of creative n; w_n: its weight; z: logits of user-item pairs; W': projection of user vectors
-for L_align, separate from the soft prompt's.
+U_n, w_n, r_ni: user vector, weight and token i of the response of creative n; z: logits of user-item pairs; W':
+projection of user vectors for L_align, separate from the soft prompt's.
 
 Legend: Q queries, N creatives, K sampled items, U unique items, D user width, E item width, Y_n tokens of response n.
 """

@@ -24,7 +24,7 @@ from hllm_torchrec.models.hllm import HLLM
 
 @dataclass(frozen=True)
 class CreativeInputs:
-    """A run's table of creatives; opened by `open`. folder: folder of its tokens."""
+    """A run's table of creatives; opened by `open`. folder: folder of the table's tokens."""
 
     config: Config
     dataset: Dataset
@@ -33,7 +33,7 @@ class CreativeInputs:
 
     @classmethod
     def open(cls, config: Config, dataset: Dataset, model: HLLM) -> "CreativeInputs | None":
-        """Open and tokenize the table of a configuration; None if it has none. Collective.
+        """Open and tokenize the table of a configuration; None if `creative` is not enabled. Collective.
 
         Raises:
             ConfigError: the tokenizer has larger token ids than the Creative LLM, prompt and response may exceed the
@@ -56,8 +56,8 @@ class CreativeInputs:
         words = model.creative.backbone.get_input_embeddings().num_embeddings
         if tokens > words:
             yield (
-                f"creative.tokenizer: makes token ids up to {tokens - 1}, the Creative LLM has {words} word vectors; "
-                "give the tokenizer of that model"
+                f"creative.tokenizer: makes token ids up to {tokens - 1}, but the Creative LLM has {words} word "
+                "vectors; give the tokenizer of that model"
             )
         for split in ("train", "valid"):
             if not len(self.tokens(split)):
@@ -66,8 +66,8 @@ class CreativeInputs:
         longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
         if places is not None and longest > places:
             yield (
-                f"creative.max_prompt_length: {creative.max_prompt_length}: with soft tokens and response {longest} "
-                f"tokens, and the Creative LLM has {places} positions: lower it"
+                f"creative.max_prompt_length: {creative.max_prompt_length}: prompt, soft tokens and response can have "
+                f"{longest} tokens, but the Creative LLM has {places} positions: lower it"
             )
 
     def tokens(self, split: str) -> CreativeTokens:

@@ -31,8 +31,8 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages with the current weights; step: number of previous updates."""
-        # One parameter at a time: the one call of torch.optim.swa_utils rejects a mix of Tensors and DTensors (FSDP2).
+        """Update the averages with the current weights; step: number of optimizer steps done."""
+        # One parameter at a time, because torch.optim.swa_utils rejects a mix of Tensors and DTensors (FSDP2).
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, parameter in self._parameters.items():
             self._averages[name].lerp_(parameter.detach(), 1.0 - decay)

@@ -102,6 +102,8 @@ class Experiment:
     def check_origin(self, checkpoint: Path) -> None:
         """Check that a checkpoint of the same run fits the dataset's ids and the other inputs. Collective.
 
+        Also restores the ids of the context that the checkpoint was trained with.
+
         Raises:
             ValueError: it was trained with different ids, item factors, evidence, transitions or base weights (LoRA).
         """
@@ -238,7 +240,7 @@ class Experiment:
     def encode_catalogue(self) -> Tensor | None:
         """Embeddings [N, E] of all items with the current weights; None in an ID-only model. Collective.
 
-        Stored item embeddings are looked up in the frozen table instead.
+        A frozen catalogue is returned as it is; stored item embeddings are looked up in the frozen table.
         """
         if self.item_encoder is None:
             return None
@@ -263,7 +265,7 @@ class Experiment:
 
     @contextmanager
     def evaluation_items(self) -> Iterator[None]:
-        """Context manager: inside, the model takes live item embeddings from a cache of the catalogue. Collective."""
+        """Context manager: inside, a model with live item embeddings uses a cache of the catalogue. Collective."""
         source = self.hllm.item_source
         if self.hllm.encodes_items:
             self.use_cached_items()

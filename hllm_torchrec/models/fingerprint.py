@@ -12,9 +12,9 @@ from hllm_torchrec.models.experiment import Experiment
 
 
 def item_facts(experiment: Experiment) -> dict[str, Any]:
-    """Collect inputs of item embeddings: weights, pooling, normalization, int8, tokeniser, text layout. Collective.
+    """Collect inputs of item embeddings: weights, pooling, normalization, int8, tokenizer, text layout. Collective.
 
-    The texts are not among them. The direction of the attention (`item_llm.causal`) is, if it is not the model's own.
+    Texts are not included. The direction of the attention (`item_llm.causal`) is included if it is not the model's own.
 
     Raises:
         ConfigError: the model has no Item LLM.

@@ -16,7 +16,9 @@ USERS_AT_ONCE = 1024
 def retrieved_candidates(
     dataset: Dataset, items: Ints, item_store: str, user_store: str, top: int
 ) -> tuple[Ints, Ints]:
-    """(candidates, offsets [users + 1]): for each user in the user store, the `top` of `items` [n] by cosine.
+    """(candidates, offsets [users + 1]): for each user, the `top` of `items` [n] by cosine with the user's vector.
+
+    Users without a vector have no candidates, and items without a vector are left out.
 
     Raises:
         ValueError: a store does not exist, or the two have vectors of different widths.
@@ -41,7 +43,7 @@ def retrieved_candidates(
 
 
 def _vectors(store: str, dataset: Dataset, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(vectors [n, E], bool [n] True if the store has it) of all items or users except the unknown one."""
+    """(vectors [n, E], bool [n] True if the store has the vector) of all items or users except the unknown one."""
     opened = EmbeddingStore.open(store)
     table = dataset.items if kind == "item" else dataset.users
     vectors, known = opened.snapshot().gather(raw_keys(table[f"raw_{kind}_id"], opened.kind))

@@ -10,7 +10,8 @@ E_next and E_negatives are the Item LLM's embeddings or, in the item space "feat
 item, which is computed in the same table lookup as the other slots. An ID-only model always uses the space "features".
 
 Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
-S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
+S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width,
+V width of the dense item features, F numeric features, O outputs of all tasks, R rank of the transitions, N creatives.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,7 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 class ContextInputs:
     """Scales and sizes of the context of requests, as inputs of a model.
 
-    scales: [C][2] mean and standard deviation of the numeric context in training; bias_rows: {context of the position
+    scales: (mean, standard deviation) in training of each numeric context column; bias_rows: {context of the position
     bias: number of ids}.
     """
 
@@ -74,9 +75,9 @@ class HLLM(nn.Module):
         item_width: E.
         features, user: hybrid features and user encoder, both of width D.
         config: configuration of the experiment.
-        base_rate: share of positive labels in training; initializes the head's bias.
-        vector_width: V, width of the dense item features; 0 if there are none.
-        evidence: F, number of evidence columns per exposure.
+        base_rate: probability at which the head of a single task starts; see `build_model`.
+        vector_width: V; 0 if there are no dense item features.
+        evidence: number of evidence columns per exposure.
         tasks: labels to predict, starting with the first label; None: only the first label.
         context: scales and sizes of the context of requests; None: no context.
         creative: the LLM that writes texts for users, or None.
@@ -145,7 +146,7 @@ class HLLM(nn.Module):
     def _build_heads(
         self, build_head: Callable[[], PredictionHead], base_rate: float, width: int, evidence: int
     ) -> None:
-        """Build the head of one binary task, or the towers of several tasks with their scales and uncertainties."""
+        """Build the head of a single task (`is_single`), else task towers with the tasks' scales and uncertainties."""
         objective = self.config.objective
         self.head: PredictionHead | TaskTowers
         if is_single(self.tasks, objective):
@@ -169,7 +170,7 @@ class HLLM(nn.Module):
             self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
 
     def _build_generation(self, *, straight: bool, item_width: int) -> None:
-        """Build the parts of the generative loss; straight: predictions are compared with items without projection."""
+        """Build the parts of the generative loss; straight: hidden states are compared with items as they are."""
         objective = self.config.objective
         self.project_next = nn.Identity() if straight else nn.Linear(self.user.width, item_width)
         self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
@@ -211,7 +212,7 @@ class HLLM(nn.Module):
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The existing ones of the model's large parts: Item LLM, user encoder, Creative LLM."""
+        """Those of the large parts (Item LLM, user encoder, Creative LLM) that this model has."""
         modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
@@ -228,7 +229,7 @@ class HLLM(nn.Module):
 
     @property
     def has_one_logit(self) -> bool:
-        """True if the head has one output per exposure, [X]; False for the outputs [X, O] of several tasks."""
+        """True if the head returns logits [X], False if it returns outputs [X, O] (task towers)."""
         return not isinstance(getattr(self, "head", None), TaskTowers)
 
     @property
@@ -308,7 +309,10 @@ class HLLM(nn.Module):
         return self._last_visible(batch, h_TD, sums, every, self.project_next if self.generates else nn.Identity())
 
     def _last_rows(self, batch: HybridBatch) -> Tensor:
-        """[Q] row in T of the last position that each query sees; invalid (maybe -1) if it sees none."""
+        """Index [Q], among the T positions, of the last one that each query sees.
+
+        A query that sees none has an invalid index: -1, or a position of the piece before.
+        """
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         return batch.seq_offsets[piece] + batch.query_visible - 1
 
@@ -331,7 +335,7 @@ class HLLM(nn.Module):
 
     @property
     def needs_user_statistics(self) -> bool:
-        """True if the soft prompt needs statistics of user vectors that have not been measured yet."""
+        """True if statistics for the soft prompt (of user vectors, or of liked texts) have not been measured yet."""
         unknown = self.liked_texts is not None and not bool(self.liked_texts.measured)
         return unknown or (self.creative_head is not None and self.creative_head.needs_statistics)
 
@@ -460,7 +464,7 @@ class HLLM(nn.Module):
         return self.generates and batch.creative is None
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
-        """Generative loss, Eq. (1): positives are the next items; items: [U, E] item vectors without action or time."""
+        """Generative loss, Eq. (1), of the next items; items: [U, E], or [U, D] in the item space "features"."""
         exclude = None
         if self.mask_own_items:
             # A user's other items must not be negatives of the next item, so each prediction excludes all items of
@@ -478,9 +482,9 @@ class HLLM(nn.Module):
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
-        """Predicted next item [X, V] of each exposure, from the last position that it sees; zeros if it sees none.
+        """Predicted next item of each exposure, from the last position that it sees; zeros if it sees none.
 
-        V is the width of the vectors with which the prediction is compared: E or D, plus the widths that `joined` adds.
+        Shape [X, width of the compared item vectors]: E or D, plus the widths that `joined` adds.
         """
         sums = self._history_sums(batch, items)
         return self._last_visible(batch, h_TD, sums, batch.target_query, self.project_next)
@@ -497,11 +501,8 @@ class HLLM(nn.Module):
 
         The state is `joined` with `sums` (the result of `_history_sums`) at that position.
         """
-        piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
-        visible = batch.query_visible[queries]
-        # A query sees the first `visible` positions of its piece. With visible = 0 the row is invalid (it belongs to
-        # the previous piece, or is -1), so it is clamped and its result is multiplied by 0.
-        row = batch.seq_offsets[piece[queries]] + visible - 1
+        # An invalid row (visible = 0) is clamped, and its result is multiplied by 0.
+        visible, row = batch.query_visible[queries], self._last_rows(batch)[queries]
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
             texts, transitions = (x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)

@@ -18,11 +18,12 @@ from hllm_torchrec.modules.losses.task_losses import TaskLoss
 class HLLMOutput:
     """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
-    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks, or None if the head has one
-    logit (`is_single`); tasks: task name -> loss; value_error: [] weighted sum of squared errors of the auxiliary value
-    head, or None; generative: the sums of the generative loss, or None; next_items: [X, V] predicted next item of every
-    exposure, or None; items: detached item vectors, [U, D] if the generative loss compares items in the space
-    "features", else the Item LLM's embeddings [U, E] or None; creative: losses of a batch of creatives, or None.
+    logits: [X] of the first label (empty without queries); outputs: [X, O] of all tasks; None without queries, or if
+    the head has one logit (`is_single`); tasks: task name -> loss; value_error: [] weighted sum of squared errors of
+    the auxiliary value head, or None; generative: the sums of the generative loss, or None; next_items: [X, V]
+    predicted next item of every exposure, or None; items: detached item vectors, [U, D] if the generative loss compares
+    items in the space "features", else the Item LLM's embeddings [U, E] or None; creative: losses of a batch of
+    creatives, or None.
     """
 
     logits: Tensor

@@ -23,9 +23,9 @@ CATALOGUE_TOKENS = 16_384
 
 
 COMPARED = 64
-"""Items whose quantized and float32 embeddings are compared."""
+"""Number of items whose quantized and float32 embeddings are compared."""
 LEAST_COSINE = 0.9
-"""Minimum of these cosines that is accepted; below it, an item's nearest neighbors change."""
+"""Minimum accepted cosine of an item's quantized and float32 embeddings; below it, nearest neighbors change."""
 
 
 class ItemEncoder:
@@ -63,7 +63,7 @@ class ItemEncoder:
         """Counts of the items, tokens and keys encoded on this rank so far."""
 
     def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
-        """Embeddings [U, E] of this rank's `unique_items` [U], with gradients."""
+        """Embeddings [U, E] of this rank's `unique_items` [U], with gradients. Collective."""
         return encode_unique_items(unique_items, self.costs, lambda ids: self._encode_in_groups(item_llm, ids))
 
     def _encode_in_groups(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ItemEncoder:
         return self._read(self._quantized(item_llm) if self.quantizes else item_llm, ids)
 
     def _quantized(self, item_llm: ItemLLM) -> ItemLLM:
-        """The quantized copy of the present weights; says how much its embeddings differ when it makes one."""
+        """The quantized copy of the current weights; prints how much its embeddings differ when the copy is made."""
         # Loading a checkpoint writes into the weights, which raises their versions.
         state = [(weight.data_ptr(), weight._version) for weight in item_llm.parameters()]
         if self._int8 is None or self._int8[0] != state:
@@ -110,7 +110,7 @@ class ItemEncoder:
         """Print the cosines of quantized and float32 embeddings of up to `COMPARED` items.
 
         Raises:
-            ArgumentError: one of them is below `LEAST_COSINE`.
+            ArgumentError: a cosine is below `LEAST_COSINE`.
         """
         was_training = item_llm.training
         ids = torch.linspace(1, len(self.tokens) - 1, min(COMPARED, len(self.tokens) - 1)).long().unique()
@@ -124,7 +124,7 @@ class ItemEncoder:
         if not least >= LEAST_COSINE:
             raise ArgumentError(
                 f"{self.section}.quantization: int8: the least cosine with float32 is {least:.3f}, below "
-                f"{LEAST_COSINE}: int8 changes the embeddings of this model too much; write none"
+                f"{LEAST_COSINE}: int8 changes the embeddings of this model too much; write quantization: none"
             )
 
     def _read(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
-        """Embeddings [N, E] of all items (row 0: unknown item); the work is shared by the ranks. Dropout is off.
+        """Embeddings [N, E] of all items (row 0: unknown item), without dropout; the ranks share the work. Collective.
 
         embed: function that calls this encoder through the model's `embed_items`, so that FSDP2 gathers the weights.
         """

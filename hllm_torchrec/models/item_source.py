@@ -89,7 +89,7 @@ class StoredItems(ItemSource):
 
 
 class JoinedItems(ItemSource):
-    """A source for the items below `first`, and vectors [n, E] for the items from `first` on."""
+    """A source for the items below `first`, and vectors [N - first, E] for the items from `first` on."""
 
     def __init__(self, source: ItemSource, first: int, vectors: Tensor) -> None:
         self.source, self.first, self.vectors = source, first, vectors

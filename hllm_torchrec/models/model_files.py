@@ -41,7 +41,8 @@ def read_config(directory: str) -> "PreTrainedConfig":
     """Read `config.json`; no code of the directory is executed.
 
     Raises:
-        ValueError: the file is missing, damaged, or not the config of a model with one stack of layers.
+        ValueError: the file is missing, damaged, or not the config of a model with one stack of layers; the model needs
+            code of its own; or the directory has an adapter.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -89,7 +90,10 @@ def check_config(config: "PreTrainedConfig") -> None:
 
 @contextmanager
 def naming_directory(pretrained: str | None) -> Iterator[None]:
-    """Context manager that adds the model's directory, if any, to the message of a ValueError."""
+    """Context manager that adds the model's directory, if any, to the message of a ValueError.
+
+    An ArgumentError is not changed, because its message begins with the argument's name.
+    """
     try:
         yield
     except ArgumentError:
@@ -104,7 +108,7 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
     """Load the weights as fp32 master weights, without remote code.
 
     Raises:
-        ValueError: a file is damaged, or a weight is missing or does not have the shape given by the config.
+        ValueError: a file is damaged, or a weight is missing, is not finite, or does not have the config's shape.
     """
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
@@ -132,7 +136,7 @@ def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel
     _check_report(directory, report)
     _warn_of_odd_weights(directory, model, report)
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum of finite ones may overflow
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # a finite weight's sum may overflow
             raise ValueError(f"{directory}: the weight {name} has values that are not finite; {_FETCH}")
     model.train()  # from_pretrained returns it in evaluation mode, without dropout and activation checkpointing
     return model
@@ -165,8 +169,8 @@ def _warn_of_odd_weights(directory: str, model: "PreTrainedModel", report: dict)
     odd = sorted(key for key in inside if {key.rpartition(".")[0], key.rpartition(".")[0].rpartition(".")[0]} & modules)
     if odd:
         _logger.warning(
-            "%s: %d weights are not used, e.g. %s: config.json describes a model without them, so the embeddings are "
-            "not those with which they were trained: compare config.json with the original",
+            "%s: %d weights are not used, e.g. %s: config.json describes a model without them, so the embeddings "
+            "differ from those of the trained model: compare config.json with the original",
             directory,
             len(odd),
             odd[0],

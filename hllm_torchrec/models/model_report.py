@@ -23,7 +23,7 @@ from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 WORDS = "the quick brown fox reads item 1024: a film of 1995, drama and comedy, by nobody we know; 上海 東京 é ö ß"
-"""Source of the texts of the check, which are its beginnings and repetitions of it."""
+"""Source of the check's texts: each is the first words of this string, or of its repetition."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelReport:
         yield f"reads {direction}; texts {self.arrangement.replace('_', ' ')}"
         scaled = ", scaled to length 1" if form.normalize else ""
         yield f"pooling {form.pooling}{scaled}; prompt {form.prompt!r}; special tokens after a text: " + (
-            "kept" if form.keeps_end else "only with [CLS]"
+            "kept" if form.keeps_end else "kept only by a tokenizer with [CLS]"
         )
         yield (
             f"as Item LLM: {self.texts} texts encoded together and by plain transformers one at a time differ by "
@@ -72,7 +72,7 @@ def report_model(directory: Path, max_text_length: int = 64) -> ModelReport:
     tokens = [torch.tensor(ids) for ids in tokenize(read_tokenizer(directory), texts, max_text_length, form.keeps_end)]
     # Load the two models one after the other, because two copies of a large model may not fit into memory.
     plain = load_weights(str(directory), config).eval()
-    if (learned := learned_positions(plain)) is not None:  # a position for [ITEM], and those that are never used
+    if (learned := learned_positions(plain)) is not None:  # leave one position for [ITEM]
         unused = getattr(learned, "offset", 0) + (0 if learned.padding_idx is None else learned.padding_idx + 1)
         tokens = [ids[: learned.num_embeddings - unused - 1] for ids in tokens]
     item_token = plain.get_input_embeddings().weight.detach()[:8].mean(0)
@@ -108,7 +108,7 @@ def _texts() -> list[str]:
 
 
 def _alone(plain: torch.nn.Module, ids: Tensor, item_token: Tensor, form: TextFormat) -> Tensor:
-    """E [D] of one text by plain transformers."""
+    """Embedding [D] of one text by plain transformers."""
     if form.pooling == "item":
         words = plain.get_input_embeddings()(ids)  # type: ignore[operator]
         return plain(inputs_embeds=torch.cat([words, item_token[None]])[None]).last_hidden_state[0, -1]

@@ -49,7 +49,7 @@ def backbone_sections(config: Config) -> Iterator[tuple[str, Section]]:
 
 
 def text_sections(config: Config) -> Iterator[tuple[str, ItemLLMConfig]]:
-    """Yield (name, section) of the parts that read text."""
+    """Yield (name, section) of the LLMs that encode the texts of items."""
     for name, section in backbone_sections(config):
         if isinstance(section, ItemLLMConfig):
             yield name, section

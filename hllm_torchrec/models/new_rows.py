@@ -73,9 +73,8 @@ def read_rows(table: Any, ids: NDArray[np.int64], width: int, device: torch.devi
         for values, start, column in local_shards(table):
             here = (wanted >= start) & (wanted < start + len(values))
             rows[here, column : column + values.shape[1]] = values[wanted[here] - start].float()
-    if table is None or isinstance(
-        table, ShardedTensor
-    ):  # a replicated table is complete on every rank, so it must not be summed
+    # A replicated table is complete on every rank, so its rows must not be summed.
+    if table is None or isinstance(table, ShardedTensor):
         dist.all_reduce(rows)
     return rows
 
@@ -89,10 +88,10 @@ def write_rows(table: Any, first: int, rows: Tensor) -> None:
 
 
 def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
-    """Ids [new items, up to NEIGHBORS] of the known items nearest to each item from `known` on. Collective.
+    """Ids [new items, up to NEIGHBORS] of the items below `known` that are nearest to each item from `known` on.
 
-    Nearest by the cosine of the Item LLM's embeddings, or in an ID-only model of the items' bags of features. An item
-    without a common feature value is not a neighbor; id 0 (unknown) is used instead.
+    The distance is the cosine of the Item LLM's embeddings, or in an ID-only model of the items' bags of features. An
+    item without a common feature value is not a neighbor; id 0 (unknown) is used instead. Collective.
     """
     number, at_once = min(NEIGHBORS, known - 1), max(1, _SIMILARITIES // known)
     embedded = experiment.encode_catalogue()

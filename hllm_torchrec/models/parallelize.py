@@ -1,7 +1,7 @@
 """Distribution of a model over ranks and devices: tables are sharded, dense parts replicated or sharded.
 
-TorchRec's planner decides by the row counts of the tables: small tables are replicated and belong to the dense
-optimizer, the others are sharded and updated inside the backward pass. DDP or FSDP2 wraps the dense parts.
+Tables with fewer than `features.shard_from_rows` rows are replicated and belong to the dense optimizer; the others are
+sharded and updated inside the backward pass. DDP or FSDP2 wraps the dense parts.
 """
 
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ def llm_layers(model: HLLM) -> list[nn.Module]:
 
 
 def _compile_layers(model: HLLM, config: Config, device: torch.device) -> None:
-    """Compile the layers of the LLMs; of layers that run fused (bfloat16 on a CPU), the elementwise functions."""
+    """Compile the layers of the LLMs; of layers that run fused (bfloat16 on a CPU), only the elementwise functions."""
     # Imported here, because it imports transformers, which runs without an LLM do not need.
     from hllm_torchrec.modules.encoders.fused_llama import FusedLlamaLayer
 

@@ -1,6 +1,6 @@
 """The evidence features of a run (`data.evidence`: values that simple predictors compute for an exposure).
 
-They are fitted when training starts; groups that use texts read the embeddings of the frozen Item LLM.
+The features are fitted when training starts; groups that use texts read the embeddings of the frozen Item LLM.
 """
 
 from functools import partial
@@ -31,9 +31,10 @@ def open_evidence(
     catalogue: Tensor | None,
     fitted: EvidenceModel | None,
 ) -> Evidence | None:
-    """The evidence of a configuration, fitted by rank 0 if `fitted` is None; None if it uses no evidence. Collective.
+    """The evidence of a configuration, fitted by rank 0 if `fitted` is None; None without `data.evidence`. Collective.
 
-    catalogue: [N, E] text embeddings of the frozen Item LLM (`frozen_catalogue`); None if no group uses texts.
+    catalogue: [N, E] text embeddings of the frozen Item LLM (`frozen_catalogue`); None: no group uses texts, or
+    `read_catalogue` adds the texts later.
     """
     names, delay = config.data.evidence, config.data.feedback_delay
     if not names:
@@ -51,7 +52,7 @@ def reads_texts(config: Config) -> bool:
 
 
 def frozen_catalogue(model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device) -> Tensor:
-    """Text embeddings [N, E] of the catalogue by the frozen Item LLM; `model` is not yet wrapped. Collective."""
+    """Text embeddings [N, E] of the catalogue by the frozen Item LLM; `model` must not be wrapped yet. Collective."""
     assert model.item_llm is not None and encoder is not None and live is not None
     model.item_llm.to(device)
     embed = partial(model.embed_items, source=live)

@@ -1,4 +1,4 @@
-"""Transitions of a run (`data.transitions`).
+"""Transitions of a run: the regression of the next item on the history (`data/transitions.py`).
 
 They are fitted when training starts, with the text embeddings of the Item LLM if it is frozen.
 """

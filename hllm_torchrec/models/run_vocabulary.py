@@ -1,7 +1,7 @@
-"""Check of a run's ids against a dataset: each id map that indexes its weights must be a prefix of the dataset's map.
+"""Check of a run's ids against a dataset: each id map that indexes the run's weights must be a prefix of the dataset's.
 
-The marks of the maps (`data.vocabulary`) are saved in each checkpoint. Checkpoints of an earlier version have no marks;
-`hllm adopt` writes them to `vocabulary.json` in the run directory.
+The marks of the maps (`data/vocabulary.py`) are saved in each checkpoint. Checkpoints of an earlier version have no
+marks; `hllm adopt` writes them to `vocabulary.json` in the run directory.
 """
 
 import json
@@ -69,7 +69,7 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
 
 
 def saved_marks(checkpoint: Path) -> dict[str, IdMark] | None:
-    """Marks of the maps that a checkpoint's model was trained with, from the checkpoint or the run; None without any.
+    """Marks of the maps that a checkpoint's model was trained with, from the checkpoint or else the run, or None.
 
     Raises:
         ValueError: the marks are damaged.
@@ -147,7 +147,7 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
 def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
     vectors, erased = _own_vectors(dataset, name.removeprefix(VECTORS))
     found = find_difference(run, vector_mark(vectors, erased), partial(row_digests, vectors, erased=erased))
-    return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} have other numbers here"]
+    return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} differ in this dataset"]
 
 
 def _own_vectors(dataset: Dataset, name: str) -> tuple[NDArray[np.float32], dict[int, bytes]]:

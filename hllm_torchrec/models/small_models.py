@@ -1,8 +1,8 @@
 """Small random models of a Hugging Face config, and detection of the direction of their attention.
 
-A small model has one layer of each kind in the config (at most four, and at least two if the config has two), few heads
-of the original width, few words and short windows, so that building it and encoding a few texts takes a fraction of a
-second.
+A small model has one layer of each kind in the config (at most four, and at least two unless the config has one),
+few heads of the original width, few words and short windows, so that building it and encoding a few texts takes a
+fraction of a second.
 """
 
 import copy
@@ -70,8 +70,7 @@ def config_key(config: "PreTrainedConfig") -> str:
 
 def changed_direction(config: "PreTrainedConfig", causal: bool) -> "PreTrainedConfig":
     """The small config with the given direction. Raises ArgumentError if transformers cannot change the direction."""
-    changed = copy.deepcopy(config)
-    changed = directed(changed, causal)
+    changed = directed(config, causal)
     if reads_causally(plain_model(changed)) != causal:
         raise ArgumentError(
             f"causal: {causal}: {config.model_type} reads with causal: {not causal}, and transformers cannot change "
@@ -125,7 +124,7 @@ def _per_layer(facts: dict[str, Any], layers: int) -> Iterator[tuple[str, list[A
 
 
 def _kinds_of_layers(facts: dict[str, Any], layers: int) -> list[int]:
-    """Indices of the first layer of each kind (at most four); at least two layers if the model has two."""
+    """Indices of the first layer of each kind (at most four); at least two layers unless the model has one."""
     first: dict[str, int] = {}
     columns = [value for _, value in _per_layer(facts, layers)]
     for layer in range(layers):
@@ -187,7 +186,7 @@ def reads_causally(plain: "PreTrainedModel") -> bool:
 def sensitivity(plain: "PreTrainedModel") -> float:
     """Relative change of the state of a text's last token when the tokens before it change.
 
-    A leak from another text can change an embedding by about as much, so if this is small, the tolerance must be small.
+    A leak from another text can change an embedding by about as much, so a small value requires a small tolerance.
     """
     text = sample_texts()[0]
     other = torch.cat([text[:-1].flip(0), text[-1:]])

@@ -42,7 +42,7 @@ def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
             EmbeddingStore.open(root).require(facts)
         except ValueError as error:
             raise ConfigError(
-                [f"item_llm.store: {error}; a run that begins with start_from has the Item LLM of that run"]
+                [f"item_llm.store: {error}; with start_from, the Item LLM is that of the run that start_from names"]
             ) from None
 
     run_on_rank_zero(opened)
@@ -113,7 +113,7 @@ def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: pa
         ids = raw_keys(raw_ids.slice(first - 1, max(0, row + end - first)), snapshot.store.kind)
         vectors, known = snapshot.gather(ids)
         missing += int((~known & is_key(ids)).sum())
-        # Empty except in the shard and block that contain row 0, the unknown item.
+        # This slice is empty except in the block that contains row 0, the unknown item.
         target[at : first - row].zero_()
         target[first - row : end].copy_(vectors[:, column : column + target.shape[1]])
     return missing

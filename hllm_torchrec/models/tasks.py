@@ -29,7 +29,8 @@ LOSSES_OF_KIND = {"binary": ("bce",), "ordinal": ("ordinal",), "regression": ("h
 class Task:
     """A label, its loss and its weight in L_cls.
 
-    start: initial values of the outputs [O]; center, scale: a regression's loss compares (label - center) / scale.
+    start: initial values of the outputs [O]; center, scale: a regression's loss compares (label - center) / scale, of
+    the transformed label if the label has a transform.
     """
 
     label: LabelColumn

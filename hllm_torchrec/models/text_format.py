@@ -1,8 +1,9 @@
-"""Reading and pooling of an item's text by an Item LLM: from the configuration, or else from its checkpoint.
+"""Reading and pooling of an item's text by an Item LLM: from the configuration, or else from the LLM's checkpoint.
 
 A sentence-transformers directory describes how its embeddings are computed: `modules.json` has its parts, `1_Pooling`
 the pooling, `config_sentence_transformers.json` the prompts. Options of the configuration that are null are taken from
-there; if an option contradicts the directory, the option is used and a warning is logged.
+the directory (`normalize` only if `pooling` is null too). An option that contradicts the directory is used; for
+`pooling` and `causal` a warning is logged.
 """
 
 import json
@@ -54,8 +55,9 @@ class TextFormat:
 class SentenceFormat:
     """Settings of a sentence-transformers directory.
 
-    pooling: None if it is not supported; says: name of the pooling in `file`; lower_case: texts are lower-cased before
-    tokenization; left_out: folders of layers after the pooling, which this library does not run.
+    pooling: None if it is not supported; says: name of the pooling in `file`; include_prompt: the mean includes the
+    prompt's tokens; lower_case: texts are lower-cased before tokenization; left_out: folders of layers after the
+    pooling, which this library does not run.
     """
 
     pooling: Pooling | None
@@ -73,7 +75,8 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
     Raises:
         ValueError: a file is damaged.
-        ConfigError: the pooling of the checkpoint is not supported, and the configuration gives no pooling.
+        ConfigError: the checkpoint's pooling is not supported and the configuration has none, or the checkpoint leaves
+            the prompt out of the mean.
     """
     sentences = None if section.pretrained is None else sentence_format(Path(section.pretrained))
     pooling = section.pooling
@@ -102,7 +105,7 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
 
 def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
-    """Yield one line for each option of the configuration that differs from the checkpoint."""
+    """Yield warnings: `causal` or `pooling` contradicts the checkpoint, or steps of the checkpoint are left out."""
     reads_causally = _reads_causally(section)
     if section.causal is not None and section.causal != reads_causally:
         direction = "from left to right" if reads_causally else "in both directions"

@@ -6,7 +6,7 @@
 The items' inputs are computed once for the catalogue (`SlotInputs`). The linear layers of the user encoder run over the
 candidates of all requests. With late fusion the item's part of the head is precomputed (`PreparedHead`).
 
-Legend: R requests, M candidates of all requests, D width.
+Legend: R requests, m candidates of one request, M of all requests, O outputs of all tasks, F numeric features, D width.
 """
 
 import itertools
@@ -42,7 +42,7 @@ as the index `RawIds`, which larger catalogues use."""
 
 @dataclass(frozen=True)
 class Request:
-    """Candidates of a user at a time.
+    """Candidates of a user at one point in time.
 
     state: made by this scorer; items: [m] dense ids; time: seconds UTC; context: columns [1] of the request's context,
     from `BatchScorer.context_columns`.

@@ -4,9 +4,9 @@
     engine.score([ScoreRequest("u7", ["s3", "s41"], time), ...])     # one micro-batch
     engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # visible to later requests (`RequestRules`)
 
-A state in the cache holds the events that were visible to the request of its user with the latest time. A later request
-extends the state by the events that have become visible since. A request with an earlier time is computed without the
-cache, from the events that were visible at that time.
+A user's state in the cache holds the events that were visible to the user's request with the latest time. A later
+request extends the state by the events that have become visible since. A request with an earlier time is computed
+without the cache, from the events that were visible at that time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ class RawEvents:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Request to score candidates for one user at a time.
+    """Request to score candidates for a user at one point in time.
 
     user: raw id; a user who is neither in the dataset nor in the log has the features of the unknown user and no
     history; None: no user. candidates: raw ids. time: seconds UTC. history: events, not stored, to use instead of the
@@ -63,12 +63,12 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RecommendRequest:
-    """Request for the best items of the catalogue for a user at a time.
+    """Request for the best items of the catalogue for a user at one point in time.
 
     user, time, history, context: as in `ScoreRequest`. top: number of items to return. candidates: number of items that
-    the index retrieves for the head to rank, at least `top`; without an index all allowed items are ranked. seen_too:
-    whether items of the history may be recommended. filters: item feature -> values; an item must have at least one of
-    the values of every feature.
+    the index retrieves for the head to rank (`top` if that is more); without an index all allowed items are ranked.
+    seen_too: whether items of the history may be recommended. filters: item feature -> values; an item must have at
+    least one of the values of every feature.
     """
 
     user: str | None

@@ -7,7 +7,8 @@
 Inputs are dense ids of the dataset (0: unknown), padded on the right; the number of users, events and candidates is
 dynamic. The terms that depend only on an item, or only on a user, are tables within the program.
 
-Legend: B users, T padded events, M candidates, F numeric features, N items, U users of the dataset, D width.
+Legend: B users, T padded events, S positions (events and the query of every user), M candidates, F numeric features,
+D width.
 """
 
 import json

@@ -49,7 +49,7 @@ def draw_arrivals(rate: float, seconds: float, users: int, zipf: float, seed: in
 class LoadResult:
     """Result of a load test.
 
-    rate: scheduled requests per second; requests: their number; throughput: answers with status 200 per second;
+    rate: scheduled requests per second; requests: number of requests; throughput: answers with status 200 per second;
     latency_ms: quantile -> milliseconds, of the answers with status 200; late_ms: 99% quantile of the milliseconds
     between the scheduled arrival and the sending of a request: a delay of the client, which is part of the latency;
     statuses: HTTP status -> number of requests (0: no answer); hit_rate: share of the look-ups of a user's state that

@@ -70,7 +70,7 @@ class RawContext:
         value = given[one.name]
         if one.kind == "categorical":
             if not isinstance(value, str | Real | np.bool_ | None):
-                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, or None")
+                raise ValueError(f"context {one.name!r} is {value!r}; it must be a text, a number, a boolean, or None")
             found = 0 if value is None else self._id(one.name, value)
             self.unknown[one.name] += value is not None and not found
             return np.int64(found)
@@ -81,5 +81,5 @@ class RawContext:
         return np.float32(value)
 
     def _id(self, name: str, value: ContextValue) -> int:
-        """Id of a categorical value, 0 if it is unknown. It is read as `hllm prepare` reads a cell: see `category`."""
+        """Id of a categorical value, which is read as `hllm prepare` reads a cell (`category`); 0 if it is unknown."""
         return self._ids[name].get(category(value), 0)

@@ -28,7 +28,7 @@ class RawHistories:
         return RawIds(self._dataset.users["raw_user_id"])
 
     def user(self, raw_id: str | None) -> int:
-        """Dense id of a user. For None, a user who came after `hllm prepare`, it is 0.
+        """Dense id of a user; 0 for None, a user who came after `hllm prepare`.
 
         Raises:
             ValueError: the id is unknown or not a string.

@@ -45,7 +45,10 @@ are merged."""
 
 
 class Options(BaseModel):
-    """Arguments of `application`; `hllm serve --help` explains those of the same names."""
+    """Arguments of `application`.
+
+    `hllm serve --help` explains those of the same names, cache_mib (--cache) and deadline_ms (--deadline).
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -59,7 +59,7 @@ def recommend(
     dataset: Path | None = None,
     context: Mapping[str, ContextValue] | None = None,
 ) -> Recommendations:
-    """Return the `top` items for a user, from a checkpoint of a run. Runs in one process.
+    """Return at most `top` items for a user, from a checkpoint of a run. Runs in one process.
 
     Args:
         user: raw id.

@@ -29,8 +29,8 @@ class ReloadRefusedError(Exception):
 class ReloadReport:
     """Result of a reload.
 
-    model, previous: marks of the model in use now and before, equal if the published model had not changed. requests:
-    number of recent requests on which both models were compared; largest_change, mean_change: of the probabilities of
+    model, previous: marks of the model in use now and before, equal if nothing new was published. requests: number
+    of recent requests on which both models were compared; largest_change, mean_change: of the probabilities of
     their candidates.
     """
 

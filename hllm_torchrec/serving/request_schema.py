@@ -51,7 +51,9 @@ class ScoreBody(_Body):
     user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
     candidates: list[RawId] = Field(min_length=1, max_length=MAX_CANDIDATES)
     time: Second | None = Field(
-        None, description="time of the request: only events of earlier seconds count; null: now"
+        None,
+        description="time of the request; null: now. Only events before `time` minus `data.feedback_delay` count; with "
+        "a leave-one-out dataset all events count",
     )
     history: list[Event] | None = Field(
         None,
@@ -81,9 +83,7 @@ class RecommendBody(_Body):
 
     user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
     top: int = Field(10, ge=1, le=1000)
-    time: Second | None = Field(
-        None, description="time of the request: only events of earlier seconds count; null: now"
-    )
+    time: Second | None = Field(None, description="as in /v1/score")
     history: list[Event] | None = Field(None, max_length=MAX_EVENTS, description="as in /v1/score")
     context: Context = Field(None, description="as in /v1/score")
     candidates: int = Field(

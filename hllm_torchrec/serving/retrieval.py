@@ -4,7 +4,8 @@ A model with a generative loss predicts the next item at the last event that a r
 nearest to the prediction by cosine, exactly (flat) or within the nearest cells (ivf). Without a generative loss, or
 with the index "none", all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
 
-Legend: N items, V width of an item's vector in the space of the generative loss.
+Legend: N items, V width of an item's vector in the space of the generative loss, E width of a text embedding, R rank of
+the transitions, T history positions, D user width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ class Retrieval:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Read items that were added after `hllm prepare`; they are few, and compared without an index."""
+        """Read items that were added after `hllm prepare`; they are few, so they are compared without an index."""
         self._of = self._scorer.experiment.dataset  # the scorer replaces this object after each change
         self._masks.cache_clear()
         if self._index is not None:

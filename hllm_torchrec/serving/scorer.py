@@ -10,7 +10,8 @@
 Features are computed by the collator and the model that training uses. Scores equal those of `hllm evaluate` for the
 same exposures up to rounding, also if a history is longer than `data.max_history` (`window_start`).
 
-Legend: n events, T history events that the model uses, m candidates, D width.
+Legend: n events, T history positions that the model uses, m candidates, M candidates of all requests, Q queries and X
+targets of a micro-batch, O outputs of all tasks, F evidence columns, D width.
 """
 
 import time as clock
@@ -383,7 +384,7 @@ class Scorer:
         return self.predictions(self._outputs(user, candidates, time, context))
 
     def predictions(self, outputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Task name -> calibrated predictions [m], from logits [m] or outputs [m, O]."""
+        """Task name -> predictions [m], calibrated if the run is, from logits [m] or outputs [m, O]."""
         return predictions_by_task(self.hllm, outputs, self._calibration)
 
     def _outputs(
@@ -399,7 +400,7 @@ class Scorer:
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
         seen = self.rules.seen(state.history, moment)
-        # If the history has events after the request, its window of visible events may start before the state's.
+        # If the history has events after the request, the request's window may start before the state's.
         if self.rules.start(seen) != state.start:
             state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
@@ -440,15 +441,15 @@ class Scorer:
         return self.hllm.biased(logits)
 
     def _past(self, history: UserHistory, seen: int) -> PastEvents | None:
-        """Evidence of the first `seen` events of a history, which is complete: not cut to `data.max_history`."""
+        """What evidence needs of the first `seen` events of a complete history (not cut to `data.max_history`)."""
         evidence = self.experiment.evidence
         return None if evidence is None else evidence.past(history[:seen], np.array([seen]))
 
     def _evidence(
         self, states: Sequence[UserState], sizes: Sequence[int], items: Ints, times: Sequence[int]
     ) -> Tensor | None:
-        """Evidence [M, F] of the candidates `items` [M] of several requests, `sizes[r]` of request r; None if the model
-        has none."""
+        """Evidence [M, F] of the candidates `items` [M] of several requests, `sizes[r]` of request r; None for a model
+        without evidence."""
         evidence = self.experiment.evidence
         if evidence is None:
             return None
@@ -463,7 +464,7 @@ class Scorer:
         return torch.from_numpy(evidence.of_exposures(asked)).to(self.experiment.device)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
-        """Append `events` to the cache."""
+        """Return the cache followed by the keys and values of `events`; cache: None if it is empty."""
         batch = history_batch(self._collator, self.rules.spec, events).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
         with configured_by("user.shape", length="data.max_history"):

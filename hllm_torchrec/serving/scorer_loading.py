@@ -1,4 +1,4 @@
-"""Loading of a run for a scorer, and the requirements that the run must meet."""
+"""What a scorer needs of a run: checks of the model, the calibration, and a configuration for one process."""
 
 from dataclasses import replace
 

@@ -31,10 +31,10 @@ class ServedTitles:
         return [None if title is None else title.text for title in found]
 
     def refresh(self) -> bool:
-        """Reload the titles if the folder has changed; returns whether it had.
+        """Reload the titles if the folder has changed; return whether the titles were reloaded.
 
         Raises:
-            ValueError: the titles in the folder cannot be opened. The previous ones stay in use.
+            ValueError: the titles in the folder cannot be opened. The previous titles stay in use.
         """
         mark = self._find_mark()
         if mark == self._mark:

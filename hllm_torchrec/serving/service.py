@@ -12,7 +12,7 @@ from hllm_torchrec.serving.served_titles import ServedTitles
 from hllm_torchrec.serving.service_metrics import ServiceMetrics
 
 RECENT = 64
-"""Number of recent requests that are kept in memory to compare the scores of a new model with."""
+"""Number of recent requests that are kept in memory, so that a reload can compare both models on them."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Service:
         """Compute a request in a micro-batch; return its scores and the probabilities of the first label.
 
         Raises:
-            ValueError: an id is unknown, or a time is invalid.
+            ValueError: an id is unknown, or a time or a context value is invalid.
             QueueFull: too many requests are waiting.
             DeadlineMissed: the request has no answer within the deadline.
         """

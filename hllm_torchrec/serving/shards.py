@@ -22,7 +22,7 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
 def user_of(method: str, path: str, body: bytes) -> str | None:
-    """The raw user id in a request; None if it has none, or if the body is invalid (a shard then refuses the request).
+    """The raw user id in a request; None for a request without a user, or with an invalid body (a shard refuses it).
 
     path: decoded, as in an ASGI scope.
     """
@@ -37,10 +37,8 @@ def user_of(method: str, path: str, body: bytes) -> str | None:
     return user if isinstance(user, str) else None
 
 
-def shard_of(user: str | None, shards: int) -> int:
-    """Index of a user's shard, the same in all processes; 0 for None."""
-    if user is None:
-        return 0
+def shard_of(user: str, shards: int) -> int:
+    """Index of a user's shard, the same in all processes."""
     return int.from_bytes(blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % shards
 
 

@@ -9,7 +9,8 @@ every slot with theirs.
     x_q = c(item_q) + action_0 + user features + context + MLP(time_q) + W n_q               query, early fusion
     x_q = [USER]    + action_0 + user features + context + MLP(time_q) + W n_q               query, late fusion
 
-Legend: N items, T history positions, R requests, D width, F numeric features.
+Legend: g action gate, n_q numeric features of query q, W the linear layer of numeric features, N items, T history
+positions, R requests, D width, F numeric features.
 """
 
 from collections.abc import Mapping, Sequence

@@ -36,7 +36,7 @@ class UserHistory(Events):
         sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
-        # The user 0 is that of a request without a user, or with a raw id that the dataset does not have.
+        # User 0: the request has no user, or a raw id that the dataset does not have.
         whose = f"user {self.user_id}" if self.user_id else "history"
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
         if back.size:
@@ -61,7 +61,9 @@ class UserHistory(Events):
             ValueError: events of another user, or before the last event of this history.
         """
         if later.user_id != self.user_id:
-            raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
+            raise ValueError(
+                f"events of user {later.user_id} after those of user {self.user_id}: give events of one user"
+            )
         return UserHistory(self.user_id, **Events.concat([self, later]).columns)
 
 

@@ -2,8 +2,8 @@
 
 A lookup searches every segment, so a store that is written every minute must not keep one segment per commit. A commit
 that leaves more than MAX_SEGMENTS segments merges the newest ones, about half of all. The oldest segment that is merged
-is not larger than all newer segments together, while the segment before it is (`first_to_merge`). So apart from the
-first time that a row is merged, its segment at least doubles in size, and a row is rewritten O(log rows) times,
+is not larger than all newer segments together, and the segment before it is larger (`first_to_merge`). So except for
+the first time that a row is merged, its segment at least doubles in size, and a row is rewritten O(log rows) times,
 regardless of the number of commits and of their sizes.
 """
 

@@ -4,6 +4,7 @@ Lookups compare the strings of equal hashes. The hashes of an array's strings ar
 step. The hash function is part of the file format: tests compare it with golden values.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -23,6 +24,8 @@ Hashes = NDArray[np.uint64]
 NO_KEY = -(2**63)
 """Key of a forgotten id (its raw id is null) in a store of int64 keys; in a store of strings it is "". No vector of a
 store has this key."""
+_DECIMAL = "0|-?[1-9][0-9]{0,18}"
+"""Pattern of an int64, which has at most 19 digits. It excludes "007" and "+7", which would get the same key as "7"."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _BYTE_MASKS = np.array([2 ** (8 * count) - 1 for count in range(9)], np.uint64)
 """Masks of the first 0 to 8 bytes of a little-endian word."""
@@ -61,8 +64,7 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     if kind == "string":
         return pc.fill_null(texts, "")
-    # An int64 has at most 19 digits. The pattern excludes "007" and "+7", which would get the same key as "7".
-    plain = pc.match_substring_regex(texts, r"^(0|-?[1-9][0-9]{0,18})$")
+    plain = pc.match_substring_regex(texts, f"^({_DECIMAL})$")
     wrong = np.flatnonzero(~pc.fill_null(plain, True).to_numpy(zero_copy_only=False))
     try:
         if not wrong.size:
@@ -77,8 +79,9 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
 
 
 def plain_numbers(raw_ids: Sequence[str]) -> list[int]:
-    """Return, as numbers, those raw ids that are whole numbers in their usual decimal form."""
-    return [int(raw) for raw in raw_ids if raw.lstrip("-").isdecimal() and str(int(raw)) == raw]
+    """Return, as numbers, those raw ids that are int64 keys in their usual decimal form."""
+    numbers = [int(raw) for raw in raw_ids if re.fullmatch(_DECIMAL, raw)]
+    return [number for number in numbers if NO_KEY < number < 2**63]
 
 
 def is_key(keys: pa.Array) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """Embedding stores at URLs: downloaded to the host for reading, and uploaded with each commit.
 
     <url>/store.json, manifest.json, runs/   as in a folder (`store/files.py`)
-    <url>/commits/00000007.json              the manifest of the seventh commit at the URL, with `commit` and `identity`
+    <url>/commits/00000007.json              manifest of the seventh commit, with `commit`, `identity` and `author`
 
 The segments of a commit are new folders, so a local copy is updated by fetching the missing segments and then replacing
 its manifest. Reading and writing jobs have separate copies. A commit takes effect when its file under commits/ is
@@ -37,7 +37,7 @@ from hllm_torchrec.store.segment import find_segment_damage
 IDENTITY, MANIFEST, COMMITS = "store.json", "manifest.json", "commits"
 KEPT_COMMITS = 100
 """Number of newest files under commits/ that are retained. Readers follow the commits from that of manifest.json on, so
-it must exceed the number of commits by which manifest.json can lag behind, when a job is slow to upload it."""
+this number must exceed the number of commits by which manifest.json lags behind if a job is slow to upload it."""
 _ATTEMPTS = 5
 
 
@@ -111,14 +111,14 @@ class RemoteStore:
         remove_files(f"{self.url}/{COMMITS}", old)
 
     def _commit(self, number: int, contents: dict[str, Any]) -> bool:
-        """Create the file of a commit; False if another job has created it."""
+        """Create the file of a commit; False if another job has made this commit."""
         # The random author makes the contents unique: `create_file` may verify them by reading the file.
         text = json.dumps({**contents, "author": secrets.token_hex(8)})
         if not create_file(_commit_url(self.url, number), text):
             return False
         if max(_commit_numbers(self.url)) == number:
             return True
-        # Other jobs have made newer commits: the existing file with this number had been removed as an old one.
+        # Other jobs have made newer commits, and have removed the other file with this number as an old one.
         remove_files(f"{self.url}/{COMMITS}", [_commit_name(number)])
         return False
 

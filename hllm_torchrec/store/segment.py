@@ -361,7 +361,7 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
         return hashes, order.astype(np.int64)
     kept = np.ones(hashes.size, bool)
     # Equal hashes are either of one key that was written twice (the larger row is kept) or of two different keys
-    # (both are kept). They are rare, so a Python loop is fast enough.
+    # (both are kept). Equal hashes are rare, so a Python loop is fast enough.
     seen: dict[tuple[int, Any], int] = {}
     for at in np.union1d(repeated, repeated + 1).tolist():
         key = (int(hashes[at]), keys[int(order[at])].as_py())

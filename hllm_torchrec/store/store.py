@@ -109,8 +109,8 @@ class EmbeddingStore:
         root = Path(path)
         if dtype not in DTYPES or not 1 <= width < MAX_WIDTH or keys not in ("string", "int64"):
             raise ValueError(
-                f"{root}: width={width}, dtype={dtype!r}, keys={keys!r}: the width is 1 to {MAX_WIDTH - 1}, the type "
-                f"one of {', '.join(DTYPES)}, keys are string or int64"
+                f"{root}: width={width}, dtype={dtype!r}, keys={keys!r}: width must be 1 to {MAX_WIDTH - 1}, dtype "
+                f"one of {', '.join(DTYPES)}, keys string or int64"
             )
         _refuse_contents(root)
         root.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class EmbeddingStore:
         return cls(root, identity)
 
     def require(self, facts: Any) -> None:
-        """Check that the store's vectors are of the model with these facts: vectors of two models must not be mixed.
+        """Check that the store's vectors are of the model with these facts, because models must not be mixed.
 
         Raises:
             ValueError: the facts differ; the message contains the names of the different facts, and the remedy.

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW for dense parts, TorchRec's in-backward ones for sharded tables, one schedule for both.
+"""AdamW for the dense parts, clipping of gradients, and the schedule of learning rates, which sharded tables share.
 
 Learning rates are a function of the number of optimizer steps done, so a resumed run needs only that number.
 """

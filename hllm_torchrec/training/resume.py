@@ -17,7 +17,7 @@ from hllm_torchrec.training.stage_schedule import EpochSegment
 def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | None:
     """Return the newest complete checkpoint of `config.output`, or None if there is none. Collective.
 
-    output: folder on this host with the run's checkpoints; it must be given if `config.output` is a URL.
+    output: the run's folder on this host; it must be given if `config.output` is a URL.
 
     Raises:
         ConfigError: there are checkpoints and `resume` is false (two runs must not be mixed); or all of them are
@@ -45,7 +45,7 @@ def changed_settings(extra: dict[str, Any], config: Config) -> list[str]:
     """Settings that differ from those of the checkpoint, as 'name: before -> now'.
 
     extra: content of the checkpoint's extra.json. Settings of location and duration, `reliability` and `logs` are left
-    out.
+    out, and so are settings that only one of the two versions has.
     """
     before, now = _flat(extra["config"]), _flat(to_dict(config))
     differs = [name for name in before if name in now and before[name] != now[name] and not _may_differ(name)]

@@ -38,9 +38,9 @@ class StepGuard:
         """Return the validation score by which checkpoints are compared (larger is better); None if nothing is scored.
 
         The score is the mean of the metrics of `evaluation.select_by`; without a ranking head it is the NDCG; for a run
-        with creatives it is the mean log-likelihood of their texts, given the right user. If a metric is
-        undefined, the AUC is the score instead (no user has both labels) or, with labels of one class, the negative log
-        loss. Rank 0 logs the first such case.
+        with creatives it is the mean log-likelihood of their texts, each given its own user. If a metric is undefined,
+        the AUC is the score instead (no user has both labels) or, with labels of one class, the negative log loss. Rank
+        0 logs the first such case.
         """
         if metrics.get("creative_rows"):
             return -float(metrics["creative_nll"])

@@ -37,7 +37,7 @@ class StepMeter:
     count): 3 times the forward pass for trained weights.
 
     Args:
-        model: the model whose Item LLM and user encoder are counted.
+        model: the model whose LLMs and user encoder are counted.
         text_encoders: name in `named_backbones` -> item encoder, which counts the tokens of this LLM.
         peak_flops: FLOP/s of all ranks together, from `global_matmul_peak`.
     """
@@ -52,7 +52,7 @@ class StepMeter:
         self._encoded = {name: encoder.work for name, encoder in self.text_encoders.items()}
 
     def tick(self, batches: Sequence[HybridBatch]) -> dict[str, float]:
-        """Rates since the last tick or restart, in which every rank trained on its `batches`. Collective."""
+        """Rates since the last tick or restart; batches: those on which this rank trained meanwhile. Collective."""
         seconds = time.perf_counter() - self._time
         encoded = {name: encoder.work - self._encoded[name] for name, encoder in self.text_encoders.items()}
         work = [user_token_counts(batch, queries=self.model.fusion.has_queries) for batch in batches]
@@ -142,7 +142,7 @@ SAMPLED_ITEMS = 256
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """Copies of one matrix of each part of the model, from which one can see whether a part was trained."""
+    """Copies of one matrix of each part of the model; two snapshots show whether a part was trained in between."""
 
     matrices: dict[str, Tensor]
 
@@ -181,7 +181,7 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
 
 
 def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) -> list[str]:
-    """Warnings about the tasks for which no step had a label. labelled: indices of the tasks that had labels."""
+    """Warnings about tasks without a label of weight above 0 in any step. labelled: indices of the other tasks."""
     objective = config.objective
     if not objective.has_head or not objective.classification_weight or config.creative.enabled:
         return []
@@ -193,7 +193,7 @@ def untrained_tasks(config: Config, tasks: Sequence[str], labelled: Set[int]) ->
 
 
 def summary_line(steps: int, live: int, moved: dict[str, float]) -> str:
-    """Summary line of a training: number of steps, number of steps in which the Item LLM was trained (`live`), and
+    """Summary line of a training run: number of steps, number of steps in which the Item LLM was trained (`live`), and
     relative changes of the weights (`moved`)."""
     shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
     share = live / max(steps, 1)

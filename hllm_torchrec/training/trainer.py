@@ -59,7 +59,7 @@ from hllm_torchrec.training.wandb_sink import open_run_log
 class Trainer:
     """Trains a model on this rank; the entry point is `run`. `build_trainer` builds one from a configuration.
 
-    The constructor is not collective: it does not communicate, download or draw random numbers.
+    The constructor is not collective: it does not communicate or draw random numbers.
 
     Args:
         experiment: the model with its initial weights, and the dataset.
@@ -104,7 +104,7 @@ class Trainer:
         self.creative_alone = False  # True in a stage that trains only the creative parts
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of earlier runs whose optimizer state this run continues
-        self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
+        self.origin: dict[str, Any] | None = None  # checkpoint of start_from, for the log (`describe_start`)
         self.guard = StepGuard(self.config, self.rank, self.output)
         # True if the evaluation of the current step has not been done yet
         self.evaluation_pending = self.config.evaluation.at_start
@@ -119,7 +119,8 @@ class Trainer:
 
         Raises:
             Preempted: a rank received SIGTERM or SIGINT; the state after the last step is saved.
-            FloatingPointError: the loss is not finite, or the item embeddings have collapsed.
+            FloatingPointError: the loss or a gradient is not finite, or the embeddings have collapsed.
+            ValueError: the validation AUC suggests leakage (`StepGuard.check_leakage`).
         """
         started = snapshot_weights(self.hllm, self.experiment.item_encoder)
         self._resume()
@@ -293,8 +294,9 @@ class Trainer:
     def _begin_segment(self, segment: EpochSegment) -> None:
         """Set the item source of the stage: the Item LLM, or a cache filled with the current weights. Collective.
 
-        A run that is resumed within a cached stage fills the cache again, with the same embeddings as before, because
-        the Item LLM is not trained in such a stage.
+        Also measures statistics of items and users that have not been measured yet. A run that is resumed within a
+        cached stage fills the cache again, with the same embeddings as before, because the Item LLM is not trained in
+        such a stage.
         """
         self.creative_alone = segment.stage.trains == "creative"
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
@@ -317,7 +319,7 @@ class Trainer:
     def _part_rates(self) -> dict[str, float]:
         optim, parts = self.config.optim, self.hllm.named_backbones()
         rates = {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
-        if any(stage.trains == "creative" for stage in self.config.stages):  # they need separate parameter groups
+        if any(stage.trains == "creative" for stage in self.config.stages):  # its parts need separate parameter groups
             rates = {"creative": optim.lr, "creative_head": optim.lr} | rates
         return rates
 
@@ -404,8 +406,8 @@ class Trainer:
         return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _save(self, score: float | None) -> None:
-        # Keys of version 0.1, so that its checkpoints can be resumed: "owed" is a pending evaluation, "leg_steps" the
-        # steps of the segments.
+        # The keys are those of version 0.1, whose checkpoints can be resumed: "owed" is a pending evaluation,
+        # "leg_steps" the steps of the segments.
         extra = {
             "best": self.early_stopping.best if math.isfinite(self.early_stopping.best) else None,
             "stale": self.early_stopping.stale,
@@ -416,7 +418,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.state(), extra | self.experiment.facts, score, self.log)
 
     def _resume(self) -> None:
-        """Load the checkpoint `resume_from`, if there is one. Collective."""
+        """Load the checkpoint to resume from, if there is one. Collective."""
         if self.checkpoint is None:
             return
         self.experiment.check_origin(self.checkpoint)

@@ -44,7 +44,7 @@ OPTIONAL_PARTS = (
     "user_token",
     "value_head",
 )
-"""Parts of the model that the checkpoint may lack; it must have the Item LLM and the user encoder."""
+"""Parts of the model that the checkpoint may lack; the Item LLM and the user encoder must be in it."""
 
 OPTIMIZER_GROUPS = ("dense", "tables", "ema")
 """Groups of a checkpoint other than the weights."""
@@ -71,8 +71,8 @@ def start_checkpoint(config: Config) -> Path | None:
     if best is None:
         raise ConfigError(
             [
-                f"start_from: {source}: neither a checkpoint nor a run with an evaluated one; train that run first, or "
-                "name a checkpoint"
+                f"start_from: {source}: neither a checkpoint nor a run with an evaluated checkpoint; train that run "
+                "first, or name a checkpoint"
             ]
         )
     return best
@@ -117,8 +117,8 @@ def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
 
 
 def describe_start(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:
-    """Facts for the run's log: the checkpoint that it starts from, and the numbers of known and new ids of each table
-    that has grown."""
+    """Facts for the run's log: the checkpoint that the run starts from, and the numbers of known and new ids of each
+    table that has grown."""
     saved = saved_table_rows(SafeReader(checkpoint).read_tensors())
     present = experiment.batch_spec.tables(experiment.dataset).items()
     grown = {name: [saved[name] - 1, rows - saved[name]] for name, rows in present if saved.get(name, rows) < rows}

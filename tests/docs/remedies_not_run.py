@@ -62,7 +62,7 @@ ELSEWHERE: dict[str, str] = {
 }  # fmt: skip
 
 NOT_RUN: dict[str, str] = {
-    "download one (`hllm fetch --help` has two)": "the message around it has a case: no config.json",
+    "download one (`hllm fetch --help` names two)": "the message around it has a case: no config.json",
     # part of the message -> why there is nothing to run
     "ease: the catalogue has □ items": "takes a catalogue of more items than EASE can invert",
     "a run keeps only the evaluation.keep_last newest checkpoints and the best": "names what removed the checkpoint",
@@ -108,7 +108,7 @@ NOT_RUN: dict[str, str] = {
     "torch □ fails at it on a CPU; take 2.12 or later, or ddp": "another torch",
     "□; parallel.precision is □": "another processor",
     "□.quantization: int8: its kernels run on a CPU": "another processor",
-    "a run that begins with start_from has the Item LLM of that run": "says which store would fit",
+    "with start_from, the Item LLM is that of the run that start_from names": "says which store would fit",
     "item embeddings have collapsed": "a learning rate is to be tried",
     "is above reliability.leakage_above": "a feature is to be looked for",
     "has nothing to score: no checkpoint is the best; use --checkpoint latest": "a warning; cases use the option",

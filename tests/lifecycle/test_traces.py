@@ -71,7 +71,7 @@ def test_stores_lose_the_ids_of_their_kind(tmp_path: Path, erase: bool) -> None:
 def test_int64_keys_are_those_of_plain_numbers(tmp_path: Path) -> None:
     root = make(tmp_path / "a")
     store(tmp_path / "users", [7, 8, -3], "users", "int64")
-    what = target(root, ("007", "8", "-3", "x"))
+    what = target(root, ("007", "8", "-3", "x", "--7", "9" * 19))
     assert forget_in_store(tmp_path / "users", what).found == 2 and keys_in(tmp_path / "users") == {7}
 
 

@@ -108,7 +108,7 @@ def test_a_quantized_item_llm_says_how_much_it_differs_and_follows_its_weights(
     monkeypatch.setattr(item_encoder, "LEAST_COSINE", 1.0)
     with torch.no_grad():
         model.item_token.add_(1)
-    with pytest.raises(ValueError, match="int8: the least cosine with float32 is .* write none"):
+    with pytest.raises(ValueError, match="int8: the least cosine with float32 is .* write quantization: none"):
         quantizing.encode(model, ids)
 
 

@@ -56,7 +56,7 @@ def test_values_keep_their_type_in_a_request_over_http(dataset: Dataset) -> None
 
 
 def test_a_value_that_no_cell_can_have_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"context 'device' is \['phone'\]; it must be a text, a number, or None"):
+    with pytest.raises(ValueError, match=r"'device' is \['phone'\]; it must be a text, a number, a boolean, or None"):
         RawContext(dataset, ("device",)).columns({"device": ["phone"]}, 1)  # type: ignore[dict-item]
 
 

@@ -143,7 +143,7 @@ def test_wrong_requests_are_errors(tmp_path: Path) -> None:
         scorer.read(UserHistory(1, [-3], [5], [1.0], [0]))
     with pytest.raises(ValueError, match="user_id, entry 0: 999: "):
         scorer.read(UserHistory(999, [1], [5], [1.0], [0]))
-    with pytest.raises(ValueError, match="events of user 1 after those of user 2: give one user's"):
+    with pytest.raises(ValueError, match="events of user 1 after those of user 2: give events of one user"):
         scorer.extend(scorer.read(UserHistory(2, [1], [5], [1.0], [0])), UserHistory(1, [1], [6], [1.0], [0]))
     with pytest.raises(ValueError, match="user 4, event 1: time 4 is before that of the previous event .5.: sort"):
         UserHistory(4, [1, 2], [5, 4], [1.0, 1.0], [0, 0])

@@ -272,9 +272,9 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format 99; this version reads 1"):
         EmbeddingStore.open(tmp_path / "s")
     shutil.rmtree(tmp_path / "s")
-    with pytest.raises(ValueError, match="dtype='fp8', .* the type one of fp32, fp16, bf16"):
+    with pytest.raises(ValueError, match="dtype='fp8', .* dtype one of fp32, fp16, bf16"):
         create(tmp_path / "s", dtype="fp8")
-    with pytest.raises(ValueError, match="width=1048576, .* the width is 1 to 1048575"):  # `open` would refuse it
+    with pytest.raises(ValueError, match="width=1048576, .* width must be 1 to 1048575"):  # `open` would refuse it
         EmbeddingStore.create(tmp_path / "s", width=1 << 20)
 
 

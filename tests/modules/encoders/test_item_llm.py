@@ -159,7 +159,7 @@ def test_n_layers_equal_a_model_whose_other_layers_were_cut_off(tmp_path: Path) 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])
 def test_more_layers_than_there_are_or_none_are_an_error(layers: int) -> None:
-    with pytest.raises(ValueError, match=f"layers: {layers}: the backbone has 2; ask for 1 to that many"):
+    with pytest.raises(ValueError, match=f"layers: {layers}: the backbone has 2; choose 1 to that many"):
         build_backbone(None, LLAMA, layers)
 
 
