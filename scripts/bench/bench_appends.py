@@ -18,13 +18,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarking import Ratio, alternate, arguments, medians, ratio, report, say
+from benchmarking import Ratio, alternate, arguments, medians, ratio, report, say, timed
 
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
@@ -50,7 +49,10 @@ class Shop:
         self._rng = np.random.default_rng(0)
 
     def write(self, name: str, events: int, day: int, whole: bool) -> Source:
-        """Write a day's tables; return their source. whole: items and users are all that exist, not only new ones."""
+        """Write a day's tables; return their source.
+
+        whole: write the events of the first `day` days, and all items and users instead of the day's new ones.
+        """
         folder = self.folder / name
         folder.mkdir(parents=True)
         first_item, first_user = (0, 0) if whole else (self.items, self.users)
@@ -94,17 +96,6 @@ def alone(folder: Path) -> Source:
     return source_of(other)
 
 
-def cpu_seconds(run: Callable[[], object]) -> Callable[[], float]:
-    """Side for `alternate` that returns the CPU seconds of `run`."""
-
-    def timed() -> float:
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-
-    return timed
-
-
 def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str, list[float]]:
     """CPU seconds, by round, of appending a day of `size` events after `before` events, and of preparing it alone."""
     shop = Shop(folder / f"tables-{before}-{size}", min(60_000, before // 10), min(20_000, before // 20))
@@ -120,7 +111,7 @@ def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str,
         else:
             prepare(single[number], folder / f"alone-{before}-{size}-{number}")
 
-    return alternate({side: cpu_seconds(lambda side=side: one(side)) for side in at}, repeats)
+    return alternate({side: timed(partial(one, side), time.process_time) for side in at}, repeats)
 
 
 def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
@@ -130,12 +121,12 @@ def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
     spent = 0.0
     for n in range(days):
         source = shop.write(f"day{n}", size, 60 + n, whole=False)
-        spent += cpu_seconds(partial(append_events, source, root))()
+        spent += timed(partial(append_events, source, root), time.process_time)()
     return root, spent / days
 
 
 def as_of(root: Path, version: int, folder: Path) -> Path:
-    """Copy a dataset; the newest version of the copy is `version`, whose split is cut at its last two days' starts."""
+    """Copy a dataset; the copy's newest version is `version`, with the split cut at the starts of its last two days."""
     shutil.copytree(root, folder)
     manifest = json.loads(manifest_path(root, version).read_text())
     day = (manifest["seconds"][1] - START) // DAY
@@ -158,7 +149,7 @@ def reading(root: Path, part: str, repeats: int) -> tuple[dict[str, Ratio], dict
     versions = {"appends": folded - 1, "folded": folded, "parquet": 1}
     events = {side: read(root, part, version) for side, version in versions.items()}
     assert events["appends"] == events["folded"]
-    sides = {side: cpu_seconds(partial(read, root, part, version)) for side, version in versions.items()}
+    sides = {side: timed(partial(read, root, part, version), time.process_time) for side, version in versions.items()}
     times = alternate(sides, repeats)
     per_event = events["parquet"] / events["appends"]
     ratios = {

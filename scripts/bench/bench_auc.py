@@ -12,9 +12,9 @@ rank; they depend less on other load of the machine. `scaling.png` plots both si
 its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / scikit-learn's.
 
 --directory measures the complete command `hllm evaluate --compare` (users, slices, report) on two ranks, for
-predictions with the columns of a run's predictions; `--run-dir` does the same after scoring. It reports the peak memory
-of each rank, seconds including imports, and CPU seconds of both ranks. With --against, the same command of another
-checkout is measured alternately.
+synthetic predictions with the columns of a run's predictions; `hllm evaluate --run` does the same after scoring. It
+reports the peak memory of each rank, seconds including imports, and CPU seconds of both ranks. With --against, the same
+command of another checkout is measured alternately.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def worker_sklearn(folder: Path) -> dict[str, Any]:
 
 
 def write_directory(folder: Path, rows: int) -> Path:
-    """Write synthetic predictions in the format of two ranks of `hllm evaluate --run-dir`: 25 exposures per user, 20%
+    """Write synthetic predictions in the format of two ranks of `hllm evaluate --run`: 25 exposures per user, 20%
     positives; returns the folder."""
     import numpy as np
     import pyarrow as pa
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help=rows_help)
     parser.add_argument("--memory", type=int, default=512 << 20, help="bytes for rows on a rank")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_auc"))
-    parser.add_argument("--directory", action="store_true", help="measure the command on a run's predictions instead")
+    parser.add_argument("--directory", action="store_true", help="measure `hllm evaluate --compare` instead")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, for --directory")
     parser.add_argument("--worker", choices=("ours", "sklearn"), help=argparse.SUPPRESS)
     args = parser.parse_args()

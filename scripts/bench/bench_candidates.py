@@ -13,9 +13,9 @@ One request of one user, for the User LLM (a Llama) and HSTU (research preset: r
 
 For the LLM, `each` and `packed` run unmodified transformers with SDPA. The bench stops if the outputs of any side
 differ from ours. Ratios are for 1,000 history events and 1,024 candidates: `candidates_vs_*` includes encoding the
-history, `candidates_kept_vs_*` does not, `candidates_memory_vs_packed_*` is packed / ours in peak bytes of tensors. At
-larger widths more of the time is in the linear layers, which `packed` also computes only once: `widths` has these
-ratios.
+history, `candidates_kept_vs_*` does not, `candidates_memory_vs_packed_*` is packed / ours in peak bytes of tensors.
+`widths` has the ratios at other widths of the encoder: the larger the width, the more of the time is in the linear
+layers, which `packed` also computes only once.
 """
 
 import argparse
@@ -54,13 +54,13 @@ MANY = 5_000_000
 
 
 class Side(ABC):
-    """User encoder, and its two methods to score candidates without a cache."""
+    """A user encoder with two methods of scoring candidates without a cache: `each` and `packed`."""
 
     def __init__(self, width: int, longest: int) -> None:
         self.width, self.longest = width, longest
 
     def inputs(self, history: int, candidates: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Random x [N, D], times [N], candidates [m, D] and the request's time; events are minutes to days apart."""
+        """Random x [N, D], times [N], candidates [m, D] and the request's time; N: history, m: candidates."""
         generator = torch.Generator().manual_seed(history)
         gaps = torch.exp(torch.rand(history + 1, generator=generator) * 8 + 4).long()
         times = gaps.cumsum(0)
@@ -309,9 +309,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "width": 16 if options.tiny else WIDTH,
     }
     notes = {
-        "each": "seconds of one pass per candidate: the median of a few passes x candidates, not all were run",
-        "ours": "reading the history is counted; `kept` is a request that finds it read",
-        "memory": "bytes of tensors alive at a time in a call, inputs not counted",
+        "each": "seconds of one pass per candidate: the median of a few passes x the number of candidates",
+        "ours": "includes reading the history; `kept` does not, because its cache exists",
+        "memory": "peak bytes of the tensors that a call allocates, without its inputs",
     }
     shares = {name: {"ours": encoder.pop("matmul_share")} for name, encoder in encoders.items()}
     found = {"ratios": ratios, "shapes": shapes, "notes": notes, "encoders": encoders}

@@ -3,8 +3,8 @@
     python scripts/bench/bench_creator.py [--quick] [--out FILE]
 
 The Creative LLM has the shape of SmolLM2 with 4 layers and random weights, in fp32. Both sides of a ratio have the same
-weights. Where nothing else is said, both decode 64 titles at a time (a batch of `hllm create` has up to 16,384
-positions), and in training, word vectors and vocabulary head are frozen on both, as in configs/creator/ml100k.yaml. The
+weights. Unless stated otherwise, both sides decode 64 titles at a time (a batch of `hllm create` has up to 16,384
+tokens), and in training, word vectors and vocabulary head are frozen on both, as in configs/creator/ml100k.yaml. The
 bench first checks that both sides produce the same tokens or losses. A ratio is naive / ours, the median over pairs of
 measurements that are made one after the other:
 
@@ -18,14 +18,14 @@ measurements that are made one after the other:
                              read once. 12 layers, 4 items. Goal: 4
     kv_cache                 naive: the whole sequence is read again for each of 32 new tokens; ours: keys and values of
                              the previous tokens are cached. 64 prompts of 64 tokens. Goal: 8
-    kv_cache_few             the same with 8 prompts: a step reads all weights for 8 rows
+    kv_cache_few             the same with 8 prompts, so that each decoding step reads all weights for only 8 rows
     train_step               naive: `AutoModelForCausalLM` with labels, forward and backward, for 32 texts of 35 tokens,
                              of which 12 are the response. Goal: 1.5
     train_step_memory        the same, peak of the resident set in separate processes. Goal: 3
     train_words              as train_step, with words and head trained on both sides
     train_words_memory       the same
-    train_padded             naive: texts of 35 tokens padded to 512. Goal: 8
-    soft_vs_text             naive: the history is 280 tokens of the prompt; ours: it is one soft token. 16 texts.
+    train_padded             naive: 4 texts of 35 tokens padded to 512. Goal: 8
+    soft_vs_text             naive: the history is 280 more tokens of the prompt; ours: only the soft token. 16 texts.
                              Goal: 5
     users_once               naive: one pass of the user encoder over 100 events for each of 8 creatives; ours: one pass
                              for all. 32 users. Goal: 4
@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from bench_loss import _status, measured_apart
+from bench_loss import measured_apart
 from benchmarking import (
     SMOLLM2,
     alternate,
@@ -54,7 +54,10 @@ from benchmarking import (
     medians,
     ratio,
     report,
+    reset_high_water_mark,
+    resident,
     say,
+    timed,
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -72,7 +75,6 @@ from hllm_torchrec.modules.encoders.sasrec import SASRec
 from hllm_torchrec.modules.encoders.shapes import SASRecShape
 
 USERS_OF_ALL, CLUSTERS = 943, 16
-SPREAD = 0.3
 DEEP = 12
 """Layers of the model of `item_kv`: with 4, half of the operations are those of the vocabulary head."""
 NEVER = -7
@@ -144,14 +146,9 @@ def without_cache(models: Models, before: Tensor, after: Tensor, soft: Tensor, m
 
 def compare(sides: Mapping[str, Callable[[], Any]], rounds: int, scale: float = 1.0) -> dict[str, Any]:
     """Measure two sides in turn, the naive one first: their ratio, times `scale`, and their median seconds."""
-    times = alternate({name: partial(_timed, run) for name, run in sides.items()}, rounds, seconds=0.2)
+    times = alternate({name: timed(run) for name, run in sides.items()}, rounds, seconds=0.2)
     naive, ours = times.values()
     return {"seconds": medians(times), "ratio": ratio(naive, ours, scale)}
-
-
-def _timed(run: Callable[[], Any]) -> None:
-    """Run a side without its result, which `alternate` would take for a time."""
-    run()
 
 
 def same(one: Tensor, other: Tensor) -> None:
@@ -194,7 +191,7 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
 
 def caches(models: Models, deep: Models, options: argparse.Namespace, rounds: int) -> dict[str, dict[str, Any]]:
     """Measure the ratios of cached keys and values. deep: the model of `item_kv`."""
-    tiny, none = options.tiny, torch.empty(0, dtype=torch.int64)
+    tiny = options.tiny
     most, items = 3 if tiny else 16, 2 if tiny else 4
     text, soft = deep.tokens(items, 20 if tiny else 230), deep.soft(CLUSTERS * items)
     of, none = torch.arange(items).repeat_interleave(CLUSTERS), torch.empty(items, 0, dtype=torch.int64)
@@ -348,9 +345,9 @@ SIDES = {"labels": plain_step, "packed": our_step}
 
 
 def measure(side: str, tiny: bool) -> int:
-    """Return the peak bytes of a step above those before it, after a small warm-up step. Needs its own process.
+    """Return the peak bytes of a step above the bytes before it, after a small warm-up step. Needs a separate process.
 
-    side: name in SIDES; with " words" behind it, words and head are trained.
+    side: name in SIDES; with the suffix " words", words and head are trained.
     """
     models, step = Models(TINY if tiny else SHAPE), SIDES[side.split()[0]]
     if not side.endswith("words"):
@@ -358,14 +355,14 @@ def measure(side: str, tiny: bool) -> int:
     step(models, packed(models, 2, 4, 2), models.soft(2))
     number, lengths = (4, (6, 3)) if tiny else (32, (22, 12))
     texts, soft = packed(models, number, *lengths), models.soft(number)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _status("VmRSS")
+    reset_high_water_mark()
+    before = resident("VmRSS")
     step(models, texts, soft)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def memory(tiny: bool, suffix: str) -> dict[str, Any]:
-    """Measure the peaks of both sides, each in its own process; tiny shapes run in this process, without meaning."""
+    """Measure the peaks of both sides, each in a separate process; with tiny shapes in this one, without meaning."""
     peaks = {
         side: max(1, measure(side + suffix, tiny)) if tiny else measured_apart(__file__, "--measure", side + suffix)
         for side in SIDES

@@ -3,13 +3,14 @@
     python scripts/bench/bench_encode.py [--quick] [--minilm DIR] [--smollm2 DIR] [--out FILE]
 
 Texts of invented words have 10 to 256 tokens, evenly spread in the logarithm. MiniLM is pooled by the mean, SmolLM2's
-first layers by the last token. In each dtype every side starts from the texts and ends with vectors in memory or, ours,
-in a store:
+first layers by the last token. In each dtype every side starts from the texts and ends with vectors, in memory or (side
+`ours`) in a store:
 
-    ours                   tokens of all texts, then `embed_items` with its commit, `parallel.precision` of the dtype
-    transformers           tokens, batches of 32 sorted by length and padded, `AutoModel` with SDPA in the dtype
-    sentence_transformers  `SentenceTransformer.encode` with its own sorting, batches of 32, the model in the dtype;
-                           where the extra `sentences` is installed
+    ours                   tokenizes all texts, then runs `embed_items` with its commit, in `parallel.precision`
+    transformers           tokenizes, then runs `AutoModel` with SDPA in the dtype on padded batches of 32 sorted by
+                           length
+    sentence_transformers  `SentenceTransformer.encode` of a model in the dtype, with its own sorting and batches of 32;
+                           only if the extra `sentences` is installed
 
 `encode_<model>_<dtype>` is seconds of the faster of the other two / of ours; the sides alternate, and the bench stops
 if the cosine of our vectors and those of another side falls below .999.
@@ -25,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from bench_step import SMALL
+from bench_store import text_experiment
 from benchmarking import (
     ROOT,
     Ratio,
@@ -38,6 +39,7 @@ from benchmarking import (
     ratio,
     report,
     say,
+    timed,
     why_no_bf16,
 )
 from torch import Tensor
@@ -49,11 +51,6 @@ from hllm_torchrec.config.schema import Config, FeatureConfig, ParallelConfig
 from hllm_torchrec.data.token_store import TokenStore, tokenize
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference.item_embedding import embed_items
-from hllm_torchrec.models.build import build_model
-from hllm_torchrec.models.experiment import Experiment
-from hllm_torchrec.models.item_encoder import ItemEncoder
-from hllm_torchrec.models.item_source import LiveItems
-from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.store import EmbeddingStore
 
@@ -75,19 +72,12 @@ class Model:
 
 
 def invented_texts(model: Model) -> list[str]:
-    """Texts of words that are a token each."""
+    """Random texts of words that are one token each, which give 10 to 256 tokens."""
     tokenizer, rng = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False), np.random.default_rng(0)
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isascii() and word.isalpha() and word.islower()]
     words = [word for word in words[:20_000:5] if len(tokenizer.tokenize(f"a {word}")) == 2] or words
     lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST - 2), model.texts)).astype(int)
     return [" ".join(rng.choice(words, length)) for length in lengths]
-
-
-class InventedItems:
-    """Stand-in for a dataset, with the attributes that the embedding job reads."""
-
-    def __init__(self, items: int) -> None:
-        self.items = pa.table({"raw_item_id": [f"item-{item}" for item in range(items)]})
 
 
 class Ours:
@@ -105,28 +95,22 @@ class Ours:
         )
         self.texts, self.form = texts, text_format("item_llm", section)
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-        hllm, device = build_model(config, {}, 0.5, torch.device("meta")), torch.device("cpu")
-        self.encoder = ItemEncoder(self.tokens(), device)
-        assert hllm.item_llm is not None
-        live = hllm.item_source = LiveItems(hllm.item_llm, self.encoder)
-        wrapped = parallelize(hllm, config, device)
-        dataset, encoders = InventedItems(len(texts)), {"item_llm": self.encoder}
-        self.experiment = Experiment(config, dataset, None, device, wrapped, encoders, live, None)  # type: ignore[arg-type]
+        self.experiment = text_experiment(config, self.tokens())
+        self.encoder = self.experiment.text_encoders["item_llm"]
         self.folder = folder / f"{model.name}-{precision}"
 
     def tokens(self) -> TokenStore:
-        """The texts' tokens."""
+        """Tokenize the texts."""
         ids = [[], *tokenize(self.tokenizer, self.texts, LONGEST, self.form.keeps_end)]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         facts = {"tokenizer": "", "prompt": "", "keys": [], "separator": "", "max_text_length": LONGEST}
         return TokenStore(Path("invented"), np.concatenate(ids).astype(np.int32), offsets, facts)
 
-    def __call__(self) -> Tensor:
-        """Every text once, into a new store."""
+    def __call__(self) -> None:
+        """Embed every text once, into a new store."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.encoder.tokens = self.tokens()
         embed_items(self.experiment, self.folder)
-        return torch.empty(0)
 
     def vectors(self) -> Tensor:
         """Return the embeddings that the last call stored."""
@@ -151,7 +135,7 @@ class Transformers:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Every text once."""
+        """Embed every text once."""
         ids = self.tokenizer(self.texts, truncation=True, max_length=LONGEST)["input_ids"]
         order, found = np.argsort([-len(row) for row in ids], kind="stable"), []
         for start in range(0, len(ids), BATCH):
@@ -171,7 +155,7 @@ def sentence_transformer(model: Model, texts: list[str], dtype: torch.dtype, fol
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    # With a chat template sentence-transformers would put every text into a conversation.
+    # With a chat template, sentence-transformers would put every text into a conversation.
     linked = folder / f"links-{model.name}"
     linked.mkdir(exist_ok=True)
     for file in model.folder.iterdir():
@@ -185,17 +169,8 @@ def sentence_transformer(model: Model, texts: list[str], dtype: torch.dtype, fol
     return lambda: whole.encode(texts, batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False).float()
 
 
-def without_result(run: Callable[[], Tensor]) -> Callable[[], None]:
-    """`run`, timed from outside."""
-
-    def timed() -> None:
-        run()
-
-    return timed
-
-
 def smallest(ratios: Sequence[Ratio]) -> Ratio:
-    """The smallest ratio, with the largest spread of all: if one is refused, it is unknown which is smallest."""
+    """The smallest ratio, with the largest spread of all: if one ratio is refused, the smallest is unknown."""
     found = Ratio(min(ratios))
     found.spread = max((one.spread for one in ratios if one.spread is not None), default=None)
     return found
@@ -205,18 +180,18 @@ def compare(model: Model, precision: str, repeats: int, folder: Path) -> dict[st
     """Ratios and seconds of one model in one dtype."""
     texts, dtype = invented_texts(model), DTYPES[precision]
     ours, plain = Ours(model, texts, precision, folder), Transformers(model, texts, dtype)
-    sides: dict[str, Callable[[], Tensor]] = {"ours": ours, "transformers": plain}
+    others: dict[str, Callable[[], Tensor]] = {"transformers": plain}
     if INSTALLED:
-        sides["sentence_transformers"] = sentence_transformer(model, texts, dtype, folder)
+        others["sentence_transformers"] = sentence_transformer(model, texts, dtype, folder)
     ours()
-    for side in list(sides)[1:]:
-        least = torch.cosine_similarity(ours.vectors(), sides[side]()).min().item()
+    for side, run in others.items():
+        least = torch.cosine_similarity(ours.vectors(), run()).min().item()
         if least < 0.999:
             raise AssertionError(f"{model.name} {precision}: the least cosine of ours and {side} is {least:.4f}")
-    times = alternate({name: without_result(side) for name, side in sides.items()}, repeats, warmup=0)
+    times = alternate({"ours": ours} | {side: timed(run) for side, run in others.items()}, repeats, warmup=0)
     seconds, name = medians(times), f"encode_{model.name}_{precision}"
     say(f"{name}: " + ", ".join(f"{side} {len(texts) / value:.0f} items/s" for side, value in seconds.items()))
-    ratios = {f"{name}_vs_{side}": ratio(times[side], times["ours"]) for side in list(times)[1:]}
+    ratios = {f"{name}_vs_{side}": ratio(times[side], times["ours"]) for side in others}
     tokens = int(ours.encoder.tokens.offsets[-1])
     return {"ratios": {name: smallest(list(ratios.values())), **ratios}, "seconds": times, "tokens": tokens}
 

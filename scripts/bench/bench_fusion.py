@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_step import LLAMA
+from bench_step import LLAMA, SMALL
 from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
 
 from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.config.objective import ObjectiveConfig
-from hllm_torchrec.config.schema import Config, DataConfig, EvaluationConfig, FeatureConfig, OptimConfig
+from hllm_torchrec.config.schema import Config, DataConfig, FeatureConfig, OptimConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
@@ -34,7 +34,7 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 EXPOSURES = 50
 USER = LLAMA | {"vocab_size": 8}
-SMALL = USER | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY = SMALL | {"vocab_size": 8}
 
 
 def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
@@ -47,7 +47,6 @@ def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
         features=FeatureConfig(time_depth=0),
         objective=ObjectiveConfig(fusion="early"),
         optim=OptimConfig(lr=1e-9, table_lr=1e-9),
-        evaluation=EvaluationConfig(),
     )
 
 
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     exposures = 4 if options.tiny else EXPOSURES
     ratios, shapes, share = {}, {}, {}
     with tempfile.TemporaryDirectory() as output:
-        shape = SMALL if options.tiny else USER
+        shape = TINY if options.tiny else USER
         trainer = build_trainer(config_of(str(options.dataset), shape, f"{output}/run"), torch.device("cpu"))
         for history in histories:
             comparison = Comparison(trainer, history, exposures)

@@ -3,9 +3,9 @@
     python scripts/bench/bench_hstu.py [--quick] [--out FILE] [--dataset DIR]
 
 A pass is forward and backward over a batch of users (`_forward`: forward alone, without a graph). Lengths of histories
-are quantiles of those of MovieLens-100k, scaled so that the longest history of the batch has the length in the ratio's
-name (`ml`), or follow a power law (`power`: the n-th longest history of a batch has length / n events). The sides
-alternate in one process:
+are quantiles of the lengths in MovieLens-100k, scaled so that the longest history of the batch has the length in the
+ratio's name (`ml`), or follow a power law (`power`: the n-th longest history of a batch has length / n events). The
+sides alternate in one process:
 
 - hstu: research preset (relative position and time bias), jagged, eager backend; `plain` is the same without the bias;
 - padded: the same weights over [users, longest] with a dense causal mask, as in the public research code. If the scores
@@ -13,8 +13,11 @@ alternate in one process:
 - softmax: SASRec blocks with pre-normalization, jagged (SDPA in buckets), and a feed-forward network of half the width,
   so that they have as many parameters as HSTU's layers. They have no relative bias: compare them with `plain`.
 
-Ratios are other / hstu: jagged HSTU is faster where they are above 1. The bench stops if padded and jagged outputs
-differ. On a machine with CUDA the backends eager, compiled and triton are timed there, too (`cuda_*`, bfloat16).
+Ratios are padded / hstu, softmax / hstu and softmax / plain: jagged HSTU is faster where they are above 1. The bench
+stops if padded and jagged outputs differ. On a machine with CUDA, the backends eager, compiled and triton are also
+timed on the GPU in bfloat16 (ratios `*_vs_triton_cuda_*`).
+
+Legend: B users, T events of all users, D width, H heads, N events of the longest history, b users of a group.
 """
 
 import argparse
@@ -48,7 +51,7 @@ CUDA_USERS = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed users: x [T, D], offsets [B + 1], times [T] seconds."""
+    """Packed users: lengths of the B histories, x [T, D], offsets [B + 1], times [T] seconds."""
 
     lengths: list[int]
     x: Tensor
@@ -57,7 +60,7 @@ class Batch:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of a query and a key that it sees."""
+        """Number of pairs of a query and a key that the query sees."""
         return sum(length * (length + 1) // 2 for length in self.lengths)
 
 
@@ -75,7 +78,7 @@ def lengths_of(distribution: str, longest: int, users: int, histories: np.ndarra
 
 
 def make_batch(lengths: list[int], width: int, device: str = "cpu") -> Batch:
-    """Batch of random inputs; the time between events is minutes to days."""
+    """Batch of random inputs; the time between events is about one minute to two days."""
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
     times = torch.exp(torch.rand(total, generator=generator) * 8 + 4).long().cumsum(0)
@@ -235,7 +238,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
     add_dataset(parser)
-    parser.add_argument("--longest", type=int, nargs="+", help="lengths of the longest history, instead of the usual")
+    parser.add_argument(
+        "--longest", type=int, nargs="+", help="lengths of the longest history, instead of the defaults"
+    )
     options: argparse.Namespace = parser.parse_args(argv)
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     histories = history_lengths(Dataset.open(options.dataset))

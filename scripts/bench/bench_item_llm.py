@@ -2,8 +2,8 @@
 
     python scripts/bench/bench_item_llm.py [--quick] [--out FILE]
 
-The input is texts of MovieLens-100k with a prompt, each item once; the model is a Llama of SmolLM2-135M's shape (width
-576, 6 of its layers, random weights, frozen word embeddings). The compared sides alternate in one process:
+The input is the texts of 64 items of MovieLens-100k (`--items`) with a prompt; the model is a Llama of SmolLM2-135M's
+shape (width 576, 6 of its layers, random weights, frozen word embeddings). The compared sides alternate in one process:
 
     plain     every item with its complete text
     shared    the common prefix is computed once, and all items attend to it
@@ -11,8 +11,8 @@ The input is texts of MovieLens-100k with a prompt, each item once; the model is
     read      as shared, with the last layer computed only for the [ITEM] rows (as in training)
     products  only the matrix products of "shared", forward and backward, on buffers of the same shapes
 
-`item_llm_matmul_share_*` is the time of "products" / that of "shared" (`_compiled`: of "compiled"). --profile reports
-where the rest of a pass goes: the share of its time by operator, in float32 and in bfloat16.
+`item_llm_matmul_share_*` is the time of "products" / that of "shared" (`_compiled`: of "compiled"). --profile also
+reports the share of each operator in the CPU time of a pass of "shared", in float32 and in bfloat16.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarking import (
     medians,
     ratio,
     report,
+    timed,
     why_no_bf16,
 )
 from torch import Tensor
@@ -60,7 +61,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 
 class Side:
-    """The Item LLM on one set of items: forward and backward."""
+    """The Item LLM on one set of items: forward and backward. share: compute the common prefix once; read: compute the
+    last layer only for the [ITEM] rows."""
 
     def __init__(
         self,
@@ -157,17 +159,6 @@ def operators(side: Side, least: float = 0.01) -> dict[str, float]:
     return {**large, "rest": round(1 - sum(large.values()), 3)}
 
 
-def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[[], float]:
-    """Function that calls `run` and returns its seconds by `clock`."""
-
-    def timed() -> float:
-        start = clock()
-        run()
-        return clock() - start
-
-    return timed
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all sides; return ratios, seconds and shapes."""
     tiny = {"num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96}
@@ -196,8 +187,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {**sides, "products": products(sides["shared"], shape)}
     if "shared_bf16" in sides:
         calls["products_bf16"] = products(sides["shared_bf16"], shape)
-    timed = {name: timed_by(clock, call) for name, call in calls.items()}
-    times = alternate(timed, 2 if options.tiny else 5 if options.quick else 15)
+    timed_calls = {name: timed(call, clock) for name, call in calls.items()}
+    times = alternate(timed_calls, 2 if options.tiny else 5 if options.quick else 15)
     return describe(options, sides, times)
 
 

@@ -7,8 +7,8 @@ Server and client are two processes, each pinned to one core. Requests of 200 ca
 their users are drawn from a Zipf distribution, and a latency is measured from the scheduled arrival. The `capacity` is
 the largest rate at which p99 is at most 50 ms and every request is answered with status 200: the rate is doubled, then
 bisected. p99 / p50 is measured at half of the capacity, for a longer time. The last part has requests of 10^5 users and
-a cache of user states of 1 GB, filled with the most active users and then reduced to a tenth: it reports hit rate and
-p99 by size of the cache, and a plot is written beside the JSON.
+a cache of user states of 1 GiB, filled with the most active users and then reduced in steps to a tenth: it reports hit
+rate and p99 by size of the cache, and with `--out` a plot is written beside the JSON.
 
 Dataset and models are synthetic (`serving_stand_in`); they are written to `--folder` and reused from there. The bench
 takes about 11 minutes on a machine that runs nothing else. With `--runs` these runs are measured instead, each with its
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stand_ins(folder: Path, tiny: bool) -> tuple[list[Path], Path]:
-    """Make the runs; return those with the sizes of MovieLens-100k, and that with 10^5 users."""
+    """Make the runs; return the two with the sizes of MovieLens-100k, and the one with 10^5 users."""
     few, many = folder / "few", folder / "many"
     with distributed_device() as device:
         dataset = stand_in_dataset(few, Sizes(60, 300, 20) if tiny else Sizes())
@@ -100,7 +100,7 @@ def ids_of(run: Path) -> tuple[list[str], list[str]]:
 
 
 class LockedScorer(Engine):
-    """Engine that scores one request at a time with a `Scorer`, and has the states of all users in a dictionary."""
+    """Engine that scores one request at a time with a `Scorer`, and keeps the state of every user whom it has read."""
 
     def __init__(self, plain: Scorer, scorer: BatchScorer) -> None:
         super().__init__(scorer, index="none")
@@ -176,7 +176,7 @@ def running(kind: str, run: Path, core: int, warm: int = 0) -> Iterator[str]:
 
 
 def active(users: list[str]) -> list[str]:
-    """Users in descending order of activity, as `score_bodies` draws it with seed 0."""
+    """Users, the most active first: the order that `score_bodies` draws with seed 0."""
     return [users[at] for at in np.random.default_rng([0, 1]).permutation(len(users))]
 
 

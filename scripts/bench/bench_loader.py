@@ -1,4 +1,4 @@
-"""Samples per second of the loader, against a data set that tokenizes each item when it is read, on MovieLens-100k.
+"""Samples per second of the loader, against a PyTorch dataset that tokenizes items one by one, on MovieLens-100k.
 
     python scripts/bench/bench_loader.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
@@ -9,8 +9,8 @@ dictionary, joins its text and calls the tokenizer, in one worker process of a `
 Item LLM's encoder does. `loader_h<history>` is our samples per second / those of the plain side.
 
 `steps` compares, without timing, steps with a fixed number of users and steps with a fixed number of item tokens
-(`data.batch_item_tokens`) on 2 ranks: `variation` is the standard deviation of the steps' costs over their mean, and
-`waiting` the share of the ranks' time spent waiting for the slowest rank, if time is proportional to cost.
+(`data.batch_item_tokens`) on 2 ranks: `variation` is the standard deviation of the steps' costs divided by their mean,
+and `waiting` the share of the ranks' time spent waiting for the slowest rank, if time is proportional to cost.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def compare(history: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str, dict[str, float]]:
-    """`variation` and `waiting` (see above) of batches by users and by tokens, at equal mean cost."""
+    """`variation` and `waiting` (see the module's docstring) of batches by users and by tokens, at equal mean cost."""
     dataset, ranks = Dataset.open(options.dataset), 2
     config = our_config(dataset, options.tokenizer, history)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)

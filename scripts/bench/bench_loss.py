@@ -13,11 +13,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
+from benchmarking import (
+    ROOT,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    ratio,
+    report,
+    reset_high_water_mark,
+    resident,
+    say,
+    timed,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -125,16 +138,10 @@ def measure(side: str, shape: Shape) -> int:
     # A tiny step first, in which libraries allocate their working memory.
     forward_and_backward(side, example((64, 64, 64)))
     inputs = example(shape)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to the current resident set
-    before = _status("VmRSS")
+    reset_high_water_mark()
+    before = resident("VmRSS")
     forward_and_backward(side, inputs)
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """Value in bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+    return resident("VmHWM") - before
 
 
 def memory(shape: Shape) -> dict[str, Any]:
@@ -157,12 +164,8 @@ def speed(shape: Shape, repeats: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of forward and backward by side and round."""
     inputs = example(shape)
     check_equal(inputs)
-    sides = {side: lambda side=side: _timed(side, inputs) for side in SIDES}
+    sides = {side: timed(partial(forward_and_backward, side, inputs)) for side in SIDES}
     return alternate(sides, repeats, warmup=0, seconds=seconds)
-
-
-def _timed(side: str, inputs: dict[str, Any]) -> None:
-    forward_and_backward(side, inputs)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
-"""CPU seconds of each step of a nightly job, by the number of events in the dataset before it.
+"""CPU seconds of each step of a nightly job, by the number of events in the dataset before the night.
 
     python scripts/bench/bench_nights.py [--quick] [--out FILE]
 
-A synthetic shop has a fixed number of users and a history of several lengths; each of three nights adds one day of
-2,000 pages. The model is small (IDs and genres, one layer), and starts from a published run with its optimizer state.
-`night_<events>` is the time of a night after that number of events / after the smallest number. `day_<events>` is the
-same ratio without the step embed, which writes the vectors of all users. Seconds are medians of the CPU seconds of the
-process, because the machine may be shared.
+A synthetic shop has a fixed number of users and a history of several lengths. After a warm-up night, each of three
+timed nights adds one day of 2,000 pages. The model is small (IDs and genres, one layer), and starts from a published
+run with its optimizer state. `night_<events>` is the time of a night after that number of events / after the smallest
+number, the median over the nights. `day_<events>` is the same ratio without the step embed, which writes the vectors of
+all users. Seconds are CPU seconds of the process, because the machine may be shared.
 """
 
 import sys
@@ -43,8 +43,10 @@ TRAINING: dict[str, Any] = {
 
 
 def night(folder: Path, history: int, pages: int, device: Any) -> dict[str, float]:
-    """CPU seconds of each step of the nights after `history` days of `pages` pages, and the number of events before the
-    middle night."""
+    """CPU seconds of each step by timed night, and the number of events before the middle one.
+
+    The dataset is prepared from `history` + 1 days of `pages` pages.
+    """
     sizes = {"first_users": pages, "daily_users": 0, "daily_items": 4, "active": pages}
     days = list(shop.days(shop.Shop(days=history + 2 + NIGHTS, **sizes)))
     for day in days:

@@ -22,12 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import benchmarking
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from benchmarking import ROOT, arguments, report, reset_high_water_mark, resident, say
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the tests' launcher of ranks
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -65,19 +64,6 @@ def cases(tables: Path) -> dict[str, dict[str, Any]]:
 # ---------------------------------------------------------------------- one rank
 
 
-def resident(what: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS (resident now) or VmHWM (peak since the last reset)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {what}: Linux is needed")
-
-
-def reset_high_water_mark() -> None:
-    """Set VmHWM to VmRSS."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def settle() -> int:
     """Free unused memory; return the resident bytes that remain."""
     gc.collect()
@@ -86,7 +72,7 @@ def settle() -> int:
 
 
 def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
-    """Train up to three steps, one of them the one with the most events; return the bytes and sizes of each.
+    """Train up to three steps, among them the step with the most events; return the bytes and sizes of each.
 
     Called on each rank; the environment has rank and world size.
     """
@@ -225,13 +211,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 "by_part": {part: size for part, size in plan.memory.items() if size},
                 "ranks": ranks,
             }
-            benchmarking.say(f"{name}: {plan.peak / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
+            say(f"{name}: {plan.peak / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
     return {"ratios": ratios, "rows": rows, "shapes": {"items of the tables": items}}
 
 
 def main() -> int:
     """Compare all cases."""
-    parser = benchmarking.arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -241,8 +227,7 @@ def main() -> int:
         return 0
     options.out = options.out and options.out.resolve()
     os.chdir(ROOT)  # configurations name their data relative to it
-    found = compare(options)
-    benchmarking.report("plan", options, found)
+    report("plan", options, compare(options))
     return 0
 
 

@@ -19,14 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, medians, ratio, report, say
+from benchmarking import ROOT, alternate, arguments, medians, ratio, report, say, timed
 from serving_stand_in import Sizes, stand_in_dataset, stand_in_run
 from torch import nn
 
@@ -66,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
             args.run = stand_in_run(args.folder / args.fusion, args.dataset, args.fusion, device)
         config = in_one_process(run_config(args.run, args.dataset))
         experiment = untrained(config, args, device) if args.untrained else trained(args.run, config, device, stack)
-        journal = Path(stack.enter_context(TemporaryDirectory()), "none.jsonl")  # the dataset's may have new items
+        journal = Path(
+            stack.enter_context(TemporaryDirectory()), "none.jsonl"
+        )  # the dataset's journal may have new items
         plain = Scorer(experiment, journal=journal)
         engine = Engine(BatchScorer(experiment, journal=journal), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)
@@ -88,7 +89,7 @@ def untrained(config: Config, args: argparse.Namespace, device: torch.device) ->
 
 
 def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Requests per CPU second of the programs, and their shares of CPU time outside of the model."""
+    """Ratios of the programs' CPU times, their requests per CPU second, and their shares outside of the model."""
     dataset, rng = plain.experiment.dataset, np.random.default_rng(0)
     users = rng.permutation(dataset.num_users - 1)[:USERS] + 1
     raw_users, raw_items = dataset.users["raw_user_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist()
@@ -111,7 +112,7 @@ def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats:
     if worst > 1e-3:
         raise SystemExit(f"the scores differ by {worst}")
     works = {"scorer": by_scorer, "engine_one": lambda: by_engine(1), "engine": by_engine}
-    times = alternate({name: partial(cpu_seconds, work) for name, work in works.items()}, repeats)
+    times = alternate({name: timed(work, time.process_time) for name, work in works.items()}, repeats)
     lengths = [state.cache.length for state in states]
     result = {
         "ratios": {
@@ -136,20 +137,11 @@ def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats:
     return result
 
 
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """CPU seconds of a call of `work`."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def outside(side: Scorer, work: Callable[[], Any]) -> float:
     """Share of the CPU time of `work` that is not spent in the encoder, the head or the projections of `side`."""
     spent = [0.0]
     with timed_model(side, spent):
-        started = time.process_time()
-        work()
-        total = time.process_time() - started
+        total = timed(work, time.process_time)()
     return 1 - spent[0] / total
 
 
@@ -158,7 +150,7 @@ def timed_model(side: Scorer, spent: list[float]) -> Iterator[None]:
     """Within the context, add the CPU seconds of the encoder (with its cache), head and projections to `spent[0]`."""
     depth = [0]
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **named: Any) -> Any:
             depth[0] += 1
             started = time.process_time()
@@ -172,21 +164,21 @@ def timed_model(side: Scorer, spent: list[float]) -> Iterator[None]:
         return run
 
     def begins(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given: timed(timed(function)(*given))
+        return lambda *given: counted(counted(function)(*given))
 
     hllm = side.hllm
     projections = hllm.project_item, hllm.project_vectors, hllm.features.merge_time, hllm.features.numeric
     modules: list[nn.Module] = [hllm.head, *(one for one in projections if one is not None)]
-    kept = batch_scorer.begin_requests, scorer_module.begin_request, prepared_head.PreparedHead.score
-    batch_scorer.begin_requests, scorer_module.begin_request = begins(kept[0]), begins(kept[1])
-    prepared_head.PreparedHead.score = timed(kept[2])  # type: ignore[method-assign]
+    originals = batch_scorer.begin_requests, scorer_module.begin_request, prepared_head.PreparedHead.score
+    batch_scorer.begin_requests, scorer_module.begin_request = begins(originals[0]), begins(originals[1])
+    prepared_head.PreparedHead.score = counted(originals[2])  # type: ignore[method-assign]
     for module in modules:
-        module.forward = timed(module.forward)  # type: ignore[method-assign]
+        module.forward = counted(module.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        batch_scorer.begin_requests, scorer_module.begin_request = kept[0], kept[1]
-        prepared_head.PreparedHead.score = kept[2]  # type: ignore[method-assign]
+        batch_scorer.begin_requests, scorer_module.begin_request = originals[:2]
+        prepared_head.PreparedHead.score = originals[2]  # type: ignore[method-assign]
         for module in modules:
             del module.forward
 

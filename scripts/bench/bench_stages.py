@@ -7,7 +7,7 @@ The Item LLM has width 576 and 6 layers, the user encoder width 576 and 2 layers
 without the loader. `stage1_vs_stage2_step` is seconds of stage I / stage II on the same batch of 32 real users with
 history 50. `costs` also has the seconds of steps of 8 users with generated histories of 500 and 1,000 events: items are
 drawn by popularity, without repeats until the catalogue is exhausted, and the second half is labelled, as in the pieces
-of a long history. They are measured for stage II and, without `--quick`, for stage I
+of a long history. These steps are measured for stage II and, without `--quick`, for stage I
 (`stage1_vs_stage2_step_h<history>`).
 
 Stage I with more than 600 unique items would not fit in memory. Then the item embeddings are computed in advance
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_step import SMALL, labelled_piece, timed_step
+from bench_step import SMALL, TEXT_KEYS, labelled_piece, timed_step
 from benchmarking import (
     SMOLLM2,
     add_dataset,
@@ -58,7 +58,6 @@ from hllm_torchrec.training.trainer_setup import build_trainer
 
 SHAPES = {"item": SMOLLM2, "user": SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 8}}
 TINY_SHAPES = {"item": SMALL, "user": SMALL | {"num_hidden_layers": 1, "vocab_size": 8}}
-TEXT_KEYS = ("title", "year", "genres")
 ITEMS_AT_ONCE = 600
 
 

@@ -1,13 +1,13 @@
-"""A training step against that of HLLM's public code, on MovieLens-100k: Llama of width 256 x 4 layers, 49,152 words.
+"""A training step against that of HLLM's public code, on MovieLens-100k, with two Llamas of width 256 and 4 layers.
 
     python scripts/bench/bench_step.py [--quick] [--rows h50_b8 ...] [--out FILE] [--dataset DIR] [--tokenizer DIR]
 
 A step is forward, backward and optimizer, without the loader. Our side is `Trainer.train_step` with the generative
 loss, without ID and time features. The plain side is `scripts/bench/plain_hllm.py`, in fp32 in every row. Both start
 from the same weights and have the same users, items and negatives; the bench stops if their losses differ. Ratios are
-plain / ours, with the vocabulary head of the public code, and without it (`_nohead`); and in bf16 our step with unfused
-layers and SDPA / ours (`_fused`). Items have 33.4 tokens on average (prompt, title, year, genres, [ITEM]), of which the
-first 10 are the same for all; the separator was chosen to get this length.
+plain / ours, with the vocabulary head of the public code (49,152 words), and without it (`_nohead`); and in bf16 our
+step with unfused layers and SDPA / ours (`_fused`). Item occurrences have about 33.7 tokens on average (prompt, title,
+year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen to get this length.
 
 Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), and neither would ours of more
 than 2,500 unique items (6,528 without repeats). Such batches are timed in groups of items. Item embeddings are computed
@@ -85,7 +85,7 @@ UNIQUE_AT_ONCE = 2500
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; its ratios have the names step_<precision>_h<history>_b<users>[_norepeats][_nohead]."""
+    """One comparison; its ratios have the names step_<precision>_h<history>_b<users>[_norepeats][_nohead | _fused]."""
 
     history: int
     users: int
@@ -130,7 +130,7 @@ def config_of(row: Row, dataset: str, tokenizer: str, shape: dict[str, Any], pre
 
 
 class GivenNegatives(Collator):
-    """The trainer's collator with the negatives of the samples (a repeated negative counts twice on both sides)."""
+    """The trainer's collator with the negatives of the samples; a repeated negative counts each time on both sides."""
 
     given: Ints
 
@@ -330,7 +330,7 @@ class Comparison:
         }
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of the matrix products of a step (forward and backward) by side, without the padding of users."""
+        """FLOPs of the matrix products of a step (forward and backward) by side; the users' padding is not counted."""
         hllm = self.trainer.hllm
         assert hllm.item_llm is not None
         lengths = np.array(self.plain.positives.lengths + self.plain.negatives.lengths)

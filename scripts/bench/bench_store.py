@@ -6,21 +6,22 @@
   of the vectors, then fsync) / seconds of a commit (the same bytes, and checksums, ids, content hashes, index and
   manifest, each synced). `store_write_bound` is what this ratio could reach if everything that a commit can do on
   another thread (checksums, syncs) took no time: plain file / (plain file + check for infinities + index of the ids).
-- `store_gather_vs_memmap`: look-up of 4,096 random ids: seconds of numpy's `memmap[rows]` / seconds of
-  `Snapshot.gather`, in a store of int64 ids. `_strings`: the store has string ids, the memory map gets row numbers that
-  are known; `_strings_dict`: the memory map's side first finds the row numbers in a Python dict. Both sides return
-  fp16, and both files are in the page cache; the bench stops if the vectors differ.
+- `store_gather_vs_memmap`: look-up of 4,096 random ids: seconds of numpy's `memmap[rows]` with known row numbers /
+  seconds of `Snapshot.gather`, in a store of int64 ids. `_strings`: the store has string ids; `_strings_dict`: it has
+  string ids, and the memory map's side first finds the row numbers in a Python dict. Both sides return fp16, and both
+  files are in the page cache; the bench stops if the vectors differ.
 - `store_write_vs_lance`, `store_gather_vs_lance`, `store_upsert_vs_lance`: seconds of Lance / seconds of the store, if
   the package pylance is installed: writing the same rows with int64 ids to a new dataset; gathering 4,096 random rows
   (Lance gets row numbers, the store looks ids up); replacing 1,000 rows in one commit (Lance has a B-tree of the ids,
   which is built before).
-- `refresh_vs_full`: seconds of `embed_items` when 1,000 of 100,000 items are missing in the store / seconds for all
+- `refresh_vs_full`: seconds of `embed_items` when the store lacks 1,000 of 100,000 items / seconds for all
   100,000. Both include everything after the model is loaded: hash of the weights, content hashes of all items' texts,
   their look-up in the store, encoding, commit.
 - `embed_job_vs_forward`: items per second of a complete `embed_items` / items per second of the Item LLM alone (width
   576, 6 layers) on the same packed texts, without look-up and writing.
 
-Texts, ids and weights are synthetic. The files need about 3.5 GB in the folder for temporary files ($TMPDIR).
+Texts, ids and weights are synthetic. The files need about 3.5 GB (more with Lance) in the folder for temporary files
+($TMPDIR).
 """
 
 import argparse
@@ -40,7 +41,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_step import LLAMA, SMALL
-from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, ratio, report, say
+from benchmarking import (
+    SMOLLM2,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    ratio,
+    report,
+    say,
+    timed,
+)
 from lance_table import INSTALLED, REMEDY, LanceTable
 from torch import Tensor
 
@@ -150,7 +162,7 @@ def afresh(write: Callable[[Path], None], path: Path) -> float:
 
 
 def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of writing with each method; the files of the last round are used by the other benchmarks."""
+    """Seconds of writing with each method, and of parts of a commit; the last round's files are used afterwards."""
     sides = {
         "plain": lambda: afresh(rows.write_plain, folder / "plain.bin"),
         "store": lambda: afresh(lambda path: rows.write_store(path, "string"), folder / "string"),
@@ -169,17 +181,6 @@ def commit_parts(rows: Rows) -> dict[str, Callable[[], object]]:
         "index": lambda: sorted_index(ids),
         "checksums": lambda: [zlib.crc32(memoryview(block.numpy()).cast("B")) for block in blocks],
     }
-
-
-def timed(run: Callable[[], object]) -> Callable[[], float]:
-    """Function that calls `run` and returns its seconds."""
-
-    def seconds() -> float:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-
-    return seconds
 
 
 def compare_upserts(rows: Rows, folder: Path, sizes: Sizes) -> dict[str, list[float]]:
@@ -288,6 +289,17 @@ class InventedItems:
         self.items = pa.table({"raw_item_id": [f"item-{item}" for item in range(items)]})
 
 
+def text_experiment(config: Config, tokens: TokenStore) -> Experiment:
+    """Experiment on the CPU whose items are the texts of `tokens`, without a dataset."""
+    device = torch.device("cpu")
+    model = build_model(config, {}, 0.5, torch.device("meta"))
+    encoder = ItemEncoder(tokens, device)
+    assert model.item_llm is not None
+    live = model.item_source = LiveItems(model.item_llm, encoder)
+    dataset, wrapped = InventedItems(len(tokens) - 1), parallelize(model, config, device)
+    return Experiment(config, dataset, None, device, wrapped, {"item_llm": encoder}, live, None)  # type: ignore[arg-type]
+
+
 def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
     """Experiment with an Item LLM of `shape` and random texts of tokens // 2 to 3 * tokens // 2 tokens each."""
     config = Config(
@@ -301,17 +313,14 @@ def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
     facts = {"tokenizer": "none", "prompt": "", "keys": [], "separator": "", "max_text_length": 2 * tokens}
     store = TokenStore(Path("invented"), values, offsets.astype(np.int64), facts)
     torch.manual_seed(0)
-    device = torch.device("cpu")
-    model = build_model(config, {}, 0.5, torch.device("meta"))
-    encoder = ItemEncoder(store, device)
-    assert model.item_llm is not None
-    live = model.item_source = LiveItems(model.item_llm, encoder)
-    wrapped = parallelize(model, config, device)
-    return Experiment(config, InventedItems(items), None, device, wrapped, {"item_llm": encoder}, live, None)  # type: ignore[arg-type]
+    return text_experiment(config, store)
 
 
 def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int) -> dict[str, Any]:
-    """Seconds of embedding all items into an empty store, and of embedding the items that were deleted from it."""
+    """Seconds of embedding all items into an empty store, and of embedding the items that were deleted from it.
+
+    fulls: number of times that all items are embedded; each is followed by three refreshes.
+    """
     experiment, rng = invented(sizes.items, shape, sizes.tokens), np.random.default_rng(2)
     seconds: dict[str, list[float]] = {"full": [], "refresh": []}
 

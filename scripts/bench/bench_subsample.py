@@ -1,11 +1,11 @@
-"""Steps that encode all items with gradients against steps that encode a share of them, and read the others from a
-cache (`item_llm.trained_share`).
+"""Steps that encode all items with gradients against steps that encode only a share of the items and read the others
+from a cache (`item_llm.trained_share`).
 
     python scripts/bench/bench_subsample.py [--quick] [--out FILE] [--config configs/ml100k/trained.yaml] [--share 0.25]
 
 Two trainers of one configuration (its first stage, end to end) alternate on the same batches, after some steps that
 fill the cache and are not timed. `subsample` is the median over the steps of seconds with all items / seconds with the
-share; `tokens` is the ratio of the numbers of tokens that the Item LLM encoded.
+share; `tokens` is the number of tokens that the Item LLM encoded with all items / the number with the share.
 """
 
 import tempfile

@@ -13,6 +13,7 @@ evaluations of one column each, on the same files, alternately.
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import yaml
-from benchmarking import arguments, medians, ratio, report
+from benchmarking import alternate, arguments, medians, ratio, report, timed
 
 from hllm_torchrec.config.encoders import ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.config.objective import ObjectiveConfig
@@ -80,7 +81,7 @@ def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int, mixed:
 
 
 def write_predictions(folder: Path, rows: int) -> Path:
-    """Predictions of eight binary labels, of 25 exposures a user."""
+    """Write predictions of eight binary labels for 25 exposures per user; returns their folder."""
     rng = np.random.default_rng(0)
     columns: dict[str, Any] = {"user_id": np.arange(rows) // 25, "item_id": rng.integers(1, 50_000, rows)}
     for place, task in enumerate(LABELS):
@@ -94,14 +95,14 @@ def write_predictions(folder: Path, rows: int) -> Path:
 
 
 def evaluate_all(folder: Path) -> None:
-    """All label columns in one reading of the rows."""
+    """Evaluate all label columns in one reading of the rows."""
     models, layout = describe_predictions({"model": folder})
     assert len(layout.tasks) == len(LABELS) - 1
     evaluate_files(models, layout, EvaluationSettings(), paired=False)
 
 
 def evaluate_each(folder: Path) -> None:
-    """An evaluation for each label column."""
+    """Evaluate each label column separately."""
     for place, task in enumerate(LABELS):
         name = f"_{task}" if place else ""
         model = PredictionModel("model", (folder,), f"score{name}", f"probability{name}")
@@ -109,17 +110,11 @@ def evaluate_each(folder: Path) -> None:
         evaluate_files([model], layout, EvaluationSettings(), paired=False)
 
 
-def evaluation_times(folder: Path, rows: int, rounds: int) -> tuple[list[float], list[float]]:
+def evaluation_times(folder: Path, rows: int, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of `evaluate_all` and of `evaluate_each`, alternately."""
     predictions = write_predictions(folder, rows)
-    found: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds + 1):
-        for side, job in enumerate((evaluate_all, evaluate_each)):
-            start = time.process_time()
-            job(predictions)
-            if turn:  # after warming up
-                found[side].append(time.process_time() - start)
-    return found
+    jobs = {"evaluate_at_once": evaluate_all, "evaluate_each": evaluate_each}
+    return alternate({name: timed(partial(job, predictions), time.process_time) for name, job in jobs.items()}, rounds)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -144,11 +139,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     seconds[side].append(time.perf_counter() - start)
         exposures = batches["one"].num_exposures
         rows = 2_000 if options.tiny else 200_000 if options.quick else 1_000_000
-        at_once, each = evaluation_times(folder / "predictions", rows, 1 if options.tiny else 5)
+        evaluated = evaluation_times(folder / "predictions", rows, 1 if options.tiny else 5)
     destroy_distributed()
     ratios = {f"tasks_{side}": ratio(seconds[side], seconds["one"]) for side in ("three", "eight", "mmoe")}
-    ratios["evaluate_eight"] = ratio(at_once, each)
-    seconds |= {"evaluate_at_once": at_once, "evaluate_each": each}
+    ratios["evaluate_eight"] = ratio(evaluated["evaluate_at_once"], evaluated["evaluate_each"])
+    seconds |= evaluated
     shapes = {"exposures": exposures, "users": users, "rounds": rounds, "rows": rows}
     found = {"ratios": ratios, "seconds": medians(seconds), "shapes": shapes}
     return report("tasks", options, found)

@@ -5,10 +5,10 @@
 Trains some steps of the last stage of a configuration (default: configs/ml100k/early.yaml, whose item embeddings are
 cached, so that the rest of a step is short). On every rank it sums the seconds until the loader's thread delivers a
 batch, and the seconds of the forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one
-another. The reported shares are these seconds / the seconds of the steps, as means over ranks: overlapping them with
-computation could save at most this share. The share of the tables also contains their lookups, which
+another. The reported shares are these seconds / the seconds of the steps, as means over ranks: overlapping the waits
+with computation could save at most this share. The share of the tables also contains their lookups, which
 `--nproc_per_node 1` measures alone. Then blocks of steps with and without `parallel.overlap_tables` alternate:
-`overlap` is the seconds of a block without / with it, the median over the pairs of blocks.
+`overlap` is the seconds of a block without / with it on rank 0, the median over the pairs of blocks.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ class Stopwatch:
 
 
 def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
-    """Seconds of all counted steps together (means over ranks of step, batch, table_forward), and the ratio overlap."""
+    """Total seconds of the counted steps (means over ranks of step, batch, table_forward), and the ratio overlap."""
     trainer = build_trainer(config, init_distributed())
     segment = trainer.schedule.segments[0]
     if segment.stage.item_embeddings == "cached":

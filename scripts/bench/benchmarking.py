@@ -78,7 +78,8 @@ def alternate(
         sides: name -> function to time. If a function returns a number, this is its time in seconds.
         repeats: least number of timed rounds.
         warmup: number of rounds before the timed ones.
-        seconds: continue with rounds until this many seconds have been measured in total (many rounds for fast sides).
+        seconds: continue with rounds until the timed calls of all sides took this many seconds together, so that fast
+            sides get many rounds.
 
     Returns:
         Name -> seconds of every timed call.
@@ -97,6 +98,17 @@ def alternate(
     return times
 
 
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Side for `alternate` that returns the seconds of `run` by `clock`; the result of `run` is discarded."""
+
+    def seconds() -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return seconds
+
+
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     """Median seconds by side."""
     return {name: statistics.median(values) for name, values in times.items()}
@@ -105,9 +117,9 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) -> Ratio:
     """Median over the rounds of above / below, times `scale`.
 
-    A round measures both sides one after the other, so what slows the machine down for longer than a round cancels.
-    The quartiles are those of the same quotients. They leave a single disturbed round out, unlike the range, and are
-    interpolated linearly between the rounds (three rounds: half the range).
+    A round measures both sides one after the other, so a slowdown of the machine that is longer than a round cancels.
+    The quartiles of the spread are those of the same quotients, interpolated linearly between the rounds (three rounds:
+    half the range). Unlike the range, they are not affected by a single disturbed round among many.
 
     Args:
         above: seconds of one side by round, as `alternate` returns them.
@@ -137,6 +149,19 @@ def refuse_noisy(ratios: Mapping[str, float | None]) -> tuple[dict[str, float | 
     return {name: None if name in refused else value for name, value in ratios.items()}, refused
 
 
+def resident(what: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS (resident now) or VmHWM (peak since the last reset)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {what}: Linux is needed")
+
+
+def reset_high_water_mark() -> None:
+    """Set VmHWM to VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
     """Floating-point operations per second of matrix products on this machine, with all threads that torch uses."""
     return measured_matmul_peak("cpu", dtype, seconds=seconds)
@@ -157,16 +182,15 @@ def say(text: str) -> None:
 def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
     """Print the shares of the peak, then the result as one JSON object on stdout's last line; write it to `--out`.
 
-    If a ratio is refused (see `refuse_noisy`), it is null in the JSON, and so are the shares: the time of a side was
-    not that of an idle machine. The shares are also refused if one of them is above 100%, because the peak was then
-    measured while something else ran. Both refusals are printed. The tests' runs (`--tiny`) are not timings, and all is
-    printed.
+    If a ratio is refused (see `refuse_noisy`), it is null in the JSON, and so are the shares, because the machine was
+    not idle. The shares are also refused if one of them is above 100%, because the peak was then measured while
+    something else ran. All refusals are printed. With `--tiny`, the shapes of the tests, nothing is refused.
 
     Args:
         bench: name of the bench.
         options: the parsed arguments.
-        found: results: `ratios` (those of times by `ratio`), `shapes`, and any further entries; if the bench multiplies
-            matrices, `matmul_peak` (operations/s) and `matmul_share` by row and side.
+        found: results: `ratios` (those of times by `ratio`), `shapes`, and any further entries; if the bench measures
+            shares of the peak, `matmul_peak` (operations/s) and `matmul_share` by row and side.
     """
     if "matmul_peak" not in found:
         found = {**found, "matmul_peak": matmul_peak(seconds=0.2), "matmul_share": None}
@@ -213,4 +237,4 @@ def _shares(found: Mapping[str, Any]) -> str:
         return "refused"
     shares = found["matmul_share"] or {}
     rows = (f"{row} " + ", ".join(f"{side} {share:.1%}" for side, share in by.items()) for row, by in shares.items())
-    return "; ".join(rows) or "nothing was multiplied"
+    return "; ".join(rows) or "not measured"

@@ -1,4 +1,4 @@
-"""The same vectors and int64 ids in Lance's format (package pylance), for the comparison in bench_store.py."""
+"""Vectors with int64 ids in Lance's format (package pylance), which bench_store.py compares with the store."""
 
 import shutil
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ although its output is not used. The users' item embeddings are input to a secon
 are compared with the negatives of all users. Masking is by id as in `hllm_torchrec.modules.losses.objectives`, so that
 both sides compute the same loss.
 
-Legend: B users, S history positions, n item occurrences, P tokens of all of them, D width.
+Legend: B users, S history positions, n item occurrences, P tokens of all occurrences, D width, H heads of width d.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ ONE_BY_ONE = "plain_one_by_one"
 
 @dataclass(frozen=True)
 class Sample:
-    """One user's piece: `items` [n <= S + 1] in order, `padding` [S + 1 - n] random items, `negatives` [S + 1]."""
+    """One user's piece: `items` [m <= S + 1] in order, `padding` [S + 1 - m] random items, `negatives` [S + 1]."""
 
     user_id: int
     items: Ints
@@ -50,7 +50,7 @@ class Sample:
 def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]]:
     """Yield (user, items, timestamps) of the training part: pieces of history + 1 events, cut from each user's end.
 
-    The remaining events at a user's beginning are a piece if they are at least half of one.
+    The remaining events at a user's beginning are a piece if they are at least two, and at least half of a full piece.
     """
     size = history + 1
     for group in dataset.row_groups("train"):
@@ -92,8 +92,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """Batch of the published loader: texts of all positives and negatives, B x (S + 1) each; valid: [B, S] bool, False
-    at padding."""
+    """Batch of the published loader: texts of all positives and negatives, B x (S + 1) each.
+
+    valid: [B, S] bool, False at padding; next_ids: the target item of each valid position; negative_ids: [B x (S + 1)].
+    """
 
     positives: Texts
     negatives: Texts
@@ -157,7 +159,7 @@ class PlainHLLM(nn.Module):
         return self.loss(batch, self.encode(batch.positives), self.encode(batch.negatives))
 
     def encode(self, texts: Texts) -> Tensor:
-        """E of every occurrence [n, D]."""
+        """Item embedding E [n, D] of every occurrence."""
         item_rows = torch.tensor(texts.lengths).cumsum(0) - 1
         words = self.item_llm.get_input_embeddings()(texts.token_ids.long())
         words[item_rows] = self.item_token

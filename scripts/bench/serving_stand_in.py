@@ -1,12 +1,12 @@
-"""Generates datasets like MovieLens-100k of any size, and runs with random weights, for the serving benchmarks.
+"""Generates datasets of any size that resemble MovieLens-100k, and runs with random weights, for serving benchmarks.
 
     dataset = stand_in_dataset(folder / "data", Sizes())
     run = stand_in_run(folder / "late", dataset, "late", device)
 
-Users have a log-normal number of events, five actions, labels and three features; popular items have more events than
-others; items have titles and genres. The model is similar to that of configs/ml100k/early.yaml. With a `width` above 0
-it has a small Item LLM with random weights. The speed does not depend on the values of the weights, and scores are only
-compared between programs with the same weights.
+Users have a log-normal number of events and three features; an event has a label and one of five actions; a tenth of
+the items has a third of the events; items have titles and genres. The model is similar to that of
+configs/ml100k/early.yaml. With a `width` above 0 it has a small Item LLM with random weights. The speed does not depend
+on the values of the weights, and scores are only compared between programs with the same weights.
 """
 
 from contextlib import suppress
@@ -56,9 +56,9 @@ ITEM: dict[str, Any] = {**USER, "num_hidden_layers": 1, "num_attention_heads": 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a generated dataset; the defaults are those of MovieLens-100k.
+    """Sizes of a generated dataset; the defaults of users, items and events are those of MovieLens-100k.
 
-    events: median number of events of a user; width: width of item embeddings.
+    events: median number of events of a user; width: of the item embeddings, if the run has an Item LLM.
     """
 
     users: int = 943
@@ -158,7 +158,7 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0, se
 def stand_in_run(folder: Path, dataset: Path, fusion: str, device: torch.device, width: int = 0, seed: int = 0) -> Path:
     """Make a run by training one step, unless it exists; return its folder. fusion: early or late.
 
-    A run with an Item LLM (width > 0) is not evaluated, because this would encode the catalogue; it has no best
+    A run with an Item LLM (width > 0) is not evaluated, because an evaluation would encode all items; so it has no best
     checkpoint.
     """
     if not (folder / "checkpoints").is_dir():

@@ -23,6 +23,11 @@ def test_a_side_that_returns_a_number_has_timed_itself() -> None:
     assert 0.01 <= benchmarking.medians(times)["other"] < 7.0
 
 
+def test_a_timed_side_is_measured_by_its_clock_whatever_it_returns() -> None:
+    clock = iter([1.0, 3.5])
+    assert benchmarking.timed(lambda: 7.0, lambda: next(clock))() == 2.5
+
+
 def test_rounds_go_on_until_enough_has_been_measured() -> None:
     times = benchmarking.alternate({"a": lambda: 0.25}, repeats=1, seconds=1.0)
     assert times["a"] == [0.25] * 4
