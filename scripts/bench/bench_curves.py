@@ -3,8 +3,8 @@
     python scripts/bench/bench_curves.py [--quick] [--out FILE]
 
 The bench runs the training path (Item LLM on texts of 32 tokens and [ITEM], item-ID table sharded by TorchRec with its
-in-backward optimizer, generative loss) on synthetic catalogues. No item of a batch is repeated, which is the highest
-cost that a step can have. All batches of the catalogue curve have the same number of unique items and tokens, so the
+in-backward optimizer, generative loss) on synthetic catalogues. No item of a batch is repeated, so a step has the
+highest possible cost. All batches of the catalogue curve have the same number of unique items and tokens, so the
 cost should be constant: `step_catalogue_flat` is the seconds with the largest catalogue / those with the smallest.
 `step_per_token_<curve>` is the time per item token at the curve's end / at its beginning (1: linear in tokens). With
 `--out` the curves are also plotted beside that file, as PNG and SVG.

@@ -40,10 +40,10 @@ SPREAD_LIMIT = 0.3
 
 
 class Ratio(float):
-    """A ratio of times, and how much its rounds disagree: (third quartile - first quartile) / median."""
+    """A ratio of times."""
 
     spread: float | None
-    """None for a single round."""
+    """Disagreement of the rounds: (third quartile - first quartile) / median. None for a single round."""
 
 
 def keep_large_buffers() -> None:
