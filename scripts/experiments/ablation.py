@@ -117,7 +117,7 @@ def markdown(summary: dict) -> str:
 
 
 def every_variant() -> list[str]:
-    """All variants: every configuration; with the suffix _generative those with a head and texts; the _quarter ones."""
+    """Every configuration, those with a head and texts also with the suffix _generative, and the _quarter variants."""
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     both = [f"{name}_generative" for name in names if name not in ("generative", "no_text")]
     return [*names, *both, "trained_quarter", "trained_quarter_generative"]

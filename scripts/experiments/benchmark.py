@@ -1,4 +1,4 @@
-"""Trains and evaluates the models of docs/results.md on all datasets, with one command for each task.
+"""Trains and evaluates the models of docs/results.md on several datasets, with one command for each task.
 
     python scripts/experiments/benchmark.py --task retrieval --sets data/steam data/office --output runs/benchmark
     python scripts/experiments/benchmark.py --task ranking --help

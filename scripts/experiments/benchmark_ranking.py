@@ -7,8 +7,8 @@ configs/recipes/ranking.yaml (`hybrid`), the same without IDs, item factors and 
 `hllm baselines`; no settings are tuned. Every job has a separate directory, so the script can be stopped and started
 again; with --done it runs no jobs.
 
-Writes OUTPUT/ranking.json: for each set and seed the AUC, GAUC and log loss of every model, the hybrid's AUC minus the
-model's with a 95% interval over users, and AUC by the item's number of training events; prints the tables of
+Writes OUTPUT/ranking.json: for each set and seed the AUC, GAUC and log loss of every model, the hybrid's AUC minus each
+baseline's with a 95% interval over users, and AUC by the item's number of training events; prints the tables of
 docs/results.md.
 """
 

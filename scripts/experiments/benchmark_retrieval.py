@@ -5,9 +5,9 @@
 A set is a directory written by `hllm prepare --split leave_one_out`. Every model has at most four settings ("trials",
 `MODELS`: options that differ from configs/recipes/retrieval.yaml). Each trial is trained on half of the users, and the
 one with the best validation NDCG@10 is trained on all users with every seed; its test targets are ranked once. The
-models with text have one setting, the unchanged recipe, and no trials. Popularity, the Markov chain and EASE tune their
-settings on the validation part. Every job has a separate directory, so the script can be stopped and started again;
-with --done it runs no jobs.
+models with text have one setting and no trials: `text_id` is the unchanged recipe, `text` the recipe without item IDs.
+The Markov chain and EASE tune their settings on the validation part; popularity has none. Every job has a separate
+directory, so the script can be stopped and started again; with --done it runs no jobs.
 
 Writes OUTPUT/retrieval.json: for each set, metrics with 95% intervals over users, differences of NDCG@10 from the
 references, the trials, and Recall@10 by the item's number of training events, and for the users whose last two events
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from benchmark_ranking import COUNTS
 from jobs import ROOT, experiment_parser, run_job
 from retrieval_table import BASELINES, as_json
 
@@ -34,14 +35,12 @@ RECIPE = ROOT / "configs" / "recipes" / "retrieval.yaml"
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50")
 CHOSEN_BY = "ndcg@10"
 HALF = "--data.train_users=0.5"
-COUNTS = {"0": (0, 0), "1-5": (1, 5), "6-20": (6, 20), "> 20": (21, sys.maxsize)}
-"""Name of a group of targets -> range of the numbers of training events of their items."""
 IDS = (
     *("--item_llm.enabled=false", "--objective.text_similarity=0", "--objective.transitions=0"),
     *("--stages=[{name: ids, epochs: 60}]", "--evaluation.patience=6"),
 )
-"""Options of the models over IDs. They learn more slowly than those with texts, so they are given up to twice to four
-times the epochs of the recipe, and more evaluations without progress before they are stopped."""
+"""Options of the models over IDs. These learn more slowly than the models with texts, so they get more epochs (up to 60)
+and a patience of twice as many evaluations as in the recipe."""
 
 
 def _shape(**fields: Any) -> str:
@@ -135,7 +134,7 @@ def run_set(place: Place, models: Sequence[str], seeds: Sequence[int], *, done: 
 
 
 def tie_at_the_end(dataset: Dataset) -> np.ndarray:
-    """Ids of the users whose last two events are in the same second, so that the order of the file decides."""
+    """Ids of the users whose last two events are in one second, so that the file's order decides on the target."""
     if not dataset.manifest.get("has_timestamps", True):
         return np.empty(0, np.int64)
     rows = dataset.sequences(dataset.row_groups("test"), ["user_id", "timestamps"])

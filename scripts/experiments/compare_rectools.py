@@ -171,7 +171,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--history", type=int, default=200, help="session_max_len")
     parser.add_argument("--epochs", type=int, default=100, help="largest number of epochs (default: 100)")
     parser.add_argument("--every", type=int, default=5, help="epochs between evaluations")
-    parser.add_argument("--patience", type=int, default=4, help="evaluations without a better NDCG@10")
+    parser.add_argument(
+        "--patience", type=int, default=4, help="stop after so many evaluations without a better NDCG@10"
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after the first evaluation beyond this time"
     )

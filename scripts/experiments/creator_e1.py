@@ -17,11 +17,12 @@ prompt has the plot. The test part has a fifth of the users. All arms use the sa
     E2   B on other texts: the title of the next film that the user liked; the prompt does not mention the film
 
 Reported for the users of the part (`--split`): nats per text given the right user, null, another user, and, with
-`--clusters`, the mean user vector of the user's cluster (k-means of the training users' soft tokens; with `--medoids`
-also the user nearest to the center). Accuracy among the film's genres is reported for the first three (not for E2). The
-baseline without users has both: a table of counts per film. For E2 there are only nats: of the titles' frequencies, and
-of EASE (`creator_ease.py`). Differences have 95% intervals by resampling users. Finished runs and results are reused by
-the next call. Use `--split valid` (the default) to choose settings.
+`--clusters`, the mean user vector of the user's cluster (k-means of the soft tokens of the training texts; with
+`--medoids` also the user vector nearest to the center). Accuracy among the film's genres is reported for the first
+three (not for E2). A table of counts per film, the baseline without users, has nats and accuracy. The baselines of E2
+have only nats: the frequencies of the titles, and EASE (`creator_ease.py`). Differences have 95% intervals by
+resampling users. Finished runs and results are reused by the next call. Use `--split valid` (the default) to choose
+settings.
 """
 
 import argparse
@@ -82,8 +83,8 @@ WRITERS: dict[str, list[str]] = {
         "--optim.creative_lr=2.0e-3",
     ],
 }
-"""The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue; its steps
-cost a tenth."""
+"""The first layers of SmolLM2; or a small model from scratch, whose tokens are the words of the catalogue and whose
+steps cost a tenth."""
 FEATURES = {"genres": "{title} ({genres}){user}", "cast": "{title}. {plot} With {cast}{user}"}
 """Item features that texts are about, with the prompts of their runs. The table of texts has the feature's name."""
 AT_ONCE = 96
@@ -240,7 +241,7 @@ def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, An
             return found
     with distributed_device() as device:
         loaded = load_run(run, "latest", device)
-        with loaded.weights, loaded.experiment.evaluation_items():  # encoded once for all conditions
+        with loaded.weights, loaded.experiment.evaluation_items():  # items are encoded once
             nats, hits, users = score(arguments, loaded.experiment, arm)
     found = {
         "arm": arm,
@@ -273,14 +274,13 @@ def score(
         donors = known.vectors[other_users(known.user_ids)[chosen]]
         conditions |= {"right": (vectors, ~nobody), "shuffled": (donors, ~nobody)}
     nats, hits = {}, {}
+    rows = np.asarray(known.loader.tokens.rows)[chosen]
     if arm == "E2":
         nats = {name: nll_of_texts(experiment, known, chosen, *given) for name, given in conditions.items()}
-        rows = np.asarray(known.loader.tokens.rows)[chosen]
         texts = known.loader.part.rows["response"].take(rows).to_pylist()
         nats["popularity"] = popularity(experiment.creatives.table.part("train").rows["response"].to_pylist(), texts)
         nats |= next_film_nats(experiment.creatives.table, arguments.split, rows)
     else:
-        rows = np.asarray(known.loader.tokens.rows)[chosen]
         choices = Choices(experiment, known.loader.part, rows, arguments.feature)
         nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}
         nats = {name: values[choices.is_right] for name, values in nll.items()}
@@ -317,12 +317,12 @@ def _texts_of(known: CreativeVectors, chosen: Ints, index: Ints) -> PackedTexts:
 def centers(
     trained_on: torch.Tensor, vectors: torch.Tensor, number: int, tokens: SoftPrompt, is_medoid: bool = False
 ) -> torch.Tensor:
-    """Return the cluster centers [n, D] of `vectors` [n, D], by k-means of the soft tokens of `trained_on` [N, D].
+    """Return the center [n, D] of each vector's cluster, by k-means of the soft tokens of `trained_on` [N, D].
 
-    is_medoid: a center is the vector whose tokens are the nearest to the fitted center, not the mean.
+    vectors: [n, D]. is_medoid: a center is the vector whose tokens are the nearest to the fitted center, not the mean.
 
-    Soft tokens are clustered, as published, because distances between user vectors are dominated by directions that the
-    Creative LLM does not use.
+    Soft tokens are clustered, because distances between user vectors are dominated by directions that the Creative LLM
+    does not use.
     """
 
     def read(users: torch.Tensor) -> np.ndarray:
@@ -348,7 +348,7 @@ def differences(nats: dict[str, Doubles], users: Ints) -> dict[str, list[float]]
     found = {}
     for name in (name for name in nats if not name.startswith("right")):
         rights = [f"right{AMONG}"] if name.endswith(AMONG) else ["right"]
-        if name == "count table":  # its nats, too, are over the film's genres
+        if name == "count table":  # also normalized over the film's values
             rights.append(f"right{AMONG}")
         for right in (right for right in rights if right in nats):
             values = nats[name] - nats[right]
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluated", type=int, default=1500, help="number of texts to score")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="part to evaluate on")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")
-    parser.add_argument("--medoids", action="store_true", help="also the nearest user in place of each center")
+    parser.add_argument("--medoids", action="store_true", help="also the vector nearest to each center")
     parser.add_argument("options", nargs="*", help="options of `hllm train` for the arms, after --")
     arguments = parser.parse_args(argv)
     for name in ("work", "dataset", "models"):

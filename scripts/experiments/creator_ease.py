@@ -2,10 +2,10 @@
 
     python scripts/experiments/creator_ease.py --dataset data/ml-100k
 
-reads the table `next` that `creator_e1.py --arms E2` writes. The likes of the training users are fitted in closed form
-(arXiv 1905.03375), and a film has the probability softmax(a * score + b * log count) among the films that the user has
-not liked yet. The penalty, a and b are chosen on the validation users. Prints JSON with the nats of popularity, of the
-right user and of another user, and with 95% intervals over users. `next_film_nats` gives them for chosen rows.
+The script reads the table `next` that `creator_e1.py --arms E2` writes. The likes of the training users are fitted in
+closed form (arXiv 1905.03375), and a film has the probability softmax(a * score + b * log count) among the films that
+the user has not liked yet. The penalty, a and b are chosen on the validation users. Prints JSON with the nats of
+popularity, of EASE given the right user, and of EASE given another user, with 95% intervals over users.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Share of the gain in nats on E1's texts that K clusters of users keep, clustered by the genres that E1's rule reads.
+"""Share of the right user's gain in nats on E1's texts that remains if only the user's cluster is known.
 
     python scripts/experiments/creator_kinds.py --dataset data/ml-100k --clusters 8 64 256 1024
 
 E1's texts name the genre of the film with the largest lift in the user's latest 20 likes. No language model is involved
-here: the users of the training part are clustered by k-means of the shares of genres in these 20 likes, and the genre
-is chosen by a linear layer (`creator_probe.py`). Printed are the nats of the part's texts if the layer gets nothing of
-the user, the user's own shares (right), or the mean shares of the user's cluster (with a layer of its own); and
+here: the training texts are clustered by k-means of the shares of genres in these 20 likes, and the genre is chosen by
+a linear layer (`creator_probe.py`). The script prints the nats of the part's texts if the layer gets nothing about the
+user, the user's own shares (right), or the mean shares of the user's cluster (with a separately fitted layer); and
 
     kept(K) = (nothing - cluster) / (nothing - right)
 

@@ -3,11 +3,11 @@
     python scripts/experiments/creator_probe.py --work runs/creator_e1 --steps 600
 
 A linear layer scores the genres of the film; unlike a Creative LLM it does not have to learn a language. The table, the
-base run and the tokenizer are those of `creator_e1.py --writer words`. Inputs of the layer are one of: nothing; the
-shares of genres among the user's latest 20 likes (which determine the text), latest 64 likes, or latest 128 events; the
-user vector of the base run; the user vector while its encoder is trained with the layer. Prints nats and accuracy on
-the validation users after training. By the configuration the user vector includes the mean text embedding of the user's
-likes; with `-- --creative.soft.text_decay=0` it is only the output of the user encoder.
+base run and the tokenizer are those of `creator_e1.py --writer words`. The layer's input is one of: nothing; the shares
+of genres among the user's latest 20 likes (which determine the text), latest 64 likes, or latest 128 events; the user
+vector of the base run; the user vector while its encoder is trained with the layer. Prints nats and accuracy on the
+validation users after training. In the configuration the user vector includes the weighted mean of the text embeddings
+of the user's events; with `-- --creative.soft.text_decay=0` it is only the output of the user encoder.
 """
 
 import argparse
@@ -65,13 +65,13 @@ class Texts:
         return [float(cross_entropy(masked, self.right)), float((masked.argmax(1) == self.right).float().mean())]
 
 
-def linear_choice(given: Tensor, texts: Texts, steps: int = 600) -> Callable[[Tensor], Tensor]:
+def linear_choice(given: Tensor, texts: Texts) -> Callable[[Tensor], Tensor]:
     """Fit a linear layer to fixed vectors [N, F]; returns a function of vectors [n, F] that computes logits [n, G]."""
     torch.manual_seed(0)
     mean, deviation = given.mean(0), given.std(0) + 1e-6
     layer = nn.Linear(mean.numel(), texts.may.shape[1])
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05, weight_decay=1e-4)
-    for _ in range(steps):
+    for _ in range(600):
         logits = layer((given - mean) / deviation).masked_fill(~texts.may, MASKED)
         cross_entropy(logits, texts.right).backward()
         optimizer.step()

@@ -2,13 +2,13 @@
 
     python scripts/experiments/creator_support.py --dataset data/plots --column plot --texts 2000 --seed 0
 
-A text is the sentence with the most content words of a description with at least ten. It is compared with the facts of
-an item:
+A text is the sentence with the most content words of a description that has at least ten content words. The text is
+compared with the facts of an item:
 
-own        the item of the sentence itself, which supports it (the share of dropped sentences must be 0)
-other      another item, chosen at random
-one word   the item itself, but one content word of the sentence is replaced by one of another item's description
-negated    the item itself, but "not" is inserted
+    own        the item of the sentence, which supports it (the share of dropped texts must be 0)
+    other      another item, chosen at random
+    one word   the item of the sentence, but one content word is replaced by a word of another item's description
+    negated    the item of the sentence, but "not" is inserted
 
 Prints the share of texts that the filter drops, as JSON. The share of "one word" may be below 1, because the facts may
 contain the new word by chance, and the filter accepts an inflected form of a fact's word.

@@ -1,7 +1,7 @@
 """Tables of the experiments with personalized texts on MovieLens that `hllm creatives build` cannot make.
 
 history     E1's table; its column `profile` lists the user's latest likes, for a model without user vectors
-interests   E1's table; its column `profile` has the genres of the latest likes with the largest lifts
+interests   E1's table; its column `profile` has the genres with the largest lifts among the latest likes
 next        E2's table: the response is the title and year of the next film that the user liked
 """
 

@@ -75,7 +75,7 @@ class FirstDays(Fortnight):
         for number, period in enumerate(self.periods[1:], start=1):
             split = Split("date", train_until=self.periods[number - 1].cut, valid_until=period.start)
             append_events(table(period.mapping), self.data, split=split)
-            if number > 1:  # in the first night there are no new events since the first model was trained
+            if number > 1:  # in the first night the training part has no events that the first model was not trained on
                 before = self.path(0 if number == 2 else number - 1, "nightly")
                 self.train(number, "nightly", self.increment(number, before))
                 self.score(number, "nightly", self.path(number, "nightly"))

@@ -7,8 +7,8 @@ Without --mapping the data are the shop of `shop.py` (periods of a day, after a 
 fourteen weeks of a table source. The events of each period are appended as a new version, and these models are scored
 on all exposures of the period:
 
-    stale     the nightly model of the night before, which was not trained on the last period
-    nightly   one more epoch over the events since then, from that model with its optimizer state (`start_from`)
+    stale     the nightly model that was trained one night earlier, without events of the previous period
+    nightly   one more epoch over the events that were added since, starting from stale with its optimizer state
     scratch   trained on all events, to its best validation epoch
     frozen    the first model, without further training
 
@@ -33,6 +33,7 @@ import torch
 import yaml
 from jobs import experiment_parser
 
+from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.append import append_events
@@ -84,7 +85,10 @@ INCREMENT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Period:
-    """A period: its mapping for `hllm prepare --source table`, and the sorted seconds of its events."""
+    """A period: its mapping for `hllm prepare --source table`, and the sorted seconds of its events.
+
+    The first period, which is longer, has only the seconds of its last events, over the length of the other periods.
+    """
 
     mapping: Path
     seconds: np.ndarray
@@ -102,18 +106,13 @@ class Period:
 
 def shop_periods(folder: Path, seed: int, sizes: Mapping[str, int]) -> list[Period]:
     """Periods of the shop: the first days as one period, then each day."""
-    found, begun = [], []
+    found = []
     for day in shop.days(shop.Shop(seed=seed, **sizes)):
         shop.write_day(day, folder)
-        seconds = day.events["second"].to_numpy()
-        if day.number <= FIRST:
-            begun.append(seconds)
-            if day.number < FIRST:
-                continue
-            pattern, seconds = f"day-0[1-{FIRST}].csv", seconds
-        else:
-            pattern = f"day-{day.number:02d}.csv"
-        found.append(Period(shop.write_mapping(folder, f"until-{day.number:02d}", pattern), seconds))
+        if day.number >= FIRST:
+            pattern = f"day-0[1-{FIRST}].csv" if day.number == FIRST else f"day-{day.number:02d}.csv"
+            mapping = shop.write_mapping(folder, f"until-{day.number:02d}", pattern)
+            found.append(Period(mapping, day.events["second"].to_numpy()))
     return found
 
 
@@ -137,7 +136,7 @@ def table_periods(folder: Path, mapping_file: Path, length: int, count: int) -> 
             yaml.safe_dump({**mapping, "events": {**mapping["events"], "path": f"{name}.csv"}})
         )
         own = seconds[start:end]
-        # The validation part of the first period is chosen from its last `length` seconds only, as in the others.
+        # The validation part is the end of the last `length` seconds of a period, for the first period, too.
         found.append(Period(folder / f"{name}.yaml", own[own >= bounds[0]] if number == 0 else own))
     return found
 
@@ -164,7 +163,7 @@ class Fortnight:
             before = self.periods[number - 1]
             split = Split("date", train_until=before.cut, valid_until=period.start)
             append_events(table(period.mapping), self.data, split=split)
-            if number == 1:  # no events since the first model was trained
+            if number == 1:  # the training part has no events that the first model was not trained on
                 continue
             chain = self.path(0, "scratch") if number == 2 else self.path(number - 1, "nightly")
             for arm, run in (("frozen", self.path(0, "scratch")), ("stale", chain)):
@@ -191,8 +190,7 @@ class Fortnight:
         trainer = build_trainer(self.config(given), self.device)
         trainer.run()
         spent = time.process_time() - started
-        steps = [json.loads(line) for line in (self.path(number, arm) / "log.jsonl").read_text().splitlines()]
-        steps = [line for line in steps if line["event"] == "step"]
+        steps = [line for line in read_log(self.path(number, arm)) if line["event"] == "step"]
         samples = round(sum(line["samples_per_second"] * line["seconds"] for line in steps))
         self.record(number, f"train {arm}", steps=trainer.step, samples=samples, cpu_seconds=round(spent, 2))
 

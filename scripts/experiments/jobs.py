@@ -19,7 +19,10 @@ DEFAULTS = {"OMP_NUM_THREADS": "1", **LARGE_BUFFERS_KEPT}
 def experiment_parser(
     description: str | None, folder: str | None, seeds: Sequence[int] = ()
 ) -> argparse.ArgumentParser:
-    """Parser with `--output` (default: runs/`folder`; None: required) and, if `seeds` has defaults, `--seeds`."""
+    """Parser with `--output` and, unless `seeds` is empty, `--seeds`.
+
+    folder: the default of `--output` is runs/`folder`; None: it is required. seeds: default of `--seeds`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = None if folder is None else ROOT / "runs" / folder
     parser.add_argument("--output", type=Path, default=default, required=folder is None)
@@ -45,7 +48,7 @@ def run_job(job: str, arguments: Sequence[str], log: Path, done: Path | None = N
 
 
 def train_and_evaluate(run: Path, seed: int, log: Path, *options: str) -> None:
-    """Train with a configuration and evaluate on the test part, unless this is done; `run` is the run directory."""
+    """Train (resuming an interrupted run) and evaluate on the test part, unless this is done; run: its directory."""
     done = run / "metrics.json"
     run_job("train", [*options, "--seed", str(seed), "--output", str(run), "--resume", "true"], log, done)
     run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)

@@ -49,7 +49,7 @@ def train_and_score(output: Path, name: str, precision: str, seed: int) -> None:
 
 
 def step_seconds(run: Path) -> float:
-    """Median seconds of a logged step of the first stage, in which an Item LLM that is trained has gradients."""
+    """Median seconds of a logged step of the first stage: only there a trained Item LLM has gradients."""
     steps = [line for line in read_log(run) if line["event"] == "step"]
     return float(np.median([line["seconds"] for line in steps if line["stage"] == steps[0]["stage"]]))
 

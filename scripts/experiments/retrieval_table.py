@@ -1,4 +1,4 @@
-"""The retrieval table of docs/results.md: trains and evaluates every configuration with every seed once.
+"""The retrieval table of docs/results.md: trains every configuration with every seed, and evaluates each run once.
 
     python scripts/experiments/retrieval_table.py --output runs/retrieval [--only sasrec hstu] [--seeds 0 1 2]
 

@@ -5,8 +5,8 @@
 Every day some users see a page: up to `slots` items in one second. Some items are clicked; all clicked items are
 watched, and some of them are liked. A click depends on the item's genres (its title has words of them), on the genres
 that the user likes, on the item's quality and on its position on the page. Likes and watch seconds depend on the
-quality and on the match of genres. Half of the pages show a new item of the day. `mapping` returns the mapping for
-`hllm prepare --source table`.
+quality and on the match of genres. From day 2, half of the pages show a new item of the day in the last slot (not with
+signals). `mapping` returns the mapping for `hllm prepare --source table`.
 
 Columns of events: user, item, second, click (0 or 1), action (click or skip), like (0 or 1), watch_seconds (0 without a
 click), position (from 1).
@@ -60,7 +60,7 @@ class Shop:
     first_users: int = 1350
     daily_users: int = 50
     active: int = 430
-    """Number of random users who see a page each day, in addition to the day's new users."""
+    """Number of random users who see a page each day; from day 2, all new users of the day see one, too."""
     slots: int = 6
     seed: int = 0
     signals: bool = False
@@ -78,7 +78,7 @@ class ShopDay:
 
     @property
     def start(self) -> int:
-        """Its first second, UTC."""
+        """First second of the day, UTC."""
         return START + (self.number - 1) * DAY
 
 
@@ -145,7 +145,7 @@ def _events(
     second = START + (number - 1) * DAY + rng.integers(6 * 3600, 86_000, len(users))
     order = np.argsort(second, kind="stable")
     users, page, second = users[order], page[order], second[order]
-    # An item stands on a page once: of the same items in a row, the first stays.
+    # No item is shown twice on a page: of equal items, only the first is kept.
     by_item = np.argsort(page, axis=1, kind="stable")
     repeated = np.zeros_like(page, bool)
     again = np.diff(np.take_along_axis(page, by_item, axis=1), axis=1) == 0

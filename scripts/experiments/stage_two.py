@@ -4,9 +4,9 @@
 
 Every variant starts from the same stage I (`--stage-one` has 1/ and item-embeddings/, as written by
 scripts/experiments/three_stages.sh), with about the same number of exposures per step and the same number of epochs.
-`full` continues to train the Item LLM (a tenth of a step's items have gradients), `stored` reads its embeddings from
-the store, and `adapter` adds a trained bottleneck to them. Each run has a separate directory, so the script can be
-stopped and started again.
+`full` continues to train the Item LLM (a tenth of a step's items have gradients), `stored` reads item embeddings from
+the store, and `adapter` adds a trained bottleneck to the stored ones. Each run has a separate directory, so the script
+can be stopped and started again.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs import ROOT, experiment_parser, train_and_evaluate
 
+from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.evaluation.model_comparison import compare, format_with_interval
 
 VARIANTS = {
@@ -49,8 +50,7 @@ def run_variant(name: str, stage_one: Path, output: Path, seed: int, epochs: flo
 
 def best_validation(run: Path) -> float:
     """The best validation AUC in the run's log."""
-    lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
-    return max(line["auc"] for line in lines if line["event"] == "eval")
+    return max(line["auc"] for line in read_log(run) if line["event"] == "eval")
 
 
 def markdown(metrics: dict[str, Any], runs: dict[str, Path]) -> str:

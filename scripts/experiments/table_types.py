@@ -68,7 +68,7 @@ def _sums(tables: TableBytes) -> dict[str, int]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run directory with a ranking head")
+    parser.add_argument("--run", type=Path, required=True, help="directory of a run with a ranking head")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     machine = machine_info()

@@ -4,18 +4,19 @@
 
 The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, day 14 test. Each arm is a run:
 
-    joint          click, like and watch time in one model (shared bottom), with device and hour
-    click, like, watch   one model for each label, otherwise the same
-    no_context     joint without device and hour
-    bias           joint with the position bias tower, which is not used in serving
-    rate_25, rate_5      25% and 5% of the non-clicks, with the correction of the logit
-    rate_25_raw, rate_5_raw   25% and 5% of the non-clicks, without the correction
+    joint                      click, like and watch time in one model (shared bottom), with device and hour
+    click, like, watch         one model for each label, otherwise the same
+    no_context                 joint without device and hour
+    bias                       joint with the position bias tower, which is not used in serving
+    rate_25, rate_5            joint, trained on 25% and 5% of the non-clicks, with the correction of the logit
+    rate_25_raw, rate_5_raw    the same without the correction
     rate_5_long, rate_5_slow   rate_5 with twice the epochs; rate_5_slow also with a third of the learning rate
-    rate_5_equal   rate_5 with four times the epochs: about as many exposures as `joint` reads
-    rate_5_file    rate_5 with the same non-clicks in all epochs, as if they were removed from the file before training
+    rate_5_equal               rate_5 with four times the epochs: about as many exposures as `joint` reads
+    rate_5_file                rate_5 with the same non-clicks in all epochs, as if the file had only these
 
 An arm with OUTPUT/<arm>/result.json is not trained again, so the script can be stopped and restarted. OUTPUT/tasks.json
-has the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
+has the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users;
+`permuted` is `joint`, scored with permuted devices and hours.
 """
 
 import json

@@ -37,7 +37,7 @@ TEXTS, TRANSITIONS = (0.0, 0.3, 0.6, 1.0), (0.0, 0.2, 0.4, 0.7, 1.2)
 
 @dataclass(frozen=True)
 class Targets:
-    """Validation targets [n] of a batch, its histories, and the items that each target's user has seen (jagged).
+    """Validation targets [n] of a batch, the batch's histories, and the items seen by each target's user (jagged).
 
     learned: see `read_targets`; rows: [n] packed position of the latest event before each target.
     """

@@ -9,7 +9,6 @@ alone scores the exposures without a daily user vector; `--covered` adds tables 
 vector, and of those without.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jobs import experiment_parser
 
 from hllm_torchrec.data.predictions import Predictions, read_predictions
 from hllm_torchrec.inference.exposure_store import exposure_keys
@@ -30,7 +30,10 @@ Scored = dict[tuple[str, int], Predictions]
 
 
 def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Row -> its metrics, and its differences from the first row. scored: (row, seed) -> predictions, paired."""
+    """Row -> its metrics, and its differences from the first row.
+
+    scored: (row, seed) -> predictions, all of the same exposures in the same order.
+    """
     first = scored[rows[0], seeds[0]]
     labels, users = first.label, first.user_id
     for predictions in scored.values():
@@ -165,10 +168,8 @@ def restrict(scored: Scored, rows: np.ndarray) -> Scored:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables of both parts and write `three_stages.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/stages"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    """Print the tables of the parts and write `three_stages.json`."""
+    parser = experiment_parser(__doc__, "stages", seeds=[0, 1, 2])
     parser.add_argument("--splits", nargs="+", default=["valid", "test"])
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--fallback", action="store_true")
