@@ -30,7 +30,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Where:
-    """device: device to check. tiny: use tiny shapes, for a CPU and for tests."""
+    """Device of the checks, and whether they use tiny shapes, for a CPU and for tests."""
 
     device: torch.device
     tiny: bool
@@ -75,7 +75,7 @@ def check(seconds: float) -> Callable[[Callable[[Where], dict[str, Any]]], Calla
 
 
 def load_checks(modules: Sequence[str] = MODULES) -> dict[str, Check]:
-    """All checks of these modules, in the order in which they run."""
+    """Import the modules; return the checks that they register, in the order in which they run."""
     for module in modules:
         importlib.import_module(module)
     return CHECKS
@@ -139,7 +139,7 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str, answer: Connection) -> None:
-    """Child process: run a check, describe the device or list the checks; send (state, results or reason).
+    """Run a check, describe the device or list the checks in a child process; send (state, results or reason).
 
     said: file for the process's stdout and stderr.
     """
@@ -171,14 +171,14 @@ class Processes:
 
     def __init__(self, device: str, tiny: bool, modules: Sequence[str] = MODULES) -> None:
         self.device, self.tiny, self.modules = device, tiny, tuple(modules)
-        beside = [str(ROOT / "scripts" / "gpu"), str(ROOT)]
+        beside = [str(ROOT / "scripts" / "gpu"), str(ROOT / "scripts" / "bench"), str(ROOT)]
         os.environ["PYTHONPATH"] = os.pathsep.join([*beside, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         sys.path[:0] = [path for path in beside if path not in sys.path]
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["checking", *modules])
 
     def checks(self) -> dict[str, tuple[float, str]]:
-        """Name -> time limit and first line of every check; read in a child, so that this process does not import them.
+        """Name -> time limit and first docstring line of every check; a child reads them, and imports the modules.
 
         Raises:
             RuntimeError: a module of checks cannot be imported.

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# torch.cuda.is_available() must not initialize CUDA in this process, from which the checks are forked.
+# So torch.cuda.is_available() does not initialize CUDA: the server from which the checks are forked must not do it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if "--cpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported

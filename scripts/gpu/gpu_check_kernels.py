@@ -29,7 +29,7 @@ LR, EPS, BETAS = 0.1, 1e-6, (0.9, 0.999)
 
 
 def _step(kind: EmbOptimType, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-    """Rows after a step of an optimizer, computed from its definition. state: name -> tensor, changed in place."""
+    """Rows after a step of an optimizer, computed from its definition. state: name -> tensor; updated in place."""
     if kind == EmbOptimType.EXACT_SGD:
         return weight - LR * gradient
     row_wise = kind in (EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.PARTIAL_ROWWISE_ADAM)

@@ -1,8 +1,10 @@
 """gpu_check.py: every check that a CPU can run passes there, and one that fails, hangs or dies stops no other."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +77,13 @@ def test_the_command_runs_the_kernels_in_the_interpreter(tmp_path: Path) -> None
     found = json.loads(out.read_text())
     assert done.returncode == 0, done.stderr
     assert found["checks"]["hstu_kernels"]["found"]["causal, bias"]["float32"] < 1e-4
+
+
+def test_the_checks_find_the_benches_that_they_time(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if Path(folder) != SCRIPTS / "bench"])
+    gpu_check.Processes("cpu", True, ())
+    assert PathFinder.find_spec("bench_hstu", sys.path) is not None
+    assert str(SCRIPTS / "bench") in os.environ["PYTHONPATH"].split(os.pathsep)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
