@@ -5,7 +5,7 @@
     python scripts/reliability/breaks.py attention gate      # the breaks whose names contain one of the words
     python scripts/reliability/breaks.py --fast              # only with the tests that scripts/test.sh --fast runs
 
-Each break is made in a copy of the tree, and the tests that cover the file are run there until one fails. The tests
+Each break is made in a copy of the tree, and the tests that the break names are run there until one fails. The tests
 that failed are then run in the copy without a break, because a test that always fails detects nothing. Exit status: 0
 if all breaks were caught; 1 if a break was not, if the text of a break does not occur in the code exactly once, or if a
 test that failed also fails without a break.
@@ -124,26 +124,26 @@ BREAKS = (
         ("tests/data/test_prepare.py",),
     ),
     Break(
-        "prepare: a dataset of other options is reused",
+        "prepare: a dataset made with other options is reused",
         'if existing is not None and existing["request"] == request and not replaces:',
         "if existing is not None and not replaces:",
         ("tests/data/test_prepare.py",),
     ),
     # metrics
     Break(
-        "GAUC: a tie counts as ranked right",
+        "GAUC: a tie counts as a correct order",
         "positives * (below + negatives / 2)",
         "positives * (below + negatives)",
         ("tests/metrics/test_metric_oracles.py",),
     ),
     Break(
-        "exact AUC: a tie counts as ranked wrong",
+        "exact AUC: a tie counts as a wrong order",
         "(mass[0] * (under[1] + upto[1])).sum().item()",
         "(mass[0] * (under[1] + under[1])).sum().item()",
         ("tests/metrics/test_exact_auc.py",),
     ),
     Break(
-        "GAUC: negatives of users before count",
+        "GAUC: negatives of the previous users count",
         "below = negatives.cumsum() - negatives - before[tie_groups]",
         "below = negatives.cumsum() - negatives",
         ("tests/evaluation/test_offline_evaluation.py",),
@@ -168,7 +168,7 @@ BREAKS = (
         ("tests/store/test_store.py",),
     ),
     Break(
-        "checkpoint: one that a crash caught between two names is lost",
+        "checkpoint: a crash before the final rename loses it",
         "            leftover.rename(final)\n",
         "            pass\n",
         ("tests/checkpoint/test_checkpoint.py", "-k", "crash or caught"),
@@ -212,7 +212,7 @@ BREAKS = (
         ("tests/training/test_trainer.py", "-k", "cached"),
     ),
     Break(
-        "EMA: the weights of average and weight are exchanged",
+        "EMA: decay and 1 - decay are exchanged",
         "self._averages[name].lerp_(parameter.detach(), 1.0 - decay)",
         "self._averages[name].lerp_(parameter.detach(), decay)",
         ("tests/training/test_optim.py",),
@@ -273,8 +273,8 @@ def place_of(text: str, root: Path) -> Path:
     found = [(path, path.read_text(encoding="utf-8").count(text)) for path in files]
     places = [path for path, count in found for _ in range(count)]
     if len(places) != 1:
-        where = ", ".join(str(path.relative_to(root)) for path in places) or "nowhere"
-        raise ValueError(f"{text!r} must stand in the code once, and stands {where}: adapt the break")
+        where = "in " + ", ".join(str(path.relative_to(root)) for path in places) if places else "nowhere"
+        raise ValueError(f"{text!r} must occur in the code exactly once, but occurs {where}: adapt the break")
     return places[0]
 
 
@@ -337,7 +337,7 @@ def main() -> int:
             sys.stdout.flush()
         status, said = run_tests(sorted(set(caught_by)), root, marks, stop=False) if caught_by else (0, "")
     if status != 0:
-        print(f"the tests that caught a break must pass without it, and do not:\n{said[-2000:]}")
+        print(f"tests that caught a break also fail without it:\n{said[-2000:]}")
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return int(missed > 0 or status != 0)
 

@@ -4,7 +4,7 @@
     python scripts/reliability/fuzz.py --seconds 600 --reader store
     python scripts/reliability/fuzz.py --inputs 20000 --reader tables --log fuzz.jsonl    # continues an interrupted run
 
-Prints a JSON line for each reader: number of inputs, and the distinct failures with their positions. Exit status 1 if
+Prints a JSON line for each reader: number of inputs, and the distinct failures with their counts. Exit status 1 if
 there is a failure. Inputs are drawn in rounds of at most ROUND, with one seed per round. With --log the result of each
 round is a line of the file, and rounds that the file has are not repeated. Each reader runs in a separate process, so
 that a crash of a decoder counts as a failure and does not end the others. tests/fuzz/ defines how the files are changed
@@ -37,7 +37,7 @@ GRACE = 120
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns 0, or 1 if a reader failed."""
+    """Fuzz the chosen readers; return 0, or 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds for each reader (default: 60)")
     parser.add_argument("--inputs", type=int, default=0, help="number of inputs for each reader, instead of --seconds")
@@ -128,7 +128,7 @@ def _rounds_of(log: Path | None, name: str) -> dict[int, dict[str, Any]]:
 
 
 def _round(target: Any, seed: int, stop: float, shown: Counter[str]) -> dict[str, Any]:
-    """Inputs of one seed, and failures by place; those in `shown` are not shown again."""
+    """Number of inputs of one seed, and number of failures by `_place`; failures in `shown` are not shown again."""
     import hypothesis
 
     inputs, failures = 0, Counter[str]()
@@ -161,7 +161,7 @@ def _round(target: Any, seed: int, stop: float, shown: Counter[str]) -> dict[str
 
 
 def _place(error: BaseException) -> str:
-    """Key of a failure: the type of the error, and the last line of the library in its traceback."""
+    """Key of a failure: types of the error and of its cause, and the last line of the library in the traceback."""
     first = error.__context__ if isinstance(error, AssertionError) and error.__context__ else error
     frames = [f for f in traceback.extract_tb(first.__traceback__) if str(ROOT) in f.filename]
     own = [f for f in frames if "/tests/" not in f.filename and f.filename != __file__] or frames

@@ -5,7 +5,7 @@
     python scripts/reliability/kills.py --kills 8 --only append forget
     python scripts/reliability/kills.py --seed 1
 
-The writers are an append, an append that first merges appends into a new base because these are large, a compaction,
+The writers are an append, an append that first merges large earlier appends into a new base, a compaction,
 `hllm forget --erase` (of a user and an item, with a store and predictions), and a night. Each kill ends the process
 before a random file access, without any cleanup. Afterwards every version of the dataset must be complete, in its state
 before or after the call. Then the same call is repeated (half of the time it is killed once more), and its result must
@@ -59,12 +59,11 @@ NIGHT = "day-04"
 
 @dataclass(frozen=True)
 class Writer:
-    """A writer to kill. begin: makes the folder in which `act` writes; dataset: folder -> its dataset; state: folder ->
-    the state that is compared with that of an undisturbed call."""
+    """A writer to kill. begin: makes the folder in which `act` writes, with the dataset data/; state: folder -> the
+    state that is compared with that of an undisturbed call."""
 
     begin: Callable[[Path], None]
     act: Callable[[Path], None]
-    dataset: Callable[[Path], Path]
     state: Callable[[Path], Any]
 
 
@@ -95,7 +94,7 @@ def append(folder: Path) -> None:
 
 
 def outgrown(folder: Path) -> None:
-    """Append the day to a dataset whose appends are so large that they become a new base first."""
+    """Append the day to a dataset whose earlier appends are so large that they are first merged into a new base."""
     with patch.multiple(folding, LEAST_EVENTS=50, OUTGROWN=0.5):
         append(folder)
 
@@ -151,11 +150,11 @@ def versions_of(root: Path) -> dict[int, Any]:
 
 
 WRITERS = {
-    "append": Writer(begin_shop, append, lambda folder: folder / "data", shop_state),
-    "outgrown": Writer(begin_shop, outgrown, lambda folder: folder / "data", shop_state),
-    "compact": Writer(begin_shop, lambda folder: compact(folder / "data") and None, lambda f: f / "data", shop_state),
-    "forget": Writer(begin_shop, forget, lambda folder: folder / "data", shop_state),
-    "nightly": Writer(begin_nights, night, lambda folder: folder / "data", night_state),
+    "append": Writer(begin_shop, append, shop_state),
+    "outgrown": Writer(begin_shop, outgrown, shop_state),
+    "compact": Writer(begin_shop, lambda folder: compact(folder / "data") and None, shop_state),
+    "forget": Writer(begin_shop, forget, shop_state),
+    "nightly": Writer(begin_nights, night, night_state),
 }
 
 
@@ -216,7 +215,7 @@ def try_kills(name: str, number: int, rng: np.random.Generator, work: Path) -> C
     writer.begin(saved)
     shutil.copytree(saved, done, symlinks=True)
     in_process(lambda: writer.act(done))
-    before, after, due = versions_of(writer.dataset(saved)), versions_of(writer.dataset(done)), writer.state(done)
+    before, after, due = versions_of(saved / "data"), versions_of(done / "data"), writer.state(done)
     found, most = Counter[str](), 600
     while found["kills"] < number:
         folder = work / "killed"
@@ -227,7 +226,7 @@ def try_kills(name: str, number: int, rng: np.random.Generator, work: Path) -> C
             most = min(most, access)  # the writer has fewer accesses than `access`
             continue
         found["kills"] += 1
-        for version, state in versions_of(writer.dataset(folder)).items():
+        for version, state in versions_of(folder / "data").items():
             assert state in (before.get(version), after.get(version)), f"{name}, access {access}: version {version}"
             found["versions as before" if state == before.get(version) else "versions as after"] += 1
         if found["kills"] < number and rng.random() < 0.5:

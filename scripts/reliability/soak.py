@@ -7,9 +7,9 @@ one rank has died, all ranks are started again: by torchrun, by TorchX, or by th
 imported again). Each kill hits a random rank: a fifth of the kills comes at a random time after the start of the ranks,
 while they build the model; half of the others come at a random time during the steps, half while a checkpoint is being
 written. At the end the run's log must have every step once, with bitwise the same losses as those of an undisturbed
-run. Prints JSON: numbers of kills, of kills during a write, and of restarts that completed a step (recovered), lost
-(steps whose loss differs or is missing), seconds from a kill to the next step. Exit status 1 if anything was lost or
-the job failed. Needs a checkout and Linux.
+run. Prints JSON: numbers of kills, of kills during a write, and of kills after which a step was completed (recovered),
+lost (steps whose loss differs, is missing or repeated), seconds from a kill to the next step. Exit status 1 if anything
+was lost or the job failed. Needs a checkout and Linux.
 """
 
 import argparse
@@ -46,7 +46,7 @@ GIVE_UP_AFTER = 300.0
 
 @dataclass
 class Tally:
-    """Counts of the kills of a job, and of its restarts."""
+    """Counts of the kills of a job; recovered: kills after which a step was completed."""
 
     injected: int = 0
     in_a_write: int = 0
@@ -262,7 +262,7 @@ class Victim:
 def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> Tally:
     """Kill ranks of a job until there were `kills` kills or the job has ended, then wait for its end.
 
-    seconds: longest time from the first step of a restart to the kill.
+    seconds: longest time from the first step of a restart, or from its start, to the kill.
     """
     tally, killed_at, job = Tally(), 0.0, victim.job
     while ranks := victim.new_ranks():
@@ -341,7 +341,7 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
     begun = time.monotonic()
     alone = start(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
     if alone.wait() != 0:
-        printed = folder / "alone.txt"  # ends with the folder; a `ForkedJob` prints on stderr instead
+        printed = folder / "alone.txt"  # will be deleted with `folder`; a `ForkedJob` prints on stderr instead
         said = printed.read_text()[-3000:] if printed.exists() else ""
         raise RuntimeError(f"the undisturbed run failed\n{said}".rstrip())
     killed = start(launcher, world, wanted.kills + 5, folder / "killed", arguments(folder / "killed", **options))
@@ -370,7 +370,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
     parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
-    parser.add_argument("--seconds", type=float, default=1, help="longest time from a restart's first step to a kill")
+    parser.add_argument(
+        "--seconds", type=float, default=1, help="longest time from a restart or its first step to a kill"
+    )
     parser.add_argument("--steps", type=int, default=500, help="steps of the job, which may end before the last kill")
     parser.add_argument("--world", type=int, default=2, help="number of ranks")
     parser.add_argument("--asynchronous", action="store_true", help="write checkpoints in the background")

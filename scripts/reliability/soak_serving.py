@@ -61,7 +61,7 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Served:
-    """A score that was served. second: of the request; model: mark of the model."""
+    """A score that was served. second: time of the request; model: the scorer's mark."""
 
     user: str
     item: str
@@ -280,8 +280,7 @@ def replayed(soak: Soak, device: torch.device) -> dict[str, Any]:
         for name, scores in by_run.items():
             difference = abs(scores[one.user, one.item, one.second] - one.score)
             errors.setdefault(one.model, {}).setdefault(name, []).append(difference)
-    # A mark identifies a run and a version of the dataset, so all scores with the same mark are of one run: the one
-    # whose scores differ least.
+    # Scores with the same mark were computed with the same weights, so by one run: the one whose scores differ least.
     worst = {mark: min(max(values) for values in by.values()) for mark, by in errors.items()}
     compared = sum(len(by["a"]) for by in errors.values())
     largest = max(worst.values(), default=0.0)

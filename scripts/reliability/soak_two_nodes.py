@@ -13,8 +13,9 @@ scheduler would do. A tiny model trains on a generated shop, and saves a checkpo
 - for so long that the agents lose each other, too.
 
 At the end the log must have every step once, with bitwise the same losses as those of an undisturbed run. Prints JSON:
-cuts, recovered (cuts after which a step was completed), lost (steps whose loss differs or is missing), lines that name
-rank and step, seconds from the reconnection to the next step. Exit status 1 if anything was lost or the job failed.
+cuts, recovered (cuts after which a step was completed), lost (steps whose loss differs, is missing or repeated), lines
+that name rank and step, seconds from the reconnection to the next step. Exit status 1 if anything was lost or the job
+failed.
 """
 
 import argparse

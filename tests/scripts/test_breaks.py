@@ -30,9 +30,11 @@ def test_a_text_that_does_not_stand_in_the_code_once_is_refused(script: ModuleTy
     (tmp_path / "modules").mkdir()
     for name in ("a.py", "b.py"):
         (tmp_path / "modules" / name).write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"'x = 1' must stand in the code once, and stands modules/a.py, modules/b.py"):
+    with pytest.raises(
+        ValueError, match=r"'x = 1' must occur in the code exactly once, but occurs in modules/a.py, mod"
+    ):
         script.place_of("x = 1", tmp_path)
-    with pytest.raises(ValueError, match=r"'y = 1' must stand in the code once, and stands nowhere: adapt the break"):
+    with pytest.raises(ValueError, match=r"'y = 1' must occur in the code exactly once, but occurs nowhere: adapt the"):
         script.place_of("y = 1", tmp_path)
 
 

@@ -30,6 +30,6 @@ def test_a_writer_that_does_not_finish_is_noticed(
         if len(calls) == 1 or os.getpid() != here:  # undisturbed, or killed; but not after the kill
             whole.act(folder)
 
-    monkeypatch.setitem(kills.WRITERS, "append", kills.Writer(whole.begin, act, whole.dataset, whole.state))
+    monkeypatch.setitem(kills.WRITERS, "append", kills.Writer(whole.begin, act, whole.state))
     assert kills.main(["--kills", "1", "--only", "append"]) == 1
     assert "another state than undisturbed" in capsys.readouterr().err
