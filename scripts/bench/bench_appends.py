@@ -85,7 +85,7 @@ def source_of(folder: Path) -> Source:
 
 
 def alone(folder: Path) -> Source:
-    """Source of a day's events and the items and users that occur in them, so that it can be prepared alone."""
+    """Source of a day's events with only the items and users that occur in them, to prepare the day alone."""
     other = folder.with_name(f"{folder.name}-alone")
     other.mkdir()
     shutil.copy(folder / "events.csv", other)

@@ -7,9 +7,9 @@
 Both read the same Parquet files (label and score, float32). Our job computes AUC, DeLong's interval and PR-AUC, and
 sorts on disk the rows that do not fit into --memory; scikit-learn's roc_auc_score computes the AUC. Each run is a new
 process, and the two sides alternate. Seconds are measured from opening the files to the result, without interpreter
-start and imports; memory is the peak resident set of a process, including them. cpu_seconds are those of the busiest
-rank; they depend less on other load of the machine. `scaling.png` plots both sides. The last line is one JSON object;
-its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / scikit-learn's.
+start and imports; memory is the peak resident set of a process, including the imports. cpu_seconds is the CPU time of
+the busiest rank, which depends less on other load of the machine. `scaling.png` plots both sides. The last line is one
+JSON object; its `ratios` are scikit-learn's seconds / ours, and the largest rank's memory / scikit-learn's.
 
 --directory measures the complete command `hllm evaluate --compare` (users, slices, report) on two ranks, for
 synthetic predictions with the columns of a run's predictions; `hllm evaluate --run` does the same after scoring. It

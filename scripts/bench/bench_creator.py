@@ -161,7 +161,7 @@ def decoding(models: Models, options: argparse.Namespace, rounds: int) -> dict[s
     tiny = options.tiny
     most, number = (3, 8) if tiny else (16, 64)
     before, after, soft = models.tokens(12), models.tokens(25), models.soft(number)
-    groups = max(1, number // CLUSTERS)  # items whose clusters are one batch
+    groups = max(1, number // CLUSTERS)  # number of items in a batch of titles for all clusters
     of, items = torch.arange(number) * groups // number, models.tokens(groups, 25)
     items[0] = after
     few = slice(0, 4)

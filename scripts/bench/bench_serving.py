@@ -65,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             args.run = stand_in_run(args.folder / args.fusion, args.dataset, args.fusion, device)
         config = in_one_process(run_config(args.run, args.dataset))
         experiment = untrained(config, args, device) if args.untrained else trained(args.run, config, device, stack)
-        journal = Path(
-            stack.enter_context(TemporaryDirectory()), "none.jsonl"
-        )  # the dataset's journal may have new items
+        # Not the dataset's journal, which may have new items.
+        journal = Path(stack.enter_context(TemporaryDirectory()), "none.jsonl")
         plain = Scorer(experiment, journal=journal)
         engine = Engine(BatchScorer(experiment, journal=journal), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)

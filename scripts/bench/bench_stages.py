@@ -12,8 +12,8 @@ of a long history. These steps are measured for stage II and, without `--quick`,
 
 Stage I with more than 600 unique items would not fit in memory. Then the item embeddings are computed in advance
 without a graph, which is not timed, and each group of items runs forward and backward with the resulting gradients (see
-`bench_step.EncodedBeforehand`). So the timed work is that of one step. The store has random vectors; the cost of a step
-does not depend on them.
+`bench_step.EncodedBeforehand`). So the timed work is that of one step. The store has random vectors, on whose values
+the cost of a step does not depend.
 """
 
 import argparse

@@ -308,7 +308,7 @@ class Comparison:
         ours = self.losses["ours"]
         for side, loss in self.losses.items():
             if abs(loss - ours) > tolerance * abs(ours):
-                raise AssertionError(f"{self.row.name}: loss {ours} of ours, {loss} of {side}: not the same step")
+                raise AssertionError(f"{self.row.name}: loss of ours {ours}, of {side} {loss}: not the same step")
 
     def shapes(self) -> dict[str, Any]:
         """Numbers of tokens and items of the step on both sides."""

@@ -39,8 +39,8 @@ IDS = (
     *("--item_llm.enabled=false", "--objective.text_similarity=0", "--objective.transitions=0"),
     *("--stages=[{name: ids, epochs: 60}]", "--evaluation.patience=6"),
 )
-"""Options of the models over IDs. These learn more slowly than the models with texts, so they get more epochs (up to 60)
-and a patience of twice as many evaluations as in the recipe."""
+"""Options of the models over IDs. These learn more slowly than the models with texts, so they get more epochs and twice
+the recipe's patience."""
 
 
 def _shape(**fields: Any) -> str:

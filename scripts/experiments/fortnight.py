@@ -50,7 +50,7 @@ FIRST, PERIODS = 6, 14
 """Number of days of the shop on which the first model is trained, and number of periods that are scored. One period
 lies between them, on which the first night is trained."""
 HELD = 0.2
-"""Share of a period's events, the last ones, that is the validation part."""
+"""Share of a period's events that is the validation part: the last events."""
 ARMS = ("stale", "nightly", "scratch", "frozen")
 
 COMMON: dict[str, Any] = {
@@ -136,7 +136,7 @@ def table_periods(folder: Path, mapping_file: Path, length: int, count: int) -> 
             yaml.safe_dump({**mapping, "events": {**mapping["events"], "path": f"{name}.csv"}})
         )
         own = seconds[start:end]
-        # The validation part is the end of the last `length` seconds of a period, for the first period, too.
+        # `Period.cut` divides these seconds: of the first period only the last `length` seconds, as in the others.
         found.append(Period(folder / f"{name}.yaml", own[own >= bounds[0]] if number == 0 else own))
     return found
 

@@ -124,7 +124,8 @@ def read_rows(output: Path, seeds: list[int], split: str) -> tuple[Scored, list[
     names = [sorted(path.parents[1].name for path in folder.glob(f"*/predictions/{split}")) for folder in folders]
     if not names[0] or any(other != names[0] for other in names):
         raise ValueError(
-            f"{output}: rows of seeds {seeds}: {names}: run scripts/experiments/three_stages.sh for all of them first"
+            f"{output}: seeds {seeds} have the rows {names}, which must be equal and not empty: run "
+            "scripts/experiments/three_stages.sh for all seeds first"
         )
     rows = sorted(names[0], key=lambda name: (name != ALONE, name != "items", name))
     scored = {

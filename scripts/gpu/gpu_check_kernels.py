@@ -103,7 +103,7 @@ def table_kernels(where: Where) -> dict[str, Any]:
 def adam_tables(where: Where) -> dict[str, Any]:
     """The table optimizers that exist only on CUDA, `adam` and `partial_rowwise_adam`, against their definitions."""
     if not where.on_cuda:
-        raise Skipped("FBGEMM has them on CUDA only")
+        raise Skipped("FBGEMM has these optimizers on CUDA only")
     return {
         kind.value: _table_differences(where, kind) for kind in (EmbOptimType.ADAM, EmbOptimType.PARTIAL_ROWWISE_ADAM)
     }

@@ -115,7 +115,7 @@ def tables_ahead(where: Where) -> dict[str, Any]:
 def sharding_on_cuda(where: Where) -> dict[str, Any]:
     """Options of tables that exist only on CUDA: row-wise sharding, the optimizers adam and partial_rowwise_adam."""
     if not where.on_cuda:
-        raise Skipped("TorchRec's CPU tables have neither")
+        raise Skipped("TorchRec's CPU tables have neither row-wise sharding nor these optimizers")
     init_distributed()
     expected, _ = losses_of(where.device)
     by_rows, _ = losses_of(where.device, features__sharding="row_wise")

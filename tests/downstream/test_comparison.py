@@ -1,10 +1,8 @@
 """Stage III end to end: user vectors of exposures in a store, the DLRM's rows with and without them, the table."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,6 +25,7 @@ from hllm_torchrec.inference.exposure_vectors import exposure_vectors
 from hllm_torchrec.launch import downstream, embed, exposures
 from hllm_torchrec.store import EmbeddingStore
 from tests.helpers import fixtures
+from tests.helpers.scripts import bench_module
 from tests.helpers.training_fixtures import config, train
 
 SMALL = DLRMConfig(width=4, bottom=(8,), top=(8,), batch=64, epochs=2, shard_from_rows=30, user_id=False)
@@ -65,14 +64,6 @@ def arguments_of(root: Path) -> list[str]:
     ]
     sizes = ["--dlrm.epochs", "1", "--dlrm.batch", "64", "--dlrm.shard_from_rows", "30", "--dlrm.width", "4"]
     return ["--dataset", str(fixtures.dataset().root), "--output", str(root / "3"), *stores, *sizes]
-
-
-def load_script(root: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, root / "scripts" / "experiments" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -119,12 +110,12 @@ def test_item_features_are_what_the_head_reads(chain: Path) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_the_script_has_every_row_with_its_intervals(
-    root: Path, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "seed-0").mkdir()
     for name in ("3", "users"):
         (tmp_path / "seed-0" / name).symlink_to(chain / name)
-    script = load_script(root, "three_stages")
+    script = bench_module("three_stages")
     assert script.main(["--output", str(tmp_path), "--seeds", "0", "--draws", "20", "--fallback"]) == 0
     found = json.loads((tmp_path / "three_stages.json").read_text())["test"]
     alone = read_predictions(chain / "3" / "alone" / "predictions" / "test")
@@ -147,7 +138,7 @@ def test_the_table_of_the_script_has_every_row_with_its_intervals(
     covered, uncovered = (script.restrict(scored, rows)[name, 0] for rows in (known, ~known))
     assert np.array_equal(covered.score, own[known]) and np.array_equal(uncovered.score, base[~known])
     assert np.array_equal(covered.position, alone.position[known]) and covered.user_id.size == known.sum()
-    with pytest.raises(ValueError, match="run scripts/experiments/three_stages.sh for all of them first"):
+    with pytest.raises(ValueError, match="run scripts/experiments/three_stages.sh for all seeds first"):
         script.main(["--output", str(tmp_path), "--seeds", "0", "1"])
 
 
