@@ -50,9 +50,9 @@ def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
     )
 
 
-def user_piece(history: int, exposures: int, items: int, actions: int, seed: int = 0) -> Piece:
+def user_piece(history: int, exposures: int, items: int, actions: int) -> Piece:
     """Piece of `history` events without labels and then `exposures` events with labels, one second apart."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     events = history + exposures
     labels = rng.integers(0, 2, events).astype(np.float32)
     labels[:history] = np.nan

@@ -148,14 +148,14 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
     return forward_and_backward
 
 
-def operators(side: Side, least: float = 0.01) -> dict[str, float]:
-    """Share of each operator in the CPU seconds of a pass, largest first; those below `least` are summed as "rest"."""
+def operators(side: Side) -> dict[str, float]:
+    """Share of each operator in the CPU seconds of a pass, largest first; shares below 1% are summed as "rest"."""
     with torch.profiler.profile() as profiled:
         side()
     own = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     total = sum(own.values())
     found = {name: spent / total for name, spent in sorted(own.items(), key=lambda one: -one[1])}
-    large = {name: round(share, 3) for name, share in found.items() if share >= least}
+    large = {name: round(share, 3) for name, share in found.items() if share >= 0.01}
     return {**large, "rest": round(1 - sum(large.values()), 3)}
 
 

@@ -210,19 +210,19 @@ def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
     return {"capacity": best, "p99_over_p50": half.latency_ms["p99"] / half.latency_ms["p50"], "at_half": asdict(half)}
 
 
-def largest_rate(good: Any, first: float = FIRST_RATE, bisections: int = BISECTIONS) -> float:
+def largest_rate(good: Any) -> float:
     """Largest rate for which `good(rate, seed)` is true, by doubling and bisection on a logarithmic scale.
 
-    The smallest rate that failed is larger than the result by a factor of at most 2^(1 / 2^bisections).
+    The smallest rate that failed is larger than the result by a factor of at most 2^(1 / 2^BISECTIONS).
     """
-    low, high, seed = first, 2 * first, 1
+    low, high, seed = FIRST_RATE, 2 * FIRST_RATE, 1
     while not good(low, seed):
         low, high, seed = low / 2, low, seed + 1
         if low < 1:
             return low
     while high == 2 * low and good(high, seed := seed + 1):
         low, high = high, 2 * high
-    for _ in range(bisections):
+    for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if good(middle, seed := seed + 1) else (low, middle)
     return low

@@ -147,9 +147,9 @@ def compare(history: int, options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": ratio(times["plain"], times["ours"], counts["ours"] / counts["plain"]), "shape": shape}
 
 
-def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str, dict[str, float]]:
+def spread_of_steps(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`variation` and `waiting` (see the module's docstring) of batches by users and by tokens, at equal mean cost."""
-    dataset, ranks = Dataset.open(options.dataset), 2
+    dataset, ranks, history = Dataset.open(options.dataset), 2, 150
     config = our_config(dataset, options.tokenizer, history)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
     item_costs = open_token_store(config.item_llm, dataset).lengths + 1

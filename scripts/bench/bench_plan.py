@@ -168,12 +168,12 @@ def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
-def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) -> Path:
-    """Prepare a dataset of random events; return its folder. events: number of events of each user."""
+def many_items(folder: Path, items: int) -> Path:
+    """Prepare a dataset of random events of 4,000 users; return its folder."""
     from hllm_torchrec.data.prepare import prepare
     from hllm_torchrec.data.sources.table_mapping import table
 
-    rng = np.random.default_rng(0)
+    rng, users, events = np.random.default_rng(0), 4000, 12  # events of each user
     names = pa.array([f"i{number}" for number in range(items)])
     columns = {
         "user": np.repeat(np.arange(users), events).astype(str),

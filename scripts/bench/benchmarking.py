@@ -162,9 +162,9 @@ def reset_high_water_mark() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
-    """Floating-point operations per second of matrix products on this machine, with all threads that torch uses."""
-    return measured_matmul_peak("cpu", dtype, seconds=seconds)
+def matmul_peak(seconds: float = 1.0) -> float:
+    """Floating-point operations per second of float32 matrix products on the CPU, with all threads that torch uses."""
+    return measured_matmul_peak("cpu", seconds=seconds)
 
 
 def why_no_bf16() -> str | None:

@@ -62,9 +62,9 @@ def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]
                     yield row.user_id, items[start:end], times[start:end]
 
 
-def draw_samples(dataset: Dataset, history: int, users: int, seed: int = 0) -> list[Sample]:
+def draw_samples(dataset: Dataset, history: int, users: int) -> list[Sample]:
     """Random pieces, each with padding and negatives drawn uniformly from the items that are not in the piece."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     pieces = list(pieces_of(dataset, history))
     samples = []
     for index in rng.choice(len(pieces), users, replace=len(pieces) < users):

@@ -125,7 +125,7 @@ def _events(rng: np.random.Generator, sizes: Sizes) -> pa.Table:
     return pa.table(columns)
 
 
-def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0, seed: int = 0) -> Config:
+def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int, seed: int) -> Config:
     """Configuration of a run. width: width of the Item LLM; 0: the model has no Item LLM."""
     item_llm: dict[str, Any] = {"enabled": False}
     if width:

@@ -102,7 +102,7 @@ def mean_and_deviation(values: list[float | None]) -> dict[str, float] | None:
 
 
 def markdown(summary: dict) -> str:
-    """The two tables of docs/results.md."""
+    """Two tables in Markdown: the variants, and the answers to QUESTIONS."""
     lines = ["| variant | test AUC | Recall@10 | NDCG@10 |", "|---|---|---|---|"]
     for variant, row in summary["variants"].items():
         cells = [

@@ -67,6 +67,7 @@ TRAININGS = {
 """Model -> training job. `*_next` predict the next item (Recall); the others score exposures (AUC)."""
 NAMES = ("dlrm", *TRAININGS, "stage3")
 REFERENCE = "dlrm"
+KS = (10, 50)
 
 
 def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Path:
@@ -95,11 +96,11 @@ def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Pa
     return folder
 
 
-def predictions_of(folder: Path, split: str = "test") -> dict[str, Path]:
-    """Model -> directory of its predictions; the DLRM comes first."""
+def predictions_of(folder: Path) -> dict[str, Path]:
+    """Model -> directory of its predictions of the test part; the DLRM comes first."""
     runs = {"dlrm": "dlrm", "hstu_ids": "hstu_ids", "hllm_plain": "hllm_plain", "hllm": "hllm"}
     runs |= {"dlrm_items": "stage3/items", "dlrm_both": "stage3/both_nearline"}
-    paths = {name: folder / run / "predictions" / split for name, run in runs.items()}
+    paths = {name: folder / run / "predictions" / "test" for name, run in runs.items()}
     return {name: path for name, path in paths.items() if path.is_dir()}
 
 
@@ -127,15 +128,15 @@ def _difference(one: Predictions, reference: Predictions, rows: np.ndarray) -> d
     return {"difference": test.difference, "difference_interval": [test.low, test.high], "p": test.p_value}
 
 
-def measure_recall(folder: Path, ks: tuple[int, ...] = (10, 50)) -> dict[str, dict[str, Any]]:
-    """Model -> Recall@K of cold and of warm targets, ranked among the complete catalogue."""
+def measure_recall(folder: Path) -> dict[str, dict[str, Any]]:
+    """Model -> Recall@10 and @50 of cold and of warm targets, ranked among the complete catalogue."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*_next/retrieval/test")):
         counts = Dataset.open(folder / "data").training_item_counts()
         table = pq.read_table(path)
         cold, rank = counts[table["item_id"].to_numpy()] == 0, table["rank"].to_numpy()
         found[path.parents[1].name] = {
-            kind: {"targets": int(rows.sum())} | {f"recall@{k}": float((rank[rows] <= k).mean()) for k in ks}
+            kind: {"targets": int(rows.sum())} | {f"recall@{k}": float((rank[rows] <= k).mean()) for k in KS}
             for kind, rows in (("cold", cold), ("warm", ~cold))
         }
     return found
@@ -158,7 +159,7 @@ def markdown(folders: dict[int, Path]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for seed, folder in folders.items():
         for name, one in measure_recall(folder).items():
-            cells = [f"{one[kind][f'recall@{k}']:.4f}" for kind in ("cold", "warm") for k in (10, 50)]
+            cells = [f"{one[kind][f'recall@{k}']:.4f}" for kind in ("cold", "warm") for k in KS]
             lines.append(f"| {seed} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

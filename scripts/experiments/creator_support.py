@@ -25,7 +25,7 @@ from pathlib import Path
 from hllm_torchrec.creative.support import content_words, support
 from hllm_torchrec.data.dataset import Dataset
 
-LEAST_WORDS = 5
+LEAST_WORDS = 10
 
 
 def drop_rates(descriptions: Sequence[str], titles: Sequence[str], count: int, seed: int) -> dict[str, float]:
@@ -35,7 +35,7 @@ def drop_rates(descriptions: Sequence[str], titles: Sequence[str], count: int, s
         descriptions, titles: texts of the items.
     """
     rng = random.Random(seed)
-    items = [i for i, text in enumerate(descriptions) if len(content_words(text)) >= 2 * LEAST_WORDS]
+    items = [i for i, text in enumerate(descriptions) if len(content_words(text)) >= LEAST_WORDS]
     dropped = dict.fromkeys(("own", "other", "one word", "negated"), 0)
     for _ in range(count):
         item, other = rng.sample(items, 2)

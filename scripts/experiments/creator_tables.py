@@ -36,8 +36,8 @@ def add_history(dataset: Dataset, source: str, name: str, columns: Sequence[str]
     _add_profiles(dataset, source, name, lambda recent: "; ".join(films[item] for item in recent))
 
 
-def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genres", most: int = 5) -> None:
-    """Write a copy of the table `source` whose profiles are the values with the largest lifts among the latest likes.
+def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genres") -> None:
+    """Write a copy of the table `source` whose profiles are the five values with the largest lifts in the latest likes.
 
     An existing table is not changed.
     """
@@ -50,7 +50,7 @@ def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genr
 
     def interests(recent: Ints) -> str:
         lifts = has[recent].mean(0) / base
-        best = np.argsort(-lifts, kind="stable")[:most]
+        best = np.argsort(-lifts, kind="stable")[:5]
         return ", ".join(labels[value] for value in best if lifts[value] > 0)
 
     _add_profiles(dataset, source, name, interests)

@@ -91,7 +91,7 @@ def compare(output: Path, name: str, seeds: Sequence[int]) -> dict[str, Any] | N
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """The table of docs/speed.md."""
+    """The table of the configurations, in Markdown."""
     lines = ["| configuration | metric | seeds | fp32 | bf16 | bf16 minus fp32 [95%, users] |", "|---" * 6 + "|"]
     for name, one in found.items():
         cells = []

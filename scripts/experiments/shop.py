@@ -40,7 +40,6 @@ GENRES = {
     "kitchen": ["bread", "salt", "oven", "soup", "feast", "spice"],
 }
 NAMES = tuple(GENRES)
-WORDS = tuple(word for words in GENRES.values() for word in words)
 COUNTRIES = ("de", "fr", "jp", "us")
 ACTIONS = ("click", "skip")
 DEVICES = ("phone", "desk")

@@ -29,7 +29,7 @@ ALONE = "alone"
 Scored = dict[tuple[str, int], Predictions]
 
 
-def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int) -> dict[str, Any]:
     """Row -> its metrics, and its differences from the first row.
 
     scored: (row, seed) -> predictions, all of the same exposures in the same order.
@@ -38,8 +38,8 @@ def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 10
     labels, users = first.label, first.user_id
     for predictions in scored.values():
         assert np.array_equal(predictions.position, first.position) and np.array_equal(predictions.user_id, users)
-    aucs = user_bootstrap(labels, {f"{r}/{s}": p.score for (r, s), p in scored.items()}, users, draws, seed)
-    entropies = {key: entropy_draws(predictions, draws, seed) for key, predictions in scored.items()}
+    aucs = user_bootstrap(labels, {f"{r}/{s}": p.score for (r, s), p in scored.items()}, users, draws, seed=0)
+    entropies = {key: entropy_draws(predictions, draws, seed=0) for key, predictions in scored.items()}
     found: dict[str, Any] = {}
     for row in rows:
         own = [scored[row, s] for s in seeds]

@@ -74,7 +74,7 @@ def check(seconds: float) -> Callable[[Callable[[Where], dict[str, Any]]], Calla
     return register
 
 
-def load_checks(modules: Sequence[str] = MODULES) -> dict[str, Check]:
+def load_checks(modules: Sequence[str]) -> dict[str, Check]:
     """Import the modules; return the checks that they register, in the order in which they run."""
     for module in modules:
         importlib.import_module(module)
@@ -169,7 +169,7 @@ class Processes:
     forked processes cannot use the GPU, `probe` switches to spawned ones, which import the libraries themselves.
     """
 
-    def __init__(self, device: str, tiny: bool, modules: Sequence[str] = MODULES) -> None:
+    def __init__(self, device: str, tiny: bool, modules: Sequence[str]) -> None:
         self.device, self.tiny, self.modules = device, tiny, tuple(modules)
         beside = [str(ROOT / "scripts" / "gpu"), str(ROOT / "scripts" / "bench"), str(ROOT)]
         os.environ["PYTHONPATH"] = os.pathsep.join([*beside, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
