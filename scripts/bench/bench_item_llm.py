@@ -12,7 +12,7 @@ shape (width 576, 6 of its layers, random weights, frozen word embeddings). The 
     products  only the matrix products of "shared", forward and backward, on buffers of the same shapes
 
 `item_llm_matmul_share_*` is the time of "products" / that of "shared" (`_compiled`: of "compiled"). --profile also
-reports the share of each operator in the CPU time of a pass of "shared", in float32 and in bfloat16.
+reports the share of each operator in the wall time of a pass of "shared", in float32 and in bfloat16.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
 
 
 def operators(side: Side) -> dict[str, float]:
-    """Share of each operator in the CPU seconds of a pass, largest first; shares below 1% are summed as "rest"."""
+    """Share of each operator in the wall time of a pass, largest first; shares below 1% are summed as "rest"."""
     with torch.profiler.profile() as profiled:
         side()
     own = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}

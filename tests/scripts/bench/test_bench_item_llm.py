@@ -37,5 +37,5 @@ def test_a_tiny_run_reports_every_ratio() -> None:
     assert all(value is None or value > 0 for value in result["ratios"].values())
     assert (result["ratios"]["item_llm_matmul_share_bf16"] is None) == (result["bf16"] is not None)
     shares = result["operators"]["shared"]
-    assert "aten::mm" in shares and sum(shares.values()) == pytest.approx(1)
+    assert any(name.startswith("aten::") for name in shares) and sum(shares.values()) == pytest.approx(1)
     assert result["shapes"]["tokens"]["shared"] < result["shapes"]["tokens"]["plain"]
