@@ -168,16 +168,16 @@ def crossed_pairs(names: tuple[str, ...]) -> tuple[Ints, Ints]:
     return first, second
 
 
-def standardized(raw_FX: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
+def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
     """[F, X] standardized columns of the groups `names`, then the products of pairs of them.
 
-    raw_FX: the columns without products; center, spread: of all columns, so that the products are standardized too; or
+    raw: the columns without products; center, spread: of all columns, so that the products are standardized too; or
     only of the columns without products, so that the products are not standardized.
     """
-    width, (first, second) = len(raw_FX), crossed_pairs(names)
-    found = np.empty((width + first.size, raw_FX.shape[1]))
+    width, (first, second) = len(raw), crossed_pairs(names)
+    found = np.empty((width + first.size, raw.shape[1]))
     columns, products = found[:width], found[width:]
-    np.divide(raw_FX - center[:width, None], spread[:width, None], out=columns)
+    np.divide(raw - center[:width, None], spread[:width, None], out=columns)
     bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
     np.multiply(bounded[first], bounded[second], out=products)
     if center.size > width:
@@ -273,12 +273,12 @@ class Evidence:
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # number of visible events with a value
         items, values = events.item_ids[known], values[known]
-        fitted = items_of_fit(items, fit)
-        residuals = values - fit.mean - fit.bias[fitted]
+        fit_items = items_of_fit(items, fit)
+        residuals = values - fit.mean - fit.bias[fit_items]
         factors: AnyFloats = np.empty((seen.size, 0))
         tastes: Doubles = np.empty((seen.size, 0))
         if "factors" in self.names:
-            factors = fit.running_posterior(fitted, values, rated)
+            factors = fit.running_posterior(fit_items, values, rated)
         if "tastes" in self.names:
             described = np.ascontiguousarray(self._of_items(items, events.timestamps[known], fit)[:, :-4])
             tastes = posterior_tastes(described, residuals, rated, fit.noise)
@@ -288,12 +288,12 @@ class Evidence:
     def of_exposures(self, asked: Exposures, without: int | None = None) -> Floats:
         """[X, F] float32 standardized columns of exposures of any number of users; without: as for `past`."""
         latest = without is None and asked.seconds.min(initial=MAX_SECOND) - self.delay > self.statistics.newest
-        raw_FX = self._raw(asked, self.model.fit_without(without), latest)
-        columns_FX = standardized(raw_FX, self.model.center, self.model.spread, self.names)
+        raw = self._raw(asked, self.model.fit_without(without), latest)
+        columns_FX = standardized(raw, self.model.center, self.model.spread, self.names)
         return columns_FX.T.astype(np.float32, order="C")
 
     def _raw(self, asked: Exposures, fit: ItemFactors, latest: bool) -> Doubles:
-        """[F, X] columns before standardization. latest: whether `_of_latest` has the items' rows."""
+        """Columns before standardization, without products. latest: whether `_of_latest` has the items' rows."""
         if latest:
             rows = self._of_latest[np.minimum(asked.items, len(self._of_latest) - 1)]
         else:
@@ -307,10 +307,10 @@ class Evidence:
             "neighbors": lambda: columns_of_neighbors(asked, self._text),
             "tastes": lambda: (expected + (described * asked.of_past("tastes")).sum(1),),
         }
-        raw_FX = np.empty((len(column_names(self.names)), asked.items.size))
+        raw = np.empty((len(column_names(self.names)), asked.items.size))
         for row, column in enumerate(column for name in self.names if name != CROSSES for column in groups[name]()):
-            raw_FX[row] = column
-        return raw_FX
+            raw[row] = column
+        return raw
 
     def _of_items(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
         """[n, D + 4]: what the columns need of `items` [n], from the events visible at `seconds` [n].
@@ -320,8 +320,8 @@ class Evidence:
         """
         number, total = self.statistics.before(items, seconds - self.delay)
         statistics = np.stack([(total - number * fit.mean) / (number + SHRINKAGE), np.log1p(number)], axis=1)
-        known = items_of_fit(items, fit)
-        bias, parts = fit.bias[known][:, None], [fit.loadings[known]]
+        fit_items = items_of_fit(items, fit)
+        bias, parts = fit.bias[fit_items][:, None], [fit.loadings[fit_items]]
         if "tastes" in self.names:
             parts.append((statistics - self.model.taste_center) / self.model.taste_spread)
         if self._components is not None:

@@ -23,7 +23,7 @@ from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, CreativeOutput, PackedTexts
 from hllm_torchrec.modules.creative.match_head import MatchHead
 from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
-from hllm_torchrec.modules.losses.objectives import LogitScale, embedding_spread
+from hllm_torchrec.modules.losses.objectives import LogitScale, mean_cosine
 from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symmetric_nce
 from hllm_torchrec.modules.precision import widen
 
@@ -35,8 +35,8 @@ MOMENTUM = 0.1
 class CreativeLosses:
     """Losses summed over a micro-batch of this rank, 0-d tensors.
 
-    negatives: number of negatives in L_align, summed over the creatives, detached; spread: mean cosine similarity of
-    the user vectors, detached; None if there are fewer than two creatives.
+    negatives: number of negatives in L_align, summed over the creatives, detached; mean_cosine: mean cosine similarity
+    over the pairs of user vectors, detached; None if there are fewer than two creatives.
     """
 
     write: Tensor
@@ -44,7 +44,7 @@ class CreativeLosses:
     recon: Tensor
     align: Tensor
     negatives: Tensor
-    spread: Tensor | None
+    mean_cosine: Tensor | None
 
 
 class CreativeHead(nn.Module):
@@ -128,11 +128,11 @@ class CreativeHead(nn.Module):
         if creative.profiles is not None and self.align is not None:
             found = self.align(llm, users, is_unknown, creative.profiles.responses(), creative.user_ids)
             align, negatives = found.loss_sum, (found.effective_negatives * found.count).detach()
-        spread = embedding_spread(raw.detach()) if raw.shape[0] > 1 else None
+        similarity = mean_cosine(raw.detach()) if raw.shape[0] > 1 else None
         # The term 0 * users keeps the user encoder in the graph if all creatives are null or the rank has none, because
         # every rank must take part in the collectives of the backward pass.
         write = (output.nll * creative.weights).sum() + 0.0 * users.sum()
-        return CreativeLosses(write, match, recon, align, negatives, spread)
+        return CreativeLosses(write, match, recon, align, negatives, similarity)
 
     def write(self, llm: CreativeLLM, users: Tensor, is_null: Tensor, texts: PackedTexts) -> CreativeOutput:
         """Score responses given the user vectors [N, D], or given the learned null tokens where `is_null` [N]."""

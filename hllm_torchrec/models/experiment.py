@@ -159,7 +159,7 @@ class Experiment:
         batch_item_tokens: see `data.batch_item_tokens`.
         """
         with_valid = training and split == "train" and self.config.data.train_part == "train_and_valid"
-        # + 1: the [ITEM] token that the Item LLM appends to each text.
+        # + 1: the [ITEM] token, which pooling "item" appends to each text; other poolings' costs are 1 too high.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
         by_position = self.batch_spec.visibility == "position"

@@ -29,8 +29,8 @@ LOSSES_OF_KIND = {"binary": ("bce",), "ordinal": ("ordinal",), "regression": ("h
 class Task:
     """A label, its loss and its weight in L_cls.
 
-    start: initial values of the outputs [O]; center, scale: a regression's loss compares (label - center) / scale, of
-    the transformed label if the label has a transform.
+    start: initial values of the outputs [O]; center, scale: the loss of a regression gets (label - center) / scale; a
+    label that has a transform is transformed first.
     """
 
     label: LabelColumn

@@ -14,7 +14,7 @@ from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.models.hllm_output import HLLMOutput
-from hllm_torchrec.modules.losses.objectives import embedding_spread
+from hllm_torchrec.modules.losses.objectives import mean_cosine
 
 
 @dataclass(frozen=True)
@@ -180,18 +180,18 @@ def micro_batch_loss(
             output.generative.effective_negatives * share,
             output.generative.accuracy * share,
         )
-    write, match, recon, align, negatives, user_spread = (classification.new_zeros(()) for _ in range(6))
+    write, match, recon, align, negatives, user_similarity = (classification.new_zeros(()) for _ in range(6))
     users_measured = 0.0
     if (creative := output.creative) is not None:
         write, match = creative.write / counts.tokens, creative.match / counts.pairs
         recon, align = creative.recon / counts.profile_tokens, creative.align / counts.creatives
         negatives = creative.negatives / counts.creatives
-        if creative.spread is not None:
-            user_spread, users_measured = creative.spread, 1.0
-    spread, measured = classification.new_zeros(()), 0.0
+        if creative.mean_cosine is not None:
+            user_similarity, users_measured = creative.mean_cosine, 1.0
+    similarity, measured = classification.new_zeros(()), 0.0
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
-        spread, measured = embedding_spread(output.items), 1.0
-    numbers = [classification, generative, value, effective, accuracy, spread]
+        similarity, measured = mean_cosine(output.items), 1.0
+    numbers = [classification, generative, value, effective, accuracy, similarity]
     loss = weights.classification * classification + weights.generative * generative + weights.value * value
     if output.creative is not None:
         loss = loss + weights.write * write + weights.match * match
@@ -201,7 +201,7 @@ def micro_batch_loss(
         numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
     of_creatives = {"write": write, "match": match, "recon": recon, "align": align}
-    of_creatives |= {"align_negatives": negatives, "user_similarity": user_spread}
+    of_creatives |= {"align_negatives": negatives, "user_similarity": user_similarity}
     numbers = [*of_creatives.values(), *numbers]
     # Order: the numbers of creatives, then the first six fields of StepStats, then one number per task.
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()

@@ -177,7 +177,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
 
 
 @torch.no_grad()
-def embedding_spread(x: Tensor) -> Tensor:
+def mean_cosine(x: Tensor) -> Tensor:
     """Return the mean cosine similarity over the pairs of different rows of x [N, D]: 0-d, no gradient.
 
     Used by the collapse alarm: near 0 for spread-out embeddings, 1 when all have the same direction. Computed as

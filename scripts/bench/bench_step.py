@@ -5,14 +5,16 @@
 A step is forward, backward and optimizer, without the loader. Our side is `Trainer.train_step` with the generative
 loss, without ID and time features. The plain side is `scripts/bench/plain_hllm.py`, in fp32 in every row. Both start
 from the same weights and have the same users, items and negatives; the bench stops if their losses differ. Ratios are
-plain / ours, with the vocabulary head of the public code (49,152 words), and without it (`_nohead`); and in bf16 our
-step with unfused layers and SDPA / ours (`_fused`). Item occurrences have about 33.7 tokens on average (prompt, title,
-year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen to get this length.
+plain / ours, with the vocabulary head of the public code (49,152 words), and without it (`_nohead`). In bf16 there is
+also `_fused`: the seconds of our step with unfused layers and SDPA, divided by those of our normal step. Item
+occurrences have about 33.7 tokens on average (prompt, title, year, genres, [ITEM]), of which the first 10 are the same
+for all; the separator was chosen to get this length.
 
-Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), and neither would ours of more
-than 2,500 unique items (6,528 without repeats). Such batches are timed in groups of items. Item embeddings are computed
-in advance, which is not timed. Then the user part runs forward and backward from these embeddings, each group of items
-runs forward and backward with the resulting gradients, and the optimizer steps. So the timed work is that of one step.
+Plain batches of more than 900 item occurrences would not fit in memory (64 users: 6,528 occurrences, 43 GB of logits),
+and neither would ours of more than 2,500 unique items (the row without repeats has 6,528). Such batches are timed in
+groups of items. Item embeddings are computed in advance, which is not timed. Then the user part runs forward and
+backward from these embeddings, each group of items runs forward and backward with the resulting gradients, and the
+optimizer steps. So the timed work is that of one step.
 """
 
 import argparse
@@ -330,7 +332,10 @@ class Comparison:
         }
 
     def flops(self) -> dict[str, float]:
-        """FLOPs of the matrix products of a step (forward and backward) by side; the users' padding is not counted."""
+        """FLOPs of the matrix products of a step by side, forward and backward.
+
+        The users' padding is counted only in the plain side's vocabulary head, which also runs on it, forward only.
+        """
         hllm = self.trainer.hllm
         assert hllm.item_llm is not None
         lengths = np.array(self.plain.positives.lengths + self.plain.negatives.lengths)

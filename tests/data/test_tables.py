@@ -104,6 +104,12 @@ def test_a_byte_order_mark_within_a_file_is_refused(tmp_path):
     (tmp_path / "e.csv").write_text("".join(["\ufeff", *lines[:20], "\ufeff", *lines[20:]]))
     with pytest.raises(ValueError, match=r"e\.csv, row 21: a byte order mark within the file, .*; remove it"):
         prepared(mapping)
+    # The first column of the file need not be the first one of the mapping.
+    turned = [(item, user, *rest) for user, item, *rest in (line.split(",") for line in lines)]
+    rows = [",".join(row) for row in turned]
+    (tmp_path / "e.csv").write_text("".join([*rows[:9], "\ufeff", *rows[9:]]))
+    with pytest.raises(ValueError, match=r"e\.csv, row 10: a byte order mark within the file, .*; remove it"):
+        prepared(mapping)
 
 
 def test_users_whose_ids_became_floats_in_one_file_are_refused(tmp_path):

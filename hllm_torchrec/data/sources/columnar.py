@@ -39,7 +39,8 @@ _FOREIGN = {
 
 
 class ColumnChunk(NamedTuple):
-    """Consecutive rows: row numbers (int64 from 1, counting a header), columns, and number of bytes of the file."""
+    """Consecutive rows: row numbers (int64 from 1, counting a header), columns, and about how many bytes of the file
+    they take (for the progress bar; of an Arrow file, their bytes in memory)."""
 
     rows: np.ndarray
     table: pa.Table
@@ -138,7 +139,7 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
-                    _refuse_header(path, batch, rows)
+                    _refuse_header(path, batch, rows, dialect.names[0])
                     at = file.tell()  # read once, because Arrow reads ahead in its own thread
                     size, done = at - done, at
                     yield ColumnChunk(rows, pa.Table.from_batches([batch]), size, str(dialect))
@@ -149,14 +150,18 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
             raise UnclearTableError(f"{path}, after row {next_row - 1}: {problem}", remedy) from error
 
 
-def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray) -> None:
-    """Raise ValueError for a row that begins with a byte order mark or repeats the header, as in joined files."""
+def _refuse_header(path: Path, batch: pa.RecordBatch, rows: np.ndarray, first: str) -> None:
+    """Raise ValueError for a row that begins with a byte order mark or repeats the header, as in joined files.
+
+    first: the file's first column; if it is not among those of `batch`, no value that is read has the mark.
+    """
     names = batch.schema.names
-    marked = pc.fill_null(pc.starts_with(batch.column(0), "\ufeff"), False) if names else pa.array([], pa.bool_())
-    if (at := pc.index(marked, True).as_py()) >= 0:
-        raise ValueError(
-            f"{path}, row {rows[at]}: a byte order mark within the file, as in files that were joined; remove it"
-        )
+    if first in names:
+        marked = pc.fill_null(pc.starts_with(batch.column(names.index(first)), "\ufeff"), False)
+        if (at := pc.index(marked, True).as_py()) >= 0:
+            raise ValueError(
+                f"{path}, row {rows[at]}: a byte order mark within the file, as in files that were joined; remove it"
+            )
     if len(names) < 2:
         return  # a single cell can be equal to the name of its column
     for at in np.flatnonzero(pc.fill_null(pc.equal(batch.column(0), names[0]), False).to_numpy(zero_copy_only=False)):

@@ -8,8 +8,8 @@ Each part is taken from the mapping's `format`, or else detected from a sample a
   it (Spark); cells in apostrophes; or no quoting, for example if a cell begins with a mark that is never closed.
   Without quoting, there may be backslashes before separators and line breaks, and `\\N` for null (MySQL, PostgreSQL);
 - encoding: UTF-8, or UTF-16 or UTF-32 by their byte order mark. Other encodings cannot be detected and must be given;
-- nulls: an empty cell and `\\N` always; a word of `NULL_WORDS`, in all columns, if it is in a column whose other cells
-  are numbers, times or booleans.
+- nulls: an empty cell; unless `format.nulls` lists other words, also `\\N`, and each of `NULL_WORDS` that is in a
+  column whose other cells are numbers, times or booleans. These words are null in all columns.
 
 If two dialects fit the sample and give different values, an error names the option that decides between them.
 """

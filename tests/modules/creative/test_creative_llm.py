@@ -11,7 +11,7 @@ from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.models.backbones import backbone_config, build_backbone
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.creative.soft_prompt import SoftPrompt
-from hllm_torchrec.modules.losses.objectives import embedding_spread
+from hllm_torchrec.modules.losses.objectives import mean_cosine
 from hllm_torchrec.modules.losses.token_nll import token_nll
 from tests.helpers import fixtures
 
@@ -155,13 +155,13 @@ def test_normalized_users_differ_where_they_were_nearly_parallel_and_a_center_is
     torch.manual_seed(0)
     users, known = 5.0 + 0.1 * torch.randn(200, 6), torch.zeros(200, dtype=torch.bool)
     published = SoftPrompt(6, 24, scale=0.25)(users, known)[:, 0].detach()
-    assert float(embedding_spread(published)) > 0.99
+    assert float(mean_cosine(published)) > 0.99
     soft = SoftPrompt(6, 24, scale=0.25, normalize=normalize)
     assert soft.normalize is not None and not soft.normalize.measured
     soft.normalize.measure(users)
     found = soft(users, known).detach()
     special = found - soft.null.detach()
-    assert abs(float(embedding_spread(special[:, 0]))) < 0.1
+    assert abs(float(mean_cosine(special[:, 0]))) < 0.1
     assert float(special.square().mean().sqrt()) == pytest.approx(0.25, rel=0.3)
     center = soft(users[:4].mean(0, keepdim=True), known[:1])
     torch.testing.assert_close(center[0], found[:4].mean(0))

@@ -14,8 +14,8 @@ from hllm_torchrec.modules.losses.objectives import (
     InfoNceOutput,
     LogitScale,
     binary_cross_entropy,
-    embedding_spread,
     info_nce,
+    mean_cosine,
 )
 
 SEQUENCES = [[1, 2, 3], [2, 7], [], [4]]
@@ -366,17 +366,17 @@ def test_binary_cross_entropy_of_other_shapes_is_an_error() -> None:
 def test_the_spread_is_the_mean_cosine_of_different_rows() -> None:
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cosines = torch.cosine_similarity(x[:, None], x[None], dim=-1)
-    torch.testing.assert_close(embedding_spread(x), cosines[~torch.eye(6, dtype=torch.bool)].mean())
+    torch.testing.assert_close(mean_cosine(x), cosines[~torch.eye(6, dtype=torch.bool)].mean())
 
 
 def test_the_spread_is_1_for_collapsed_and_0_for_orthogonal_rows() -> None:
     collapsed = torch.ones(5, 3, requires_grad=True) * torch.arange(1.0, 6.0)[:, None]
-    spread = embedding_spread(collapsed)
+    spread = mean_cosine(collapsed)
     torch.testing.assert_close(spread, torch.tensor(1.0))
     assert not spread.requires_grad
-    torch.testing.assert_close(embedding_spread(torch.eye(5)), torch.tensor(0.0))
+    torch.testing.assert_close(mean_cosine(torch.eye(5)), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_than_two_rows_have_no_spread(n: int) -> None:
-    assert embedding_spread(torch.ones(n, 3)) == 0
+    assert mean_cosine(torch.ones(n, 3)) == 0
