@@ -62,8 +62,8 @@ def _hstu(dropout: float, *more: str, width: int = 64) -> tuple[str, ...]:
 
 SLOW = ("--optim.lr=1.0e-3", "--optim.table_lr=0.05")
 MODELS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sasrec": (_sasrec(0.5), _sasrec(0.5, *SLOW, width=128), _sasrec(0.5, *SLOW), _sasrec(0.5, width=128)),
-    "hstu": (_hstu(0.5), _hstu(0.5, *SLOW, width=128), _hstu(0.5, *SLOW), _hstu(0.5, width=128)),
+    "sasrec": (_sasrec(0.5), _sasrec(0.2), _sasrec(0.5, *SLOW), _sasrec(0.5, width=128)),
+    "hstu": (_hstu(0.5), _hstu(0.2), _hstu(0.5, *SLOW), _hstu(0.5, width=128)),
     "text": (("--features.item_id=false",),),
     "text_id": ((),),
 }
