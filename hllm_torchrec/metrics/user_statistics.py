@@ -153,11 +153,11 @@ class UserBuckets:
         """Add the only user of a bucket to `sums`; its rows are sorted by score on disk."""
         assert bucket.users is not None
         models = len(sums.squares)
-        influences, weight, within = np.zeros((models, 1)), 0.0, []
+        influences, weight, weighted, within = np.zeros((models, 1)), 0.0, False, []
         for records in bucket.blocks(most):
             influences[:, 0] += records["influence"].sum(axis=0)
             weight += float(records["weight"].sum())
-        weighted = weight != bucket.rows or any((block["weight"] != 1).any() for block in bucket.blocks(most))
+            weighted |= bool((records["weight"] != 1).any())
         for model in range(models):
             chunks = SortedChunks(MemoryPool(self._pool.memory, self._pool.folder), np.dtype(np.int64), weighted)
             for records in bucket.blocks(most):
